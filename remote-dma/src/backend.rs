@@ -1,0 +1,194 @@
+//! The lender's seam to a device: what a session asks of it ([`Backend`]) and what it may ask of the session ([`Bus`]).
+//!
+//! The session says `bar_write(BAR0 + 0x1018, B4, 17)`; the NVMe model asks `bus.dma_read` for slot 16, later `bus.dma_write` for
+//! 4 KiB of data, `bus.dma_write_polled` for the completion entry, and `bus.interrupt(3)`: in that order the guest sees them.
+//!
+//! ```text
+//!   session thread:  bar_write ─► backend ─► dma_read(tag 7) ─► Pending … dma_done(tag 7) ─► dma_write, dma_write_polled, interrupt
+//! ```
+
+use std::os::fd::BorrowedFd;
+use std::sync::Arc;
+
+use farbus_transport::{Access, LocalRegion, LocalSpan, Mapped, Memory, Nanos, RegisterError};
+use thiserror::Error;
+
+use crate::address::{BarAddress, Iova, Width};
+use crate::attachment::Activity;
+use crate::device::DeviceDescription;
+
+/// Bytes of the longest [`Bus::dma_write_polled`].
+pub const MAX_POLLED_WRITE: usize = 32;
+
+/// The device's name for a DMA in flight, handed back in [`Backend::dma_done`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct DmaTag(pub u64);
+
+/// How far a DMA got before the call returned.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Progress {
+    /// It is done; the local bytes are valid (read) or free again (write). [`Backend::dma_done`] is not called.
+    Done,
+    /// [`Backend::dma_done`] will be called once with the tag. Until then the local bytes belong to the DMA.
+    Pending,
+}
+
+/// Why a DMA was refused: the device would see an unsupported request or a completer abort.
+#[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
+pub enum DmaFault {
+    /// Nothing is mapped there, or not all of it.
+    #[error("{iova} + {len:#x} is not mapped")]
+    Unmapped {
+        /// First address.
+        iova: Iova,
+        /// Bytes.
+        len: u64,
+    },
+    /// The map does not allow the access.
+    #[error("{iova} + {len:#x} does not allow the access")]
+    Denied {
+        /// First address.
+        iova: Iova,
+        /// Bytes.
+        len: u64,
+    },
+    /// Bus mastering is off (command register bit 2, PCI 3.0 section 6.2.2).
+    #[error("bus mastering is off")]
+    NotBusMaster,
+    /// The device was reset or its borrower left while the DMA was in flight.
+    #[error("the dma was fenced")]
+    Fenced,
+    /// The device's own buffer does not fit the transfer.
+    #[error("a local buffer of {local} bytes for a transfer of {len} bytes")]
+    LocalBuffer {
+        /// Bytes of the buffer.
+        local: u64,
+        /// Bytes of the transfer.
+        len: u64,
+    },
+}
+
+/// How the function signals, so that the device need not raise what nobody hears.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum InterruptMode {
+    /// INTx: [`Bus::set_pin`] carries the level.
+    #[default]
+    Pin,
+    /// MSI with this many vectors enabled (a power of two).
+    Msi(u8),
+    /// MSI-X; masking is done by the function.
+    Msix,
+}
+
+/// How thorough a reset is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ResetKind {
+    /// Function level reset (PCIe 5.0, section 6.6.2).
+    Function,
+    /// The borrower left or the machine was reset: as after power-on, as far as the device can.
+    Conventional,
+}
+
+/// Why a backend cannot be attached to a session.
+#[derive(Debug, Error)]
+pub enum AttachError {
+    /// Its memory cannot be registered with the fabric.
+    #[error(transparent)]
+    Register(#[from] RegisterError),
+    /// The device itself failed.
+    #[error("the device cannot be attached: {0}")]
+    Device(String),
+}
+
+/// What a device may do to the guest and to its session. All effects of one device reach the guest in call order, except that the bytes of
+/// several `dma_write`s may arrive in any order until the next polled write, interrupt, or answered BAR read.
+pub trait Bus {
+    /// The session's clock.
+    fn now(&self) -> Nanos;
+
+    /// Makes the device's own memory usable in DMA. For [`Backend::attach`], not for the data path.
+    ///
+    /// # Errors
+    /// [`RegisterError`].
+    fn register(&mut self, memory: Arc<Memory>, access: Access) -> Result<LocalRegion, RegisterError>;
+
+    /// Guest memory at `iova` into `into` (as many bytes as `into` has).
+    ///
+    /// # Errors
+    /// [`DmaFault`]: nothing was read.
+    fn dma_read(&mut self, tag: DmaTag, iova: Iova, into: LocalSpan) -> Result<Progress, DmaFault>;
+
+    /// `from` into guest memory at `iova`.
+    ///
+    /// # Errors
+    /// [`DmaFault`]: nothing was written.
+    fn dma_write(&mut self, tag: DmaTag, iova: Iova, from: LocalSpan) -> Result<Progress, DmaFault>;
+
+    /// A few bytes that a guest may be polling: at most [`MAX_POLLED_WRITE`], a multiple of 4, 4-byte aligned, inside one 4 KiB page. They
+    /// are stored by a CPU after every earlier write, the last 32-bit word last.
+    ///
+    /// # Errors
+    /// [`DmaFault`]: nothing was written.
+    fn dma_write_polled(&mut self, tag: DmaTag, iova: Iova, bytes: &[u8]) -> Result<Progress, DmaFault>;
+
+    /// The guest memory itself, where this session can map it, for system calls that fill or read it directly; `None` means: use a
+    /// buffer and `dma_write`. A range that is written this way must be named to [`Bus::written_directly`] before it is announced.
+    ///
+    /// # Errors
+    /// [`DmaFault`].
+    fn map(&mut self, iova: Iova, len: u64, access: Access) -> Result<Option<Mapped>, DmaFault>;
+
+    /// Says that `len` bytes at `iova` were written through [`Bus::map`]: they go into the dirty log.
+    fn written_directly(&mut self, iova: Iova, len: u64);
+
+    /// Raises an MSI or MSI-X vector, after everything written before.
+    fn interrupt(&mut self, vector: u16);
+
+    /// Sets the INTx level, after everything written before.
+    fn set_pin(&mut self, asserted: bool);
+}
+
+/// A device at the lender. Every call comes from one thread; none may block for longer than a register access takes.
+pub trait Backend: Send {
+    /// What the device is. Does not change while it is lent.
+    fn description(&self) -> &DeviceDescription;
+
+    /// A session begins: register memory, start workers. Called again after [`Backend::detach`].
+    ///
+    /// # Errors
+    /// [`AttachError`]; the device can be offered again.
+    fn attach(&mut self, bus: &mut dyn Bus) -> Result<(), AttachError>;
+
+    /// The session ends: no call on its bus will come; regions registered with it are gone.
+    fn detach(&mut self);
+
+    /// A register read. `at` and `width` lie inside a BAR and are naturally aligned. Earlier DMA writes of the device reach the guest first.
+    fn bar_read(&mut self, at: BarAddress, width: Width, bus: &mut dyn Bus) -> u64;
+
+    /// A register write. `at` and `width` lie inside a BAR and are naturally aligned.
+    fn bar_write(&mut self, at: BarAddress, width: Width, value: u64, bus: &mut dyn Bus);
+
+    /// A DMA that was [`Progress::Pending`] ended.
+    fn dma_done(&mut self, tag: DmaTag, result: Result<(), DmaFault>, bus: &mut dyn Bus);
+
+    /// Background work: media completions, timers. [`Activity::Idle`] may carry when to come back at the latest.
+    fn poll(&mut self, bus: &mut dyn Bus) -> Activity;
+
+    /// Prepares to sleep: true where [`Backend::wake_fd`] will become readable at the next background event, false where one is there already.
+    fn arm(&mut self) -> bool;
+
+    /// Readable when an armed device has background work; `None` where it never has any of its own.
+    fn wake_fd(&self) -> Option<BorrowedFd<'_>>;
+
+    /// How the function signals from now on.
+    fn set_interrupt_mode(&mut self, mode: InterruptMode, bus: &mut dyn Bus);
+
+    /// Stops starting DMA; [`Backend::in_flight`] then only falls.
+    fn fence(&mut self);
+
+    /// DMAs and direct accesses to guest memory that have not ended.
+    fn in_flight(&self) -> usize;
+
+    /// After [`Backend::fence`] and with nothing in flight: back to the initial state. The fence is lifted.
+    fn reset(&mut self, kind: ResetKind, bus: &mut dyn Bus);
+}

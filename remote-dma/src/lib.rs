@@ -1,0 +1,25 @@
+//! What carries a PCIe device across a link: BAR accesses in order, DMA into windows of guest memory, interrupts after data.
+//!
+//! A guest's store of 17 to BAR0 + 0x1018 becomes one posted message in a [`borrower`] session; the [`lender`] session hands it to a
+//! [`Backend`], whose DMA goes through [`Bus`] to guest memory and whose vector 3 comes back after the data it announces.
+
+pub mod address;
+pub mod attachment;
+pub mod backend;
+pub mod borrower;
+pub mod device;
+pub mod dirty_log;
+pub mod guest_memory;
+pub mod iova_map;
+pub mod lender;
+pub mod message;
+pub mod model;
+pub mod native;
+
+pub use address::{BarAddress, GuestAddress, Iova, Width};
+pub use attachment::{
+    Activity, Attachment, AttachmentError, Host, MapError, Mediation, MediationAnswer, Ticket, Window, WindowMemory,
+};
+pub use backend::{AttachError, Backend, Bus, DmaFault, DmaTag, InterruptMode, Progress, ResetKind};
+pub use device::{BarDescription, BarKind, Constant, DeviceDescription, MsixLocation};
+pub use guest_memory::{GuestMemory, GuestMemoryError, GuestRegion};
