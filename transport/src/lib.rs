@@ -13,6 +13,8 @@ pub mod ring;
 pub mod shm;
 pub mod sim;
 pub mod span;
+mod sync;
+mod table;
 pub mod time;
 pub mod wrap;
 

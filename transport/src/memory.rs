@@ -104,7 +104,7 @@ impl Memory {
     pub fn map_file(fd: OwnedFd, offset: u64, len: u64, writable: bool) -> Result<Arc<Self>, MemoryError> {
         let stat = rustix::fs::fstat(&fd).map_err(host("stat a descriptor"))?;
         let actual = u64::try_from(stat.st_size).unwrap_or(0);
-        let claimed = offset.checked_add(len).unwrap_or(u64::MAX);
+        let claimed = offset.saturating_add(len);
         if claimed > actual {
             return Err(MemoryError::FileTooShort { claimed, actual });
         }
@@ -238,7 +238,7 @@ impl Memory {
     /// # Errors
     /// As [`Memory::atomic_u32`]; [`MemoryError::Misaligned`] also for a length that is no multiple of 4.
     pub fn store_last_word_last(&self, offset: u64, bytes: &[u8]) -> Result<(), MemoryError> {
-        let Some((head, last)) = bytes.split_last_chunk::<4>().filter(|_| bytes.len() % 4 == 0) else {
+        let Some((head, last)) = bytes.split_last_chunk::<4>().filter(|_| bytes.len().is_multiple_of(4)) else {
             return Err(MemoryError::Misaligned {
                 offset: bytes.len() as u64,
                 align: 4,
@@ -266,6 +266,12 @@ impl Memory {
         }
         // SAFETY: offset <= len of one mapping, as just checked.
         Ok(unsafe { self.base.add(offset as usize) })
+    }
+
+    /// The first byte; for the rings, which check their range once.
+    #[inline]
+    pub(crate) fn base(&self) -> NonNull<u8> {
+        self.base
     }
 
     fn at_for_writing(&self, offset: u64, len: u64) -> Result<NonNull<u8>, MemoryError> {
@@ -303,6 +309,8 @@ pub struct Mapped {
     memory: Arc<Memory>,
     offset: u64,
     len: u64,
+    /// Whoever waits for all such accesses to end watches this count.
+    guard: Option<Arc<()>>,
 }
 
 impl Mapped {
@@ -312,7 +320,21 @@ impl Mapped {
     /// [`MemoryError::OutOfBounds`].
     pub fn new(memory: Arc<Memory>, offset: u64, len: u64) -> Result<Self, MemoryError> {
         memory.at(offset, len)?;
-        Ok(Self { memory, offset, len })
+        Ok(Self {
+            memory,
+            offset,
+            len,
+            guard: None,
+        })
+    }
+
+    /// The same piece, holding `guard` until the last clone is dropped.
+    #[must_use]
+    pub fn guarded(self, guard: Arc<()>) -> Self {
+        Self {
+            guard: Some(guard),
+            ..self
+        }
     }
 
     /// Length in bytes.
