@@ -199,14 +199,8 @@ pub enum Outcome {
     UnknownKey,
 }
 
-const OUTCOMES: [Outcome; 6] = [
-    Outcome::Done,
-    Outcome::Overlap,
-    Outcome::Range,
-    Outcome::TooMany,
-    Outcome::Grant,
-    Outcome::UnknownKey,
-];
+const OUTCOMES: [Outcome; 6] =
+    [Outcome::Done, Outcome::Overlap, Outcome::Range, Outcome::TooMany, Outcome::Grant, Outcome::UnknownKey];
 
 /// What is wrong with a message.
 #[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
@@ -242,10 +236,7 @@ pub struct Encoded {
 
 impl Encoded {
     fn new(kind: u8) -> Self {
-        let mut encoded = Self {
-            bytes: [0; MAX_MESSAGE],
-            len: 0,
-        };
+        let mut encoded = Self { bytes: [0; MAX_MESSAGE], len: 0 };
         encoded.put(&[kind]);
         encoded
     }
@@ -325,11 +316,7 @@ impl Fields<'_> {
     }
 
     fn grant(&mut self) -> Result<Grant, MessageError> {
-        Ok(Grant {
-            key: self.u64()?,
-            len: self.u64()?,
-            access: self.access()?,
-        })
+        Ok(Grant { key: self.u64()?, len: self.u64()?, access: self.access()? })
     }
 
     #[inline]
@@ -340,11 +327,7 @@ impl Fields<'_> {
     }
 
     fn end<T>(self, message: T) -> Result<T, MessageError> {
-        if self.0.is_empty() {
-            Ok(message)
-        } else {
-            Err(MessageError::Length)
-        }
+        if self.0.is_empty() { Ok(message) } else { Err(MessageError::Length) }
     }
 }
 
@@ -356,24 +339,10 @@ impl ToLender {
         match self {
             Self::BarWrite { at, width, value } => place(Encoded::new(1), at, width).u64(*value),
             Self::BarRead { sequence, at, width } => place(Encoded::new(2), at, width).u32(*sequence),
-            Self::Offer {
-                sequence,
-                memory,
-                dirty,
-                proven,
-            } => Encoded::new(3)
-                .u32(*sequence)
-                .grant(memory)
-                .grant(dirty)
-                .u8(u8::from(*proven)),
-            Self::Map {
-                sequence,
-                iova,
-                len,
-                memory,
-                offset,
-                access,
-            } => Encoded::new(4)
+            Self::Offer { sequence, memory, dirty, proven } => {
+                Encoded::new(3).u32(*sequence).grant(memory).grant(dirty).u8(u8::from(*proven))
+            }
+            Self::Map { sequence, iova, len, memory, offset, access } => Encoded::new(4)
                 .u32(*sequence)
                 .u64(iova.0)
                 .u64(*len)
@@ -411,47 +380,20 @@ impl ToLender {
         let message = match fields.u8()? {
             1 => {
                 let (at, width) = fields.place()?;
-                Self::BarWrite {
-                    at,
-                    width,
-                    value: fields.u64()?,
-                }
+                Self::BarWrite { at, width, value: fields.u64()? }
             }
             2 => {
                 let (at, width) = fields.place()?;
-                Self::BarRead {
-                    sequence: fields.u32()?,
-                    at,
-                    width,
-                }
+                Self::BarRead { sequence: fields.u32()?, at, width }
             }
-            3 => Self::Offer {
-                sequence: fields.u32()?,
-                memory: fields.grant()?,
-                dirty: fields.grant()?,
-                proven: fields.bool()?,
-            },
+            3 => Self::Offer { sequence: fields.u32()?, memory: fields.grant()?, dirty: fields.grant()?, proven: fields.bool()? },
             4 => {
                 let (sequence, iova, len) = (fields.u32()?, Iova(fields.u64()?), fields.u64()?);
                 let (mapped, key) = (fields.bool()?, fields.u64()?);
-                Self::Map {
-                    sequence,
-                    iova,
-                    len,
-                    memory: mapped.then_some(key),
-                    offset: fields.u64()?,
-                    access: fields.access()?,
-                }
+                Self::Map { sequence, iova, len, memory: mapped.then_some(key), offset: fields.u64()?, access: fields.access()? }
             }
-            5 => Self::Unmap {
-                sequence: fields.u32()?,
-                iova: Iova(fields.u64()?),
-                len: fields.u64()?,
-            },
-            6 => Self::Withdraw {
-                sequence: fields.u32()?,
-                key: fields.u64()?,
-            },
+            5 => Self::Unmap { sequence: fields.u32()?, iova: Iova(fields.u64()?), len: fields.u64()? },
+            6 => Self::Withdraw { sequence: fields.u32()?, key: fields.u64()? },
             7 => Self::Prove { key: fields.u64()? },
             8 => Self::InterruptMode(match (fields.u8()?, fields.u8()?) {
                 (0, 0) => InterruptMode::Pin,
@@ -462,21 +404,11 @@ impl ToLender {
             9 => Self::BusMaster(fields.bool()?),
             10 => Self::Reset {
                 sequence: fields.u32()?,
-                kind: if fields.bool()? {
-                    ResetKind::Conventional
-                } else {
-                    ResetKind::Function
-                },
+                kind: if fields.bool()? { ResetKind::Conventional } else { ResetKind::Function },
             },
             11 => Self::Fence { sequence: fields.u32()? },
-            12 => Self::Fetched {
-                ticket: Ticket(fields.u32()?),
-                ok: fields.bool()?,
-            },
-            13 => Self::Stored {
-                ticket: Ticket(fields.u32()?),
-                ok: fields.bool()?,
-            },
+            12 => Self::Fetched { ticket: Ticket(fields.u32()?), ok: fields.bool()? },
+            13 => Self::Stored { ticket: Ticket(fields.u32()?), ok: fields.bool()? },
             14 => Self::Staging(fields.grant()?),
             _ => return Err(MessageError::Kind),
         };
@@ -503,12 +435,7 @@ impl ToBorrower {
             }
             Self::Dirty { iova, len } => Encoded::new(6).u64(iova.0).u64(*len),
             Self::Fetch { ticket, iova, len } => Encoded::new(7).u32(ticket.0).u64(iova.0).u32(*len),
-            Self::Store {
-                ticket,
-                iova,
-                len,
-                polled,
-            } => Encoded::new(8).u32(ticket.0).u64(iova.0).u32(*len).u8(u8::from(*polled)),
+            Self::Store { ticket, iova, len, polled } => Encoded::new(8).u32(ticket.0).u64(iova.0).u32(*len).u8(u8::from(*polled)),
             Self::Staging(grant) => Encoded::new(9).grant(grant),
         }
     }
@@ -521,23 +448,13 @@ impl ToBorrower {
     pub fn parse(bytes: &[u8]) -> Result<Self, MessageError> {
         let mut fields = Fields(bytes);
         let message = match fields.u8()? {
-            1 => Self::BarValue {
-                sequence: fields.u32()?,
-                value: fields.u64()?,
-            },
+            1 => Self::BarValue { sequence: fields.u32()?, value: fields.u64()? },
             2 => {
                 let (sequence, code) = (fields.u32()?, fields.u8()?);
-                Self::Ack {
-                    sequence,
-                    outcome: *OUTCOMES.get(usize::from(code)).ok_or(MessageError::Field)?,
-                }
+                Self::Ack { sequence, outcome: *OUTCOMES.get(usize::from(code)).ok_or(MessageError::Field)? }
             }
-            3 => Self::Interrupt {
-                vector: u16::try_from(fields.u32()?).map_err(|_| MessageError::Field)?,
-            },
-            4 => Self::Pin {
-                asserted: fields.bool()?,
-            },
+            3 => Self::Interrupt { vector: u16::try_from(fields.u32()?).map_err(|_| MessageError::Field)? },
+            4 => Self::Pin { asserted: fields.bool()? },
             5 => {
                 let (iova, len, bytes) = (Iova(fields.u64()?), fields.u8()?, fields.take()?);
                 if usize::from(len) > MAX_POLLED_WRITE {
@@ -545,21 +462,11 @@ impl ToBorrower {
                 }
                 Self::StorePolled { iova, len, bytes }
             }
-            6 => Self::Dirty {
-                iova: Iova(fields.u64()?),
-                len: fields.u64()?,
-            },
-            7 => Self::Fetch {
-                ticket: Ticket(fields.u32()?),
-                iova: Iova(fields.u64()?),
-                len: fields.u32()?,
-            },
-            8 => Self::Store {
-                ticket: Ticket(fields.u32()?),
-                iova: Iova(fields.u64()?),
-                len: fields.u32()?,
-                polled: fields.bool()?,
-            },
+            6 => Self::Dirty { iova: Iova(fields.u64()?), len: fields.u64()? },
+            7 => Self::Fetch { ticket: Ticket(fields.u32()?), iova: Iova(fields.u64()?), len: fields.u32()? },
+            8 => {
+                Self::Store { ticket: Ticket(fields.u32()?), iova: Iova(fields.u64()?), len: fields.u32()?, polled: fields.bool()? }
+            }
             9 => Self::Staging(fields.grant()?),
             _ => return Err(MessageError::Kind),
         };
@@ -574,11 +481,7 @@ mod tests {
 
     #[test]
     fn the_store_of_the_header_is_these_bytes() {
-        let store = ToLender::BarWrite {
-            at: BarAddress { bar: 0, offset: 0x1018 },
-            width: Width::B4,
-            value: 17,
-        };
+        let store = ToLender::BarWrite { at: BarAddress { bar: 0, offset: 0x1018 }, width: Width::B4, value: 17 };
         let mut expected = vec![1, 0, 4, 0x18, 0x10, 0, 0, 0, 0, 0, 0];
         expected.extend([17, 0, 0, 0, 0, 0, 0, 0]);
         assert_eq!(store.encode().as_slice(), expected);
@@ -615,34 +518,18 @@ mod tests {
                 offset,
                 access: Access::from_bits(bits).unwrap()
             }),
-            (any(), any(), any()).prop_map(|(sequence, iova, len)| ToLender::Unmap {
-                sequence,
-                iova: Iova(iova),
-                len
-            }),
+            (any(), any(), any()).prop_map(|(sequence, iova, len)| ToLender::Unmap { sequence, iova: Iova(iova), len }),
             (any(), any()).prop_map(|(sequence, key)| ToLender::Withdraw { sequence, key }),
-            any().prop_map(|key| ToLender::Prove { key }),
+            any::<u64>().prop_map(|key| ToLender::Prove { key }),
             Just(ToLender::InterruptMode(InterruptMode::Pin)),
             Just(ToLender::InterruptMode(InterruptMode::Msix)),
             (0..6u32).prop_map(|n| ToLender::InterruptMode(InterruptMode::Msi(1 << n))),
             any().prop_map(ToLender::BusMaster),
-            any().prop_map(|sequence| ToLender::Reset {
-                sequence,
-                kind: ResetKind::Function
-            }),
-            any().prop_map(|sequence| ToLender::Reset {
-                sequence,
-                kind: ResetKind::Conventional
-            }),
+            any().prop_map(|sequence| ToLender::Reset { sequence, kind: ResetKind::Function }),
+            any().prop_map(|sequence| ToLender::Reset { sequence, kind: ResetKind::Conventional }),
             any().prop_map(|sequence| ToLender::Fence { sequence }),
-            (any(), any()).prop_map(|(ticket, ok)| ToLender::Fetched {
-                ticket: Ticket(ticket),
-                ok
-            }),
-            (any(), any()).prop_map(|(ticket, ok)| ToLender::Stored {
-                ticket: Ticket(ticket),
-                ok
-            }),
+            (any(), any()).prop_map(|(ticket, ok)| ToLender::Fetched { ticket: Ticket(ticket), ok }),
+            (any(), any()).prop_map(|(ticket, ok)| ToLender::Stored { ticket: Ticket(ticket), ok }),
             grant().prop_map(ToLender::Staging),
         ]
     }
@@ -650,11 +537,8 @@ mod tests {
     fn to_borrower() -> impl Strategy<Value = ToBorrower> {
         prop_oneof![
             (any(), any()).prop_map(|(sequence, value)| ToBorrower::BarValue { sequence, value }),
-            (any(), 0..OUTCOMES.len()).prop_map(|(sequence, code)| ToBorrower::Ack {
-                sequence,
-                outcome: OUTCOMES[code]
-            }),
-            any().prop_map(|vector| ToBorrower::Interrupt { vector }),
+            (any(), 0..OUTCOMES.len()).prop_map(|(sequence, code)| ToBorrower::Ack { sequence, outcome: OUTCOMES[code] }),
+            any::<u16>().prop_map(|vector| ToBorrower::Interrupt { vector }),
             any().prop_map(|asserted| ToBorrower::Pin { asserted }),
             (any(), 0..=MAX_POLLED_WRITE as u8, any()).prop_map(|(iova, len, bytes)| ToBorrower::StorePolled {
                 iova: Iova(iova),

@@ -104,12 +104,7 @@ pub struct Consumer<L> {
 impl<L: Lines> Producer<L> {
     /// The pushing end of a ring that is all zero.
     pub fn new(lines: L, fencing: Fencing) -> Self {
-        Self {
-            lines,
-            produced: 0,
-            consumed: 0,
-            fencing,
-        }
+        Self { lines, produced: 0, consumed: 0, fencing }
     }
 
     /// Whether a push would fit.
@@ -123,10 +118,7 @@ impl<L: Lines> Producer<L> {
         }
         let consumed = self.lines.consumed().load(Ordering::Acquire);
         if consumed < self.consumed || consumed > self.produced {
-            return Err(RingError::Consumed {
-                consumed,
-                produced: self.produced,
-            });
+            return Err(RingError::Consumed { consumed, produced: self.produced });
         }
         self.consumed = consumed;
         Ok(self.produced - self.consumed < capacity)
@@ -150,8 +142,7 @@ impl<L: Lines> Producer<L> {
             }
             word.store(u64::from_le_bytes(value), Ordering::Relaxed);
         }
-        line.meta
-            .store(bytes.len().min(MAX_MESSAGE) as u32 | u32::from(kind) << 8, Ordering::Relaxed);
+        line.meta.store(bytes.len().min(MAX_MESSAGE) as u32 | u32::from(kind) << 8, Ordering::Relaxed);
         self.produced += 1;
         // Release: whoever sees the stamp sees the words, and every plain copy that this thread made before.
         line.stamp.store(self.produced as u32, Ordering::Release);
@@ -171,12 +162,7 @@ impl<L: Lines> Producer<L> {
 impl<L: Lines> Consumer<L> {
     /// The taking end of a ring that is all zero.
     pub fn new(lines: L, fencing: Fencing) -> Self {
-        Self {
-            lines,
-            taken: 0,
-            published: 0,
-            fencing,
-        }
+        Self { lines, taken: 0, published: 0, fencing }
     }
 
     /// Whether something can be taken.
@@ -251,23 +237,16 @@ pub mod heap {
 
     impl Clone for HeapLines {
         fn clone(&self) -> Self {
-            Self {
-                lines: Arc::clone(&self.lines),
-            }
+            Self { lines: Arc::clone(&self.lines) }
         }
     }
 
     impl HeapLines {
         /// `capacity` (a power of two) empty slots.
         pub fn new(capacity: usize) -> Self {
-            let line = || Line {
-                stamp: AtomicU32::new(0),
-                meta: AtomicU32::new(0),
-                words: std::array::from_fn(|_| AtomicU64::new(0)),
-            };
-            Self {
-                lines: Arc::new(((0..capacity).map(|_| line()).collect(), AtomicU64::new(0), AtomicU64::new(0))),
-            }
+            let line =
+                || Line { stamp: AtomicU32::new(0), meta: AtomicU32::new(0), words: std::array::from_fn(|_| AtomicU64::new(0)) };
+            Self { lines: Arc::new(((0..capacity).map(|_| line()).collect(), AtomicU64::new(0), AtomicU64::new(0))) }
         }
     }
 
@@ -294,10 +273,7 @@ mod tests {
 
     fn ring(capacity: usize) -> (Producer<HeapLines>, Consumer<HeapLines>) {
         let lines = HeapLines::new(capacity);
-        (
-            Producer::new(lines.clone(), Fencing::Both),
-            Consumer::new(lines, Fencing::Both),
-        )
+        (Producer::new(lines.clone(), Fencing::Both), Consumer::new(lines, Fencing::Both))
     }
 
     #[test]
@@ -307,10 +283,7 @@ mod tests {
             let bytes: Vec<u8> = (0..round % (MAX_MESSAGE + 1)).map(|i| (i * 7 + round) as u8).collect();
             assert!(producer.push(round as u8, &bytes).unwrap());
             let taken = consumer.take().unwrap().unwrap();
-            assert_eq!(
-                (taken.kind, &taken.bytes[..usize::from(taken.len)]),
-                (round as u8, &bytes[..])
-            );
+            assert_eq!((taken.kind, &taken.bytes[..usize::from(taken.len)]), (round as u8, &bytes[..]));
         }
         assert_eq!(consumer.take(), Ok(None));
     }
@@ -335,10 +308,7 @@ mod tests {
         while producer.push(0, b"x") == Ok(true) {}
         for lie in [u64::MAX, 0, 99] {
             consumer.lines.consumed().store(lie, Ordering::Relaxed);
-            assert!(
-                matches!(producer.push(0, b"x"), Ok(false) | Err(RingError::Consumed { .. })),
-                "{lie}"
-            );
+            assert!(matches!(producer.push(0, b"x"), Ok(false) | Err(RingError::Consumed { .. })), "{lie}");
         }
     }
 

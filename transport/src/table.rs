@@ -22,10 +22,7 @@ pub(crate) struct Table<T> {
 
 impl<T> Default for Table<T> {
     fn default() -> Self {
-        Self {
-            entries: Vec::new(),
-            free: Vec::new(),
-        }
+        Self { entries: Vec::new(), free: Vec::new() }
     }
 }
 
@@ -35,25 +32,16 @@ impl<T> Table<T> {
         if let Some(index) = self.free.pop() {
             let entry = self.entries.get_mut(index as usize)?;
             entry.value = Some(value);
-            return Some(RegionName {
-                index,
-                generation: entry.generation,
-            });
+            return Some(RegionName { index, generation: entry.generation });
         }
         let index = u32::try_from(self.entries.len()).ok().filter(|index| *index < MAX_REGIONS)?;
-        self.entries.push(Entry {
-            generation: 0,
-            value: Some(value),
-        });
+        self.entries.push(Entry { generation: 0, value: Some(value) });
         Some(RegionName { index, generation: 0 })
     }
 
     /// Removes a region; its name is dead from now on.
     pub(crate) fn remove(&mut self, name: RegionName) -> Option<T> {
-        let entry = self
-            .entries
-            .get_mut(name.index as usize)
-            .filter(|entry| entry.generation == name.generation)?;
+        let entry = self.entries.get_mut(name.index as usize).filter(|entry| entry.generation == name.generation)?;
         let value = entry.value.take()?;
         // An index whose generations are used up is never used again.
         if let Some(next) = entry.generation.checked_add(1) {
@@ -66,20 +54,7 @@ impl<T> Table<T> {
     /// The region of that name, unless it is gone.
     #[inline]
     pub(crate) fn find(&self, name: RegionName) -> Option<&T> {
-        self.entries
-            .get(name.index as usize)
-            .filter(|entry| entry.generation == name.generation)?
-            .value
-            .as_ref()
-    }
-
-    /// The region of that name, to change it.
-    pub(crate) fn find_mut(&mut self, name: RegionName) -> Option<&mut T> {
-        self.entries
-            .get_mut(name.index as usize)
-            .filter(|entry| entry.generation == name.generation)?
-            .value
-            .as_mut()
+        self.entries.get(name.index as usize).filter(|entry| entry.generation == name.generation)?.value.as_ref()
     }
 }
 

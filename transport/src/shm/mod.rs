@@ -19,12 +19,12 @@ use rustix::event::{EventfdFlags, epoll};
 use self::lines::{RING_BYTES, SLOTS, SharedLines};
 use self::socket::GrantSocket;
 use crate::fabric::{
-    CloseReason, Event, Events, Fabric, Full, Grant, GrantError, Limits, MAX_MESSAGE, Message, Op, OpError, OpId, Regions,
-    RegisterError, Signal,
+    CloseReason, Event, Events, Fabric, Full, Grant, GrantError, Limits, MAX_MESSAGE, Message, Op, OpError, Regions, RegisterError,
+    Signal,
 };
 use crate::memory::{Mapped, Memory, MemoryError};
 use crate::ring::{Consumer, Fencing, Producer, RingError, Taken};
-use crate::span::{Access, LocalRegion, LocalSpan, RegionName, RemoteRegion, RemoteSpan};
+use crate::span::{Access, LocalRegion, LocalSpan, RemoteRegion, RemoteSpan};
 use crate::table::{MAX_REGIONS, Table};
 use crate::time::Nanos;
 
@@ -38,13 +38,8 @@ mod kind {
 /// Empty polls between two looks at whether the peer still lives.
 const POLLS_PER_LIVENESS_CHECK: u32 = 1 << 20;
 
-const LIMITS: Limits = Limits {
-    max_message: MAX_MESSAGE as u32,
-    max_op_len: 1 << 30,
-    queue_depth: SLOTS,
-    immediate: true,
-    peer_mappable: true,
-};
+const LIMITS: Limits =
+    Limits { max_message: MAX_MESSAGE as u32, max_op_len: 1 << 30, queue_depth: SLOTS, immediate: true, peer_mappable: true };
 
 /// Which of the two rings this side fills.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -96,9 +91,7 @@ impl ShmFabric {
         let (lender, borrower) = UnixStream::pair()?;
         let borrower = std::thread::spawn(move || Self::establish(borrower, Side::Borrower, options));
         let lender = Self::establish(lender, Side::Lender, options);
-        let borrower = borrower
-            .join()
-            .map_err(|_| io::Error::other("the borrower's end could not be made"))?;
+        let borrower = borrower.join().map_err(|_| io::Error::other("the borrower's end could not be made"))?;
         Ok((lender?, borrower?))
     }
 
@@ -134,16 +127,8 @@ impl ShmFabric {
                 (rings, own, peer, peer_asymmetric)
             }
         };
-        let fencing = if asymmetric && peer_asymmetric {
-            Fencing::Sleeper
-        } else {
-            Fencing::Both
-        };
-        let (tx_at, rx_at) = if side == Side::Lender {
-            (0, RING_BYTES)
-        } else {
-            (RING_BYTES, 0)
-        };
+        let fencing = if asymmetric && peer_asymmetric { Fencing::Sleeper } else { Fencing::Both };
+        let (tx_at, rx_at) = if side == Side::Lender { (0, RING_BYTES) } else { (RING_BYTES, 0) };
         let tx = Producer::new(SharedLines::new(Arc::clone(&rings), tx_at).map_err(invalid)?, fencing);
         let rx = Consumer::new(SharedLines::new(rings, rx_at).map_err(invalid)?, fencing);
         let wait = epoll::create(epoll::CreateFlags::CLOEXEC)?;
@@ -195,11 +180,7 @@ impl ShmFabric {
     /// The one copy of a one-sided operation.
     #[inline]
     fn copy(&mut self, local: LocalSpan, remote: RemoteSpan, to_remote: bool) -> Result<(), OpError> {
-        let (from, to) = if to_remote {
-            (local.len, remote.len)
-        } else {
-            (remote.len, local.len)
-        };
+        let (from, to) = if to_remote { (local.len, remote.len) } else { (remote.len, local.len) };
         if from != to || from > LIMITS.max_op_len {
             return Err(OpError::Mismatch { from, to });
         }
@@ -263,10 +244,7 @@ impl Regions for ShmFabric {
             return Err(MemoryError::ReadOnly.into());
         }
         let len = memory.len();
-        let name = self
-            .locals
-            .insert(Local { memory, access })
-            .ok_or(RegisterError::TooMany { limit: MAX_REGIONS })?;
+        let name = self.locals.insert(Local { memory, access }).ok_or(RegisterError::TooMany { limit: MAX_REGIONS })?;
         Ok(LocalRegion { name, len, access })
     }
 
@@ -278,20 +256,18 @@ impl Regions for ShmFabric {
         self.locals.find(region.name).map(|local| Arc::clone(&local.memory))
     }
 
+    fn map_local(&self, span: LocalSpan) -> Option<Mapped> {
+        let local = self.locals.find(span.name)?;
+        Mapped::new(Arc::clone(&local.memory), span.offset, u64::from(span.len)).ok()
+    }
+
     fn export(&mut self, region: &LocalRegion, access: Access) -> Result<Grant, GrantError> {
         let local = self.locals.find(region.name).ok_or(GrantError::NotRegistered)?;
         if !local.access.allows(access) {
-            return Err(GrantError::Widened {
-                asked: access,
-                allowed: local.access,
-            });
+            return Err(GrantError::Widened { asked: access, allowed: local.access });
         }
         let (fd, offset) = local.memory.file().ok_or(GrantError::NoDescriptor)?;
-        let grant = Grant {
-            key: self.next_key,
-            len: region.len,
-            access,
-        };
+        let grant = Grant { key: self.next_key, len: region.len, access };
         self.socket.send_grant(&grant, fd, offset).map_err(|_| GrantError::Closed)?;
         self.next_key += 1;
         Ok(grant)
@@ -303,24 +279,14 @@ impl Regions for ShmFabric {
         }
         let (fd, offset) = self.socket.receive_grant(grant)?;
         let memory = Memory::map_file(fd, offset, grant.len, grant.access.write).map_err(|error| match error {
-            MemoryError::FileTooShort { actual, .. } => GrantError::TooLong {
-                granted: grant.len,
-                actual,
-            },
+            MemoryError::FileTooShort { actual, .. } => GrantError::TooLong { granted: grant.len, actual },
             other => GrantError::Memory(other),
         })?;
         if !memory.sealed() && !self.options.accept_unsealed {
             return Err(GrantError::NotSealed);
         }
-        let name = self
-            .remotes
-            .insert(memory)
-            .ok_or(GrantError::TooMany { limit: MAX_REGIONS })?;
-        Ok(RemoteRegion {
-            name,
-            len: grant.len,
-            access: grant.access,
-        })
+        let name = self.remotes.insert(memory).ok_or(GrantError::TooMany { limit: MAX_REGIONS })?;
+        Ok(RemoteRegion { name, len: grant.len, access: grant.access })
     }
 
     fn release(&mut self, region: RemoteRegion) {
@@ -360,10 +326,9 @@ impl Fabric for ShmFabric {
                 }
                 failed => failed,
             },
-            Op::Send { message } if message.len() > MAX_MESSAGE => Err(OpError::TooLong {
-                len: u32::try_from(message.len()).unwrap_or(u32::MAX),
-                limit: LIMITS.max_message,
-            }),
+            Op::Send { message } if message.len() > MAX_MESSAGE => {
+                Err(OpError::TooLong { len: u32::try_from(message.len()).unwrap_or(u32::MAX), limit: LIMITS.max_message })
+            }
             Op::Send { message } => {
                 self.push(kind::MESSAGE, message)?;
                 Ok(())
@@ -461,16 +426,14 @@ impl Drop for ShmFabric {
 
 impl std::fmt::Debug for ShmFabric {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("ShmFabric")
-            .field("closed", &self.closed)
-            .field("asleep", &self.asleep)
-            .finish_non_exhaustive()
+        f.debug_struct("ShmFabric").field("closed", &self.closed).field("asleep", &self.asleep).finish_non_exhaustive()
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::fabric::OpId;
 
     fn drain(fabric: &mut ShmFabric) -> Vec<Event> {
         let mut events = Events::new();
@@ -487,11 +450,7 @@ mod tests {
         let remote = lender.import(&grant).unwrap();
         let device = Memory::memfd("device", 4096).unwrap();
         device.write(0, b"data").unwrap();
-        let from = lender
-            .register(device, Access::READ_WRITE)
-            .unwrap()
-            .span(0, 4, Access::READ)
-            .unwrap();
+        let from = lender.register(device, Access::READ_WRITE).unwrap().span(0, 4, Access::READ).unwrap();
         let to = remote.span(4096, 4, Access::WRITE).unwrap();
         lender.post(Signal::No, Op::Write { from, to }).unwrap();
         lender.post(Signal::No, Op::Send { message: b"done" }).unwrap();
@@ -522,9 +481,7 @@ mod tests {
             let (mut lender, mut borrower) = ShmFabric::pair(ShmOptions { accept_unsealed }).unwrap();
             let file = tempfile::tempfile().unwrap();
             file.set_len(4096).unwrap();
-            let region = borrower
-                .register(Memory::map_file(file.into(), 0, 4096, true).unwrap(), Access::READ)
-                .unwrap();
+            let region = borrower.register(Memory::map_file(file.into(), 0, 4096, true).unwrap(), Access::READ).unwrap();
             let grant = borrower.export(&region, Access::READ).unwrap();
             assert_eq!(lender.import(&grant).is_ok(), accept_unsealed);
         }

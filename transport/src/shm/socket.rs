@@ -58,12 +58,7 @@ impl Frame {
             *field = u64::from_le_bytes(from.try_into().ok()?);
         }
         let [head, key, len, detail] = fields;
-        (head as u32 == MAGIC).then_some(Self {
-            kind: (head >> 32) as u32,
-            key,
-            len,
-            detail,
-        })
+        (head as u32 == MAGIC).then_some(Self { kind: (head >> 32) as u32, key, len, detail })
     }
 }
 
@@ -85,24 +80,13 @@ pub(super) struct GrantSocket {
 impl GrantSocket {
     pub(super) fn new(stream: UnixStream) -> io::Result<Self> {
         stream.set_nonblocking(true)?;
-        Ok(Self {
-            stream,
-            waiting: VecDeque::new(),
-        })
+        Ok(Self { stream, waiting: VecDeque::new() })
     }
 
     /// Sends the memory behind a grant.
     pub(super) fn send_grant(&self, grant: &Grant, fd: BorrowedFd<'_>, offset: u64) -> io::Result<()> {
         let detail = offset | u64::from(grant.access.bits());
-        self.send(
-            Frame {
-                kind: FrameKind::Grant as u32,
-                key: grant.key,
-                len: grant.len,
-                detail,
-            },
-            &[fd],
-        )
+        self.send(Frame { kind: FrameKind::Grant as u32, key: grant.key, len: grant.len, detail }, &[fd])
     }
 
     /// The memory that the peer sent for `grant` and the offset in it; waits a bounded time for it.
@@ -113,32 +97,18 @@ impl GrantSocket {
                 let Delivered { fd, offset, .. } = self.waiting.remove(at).ok_or(GrantError::Missing { key: grant.key })?;
                 return Ok((fd, offset));
             }
-            let (frame, mut fds) = self
-                .receive(deadline, 1)
-                .map_err(|_| GrantError::Missing { key: grant.key })?;
+            let (frame, mut fds) = self.receive(deadline, 1).map_err(|_| GrantError::Missing { key: grant.key })?;
             if frame.kind != FrameKind::Grant as u32 || self.waiting.len() >= MAX_WAITING {
                 return Err(GrantError::Missing { key: grant.key });
             }
             let fd = fds.pop().ok_or(GrantError::Missing { key: grant.key })?;
-            self.waiting.push_back(Delivered {
-                key: frame.key,
-                fd,
-                offset: frame.detail & !ACCESS_BITS,
-            });
+            self.waiting.push_back(Delivered { key: frame.key, fd, offset: frame.detail & !ACCESS_BITS });
         }
     }
 
     /// Sends the rings and the two wake-up descriptors; `asymmetric` says whether this process registered for membarrier(2).
     pub(super) fn send_setup(&self, fds: &[BorrowedFd<'_>], asymmetric: bool) -> io::Result<()> {
-        self.send(
-            Frame {
-                kind: FrameKind::Setup as u32,
-                key: 0,
-                len: 0,
-                detail: u64::from(asymmetric),
-            },
-            fds,
-        )
+        self.send(Frame { kind: FrameKind::Setup as u32, key: 0, len: 0, detail: u64::from(asymmetric) }, fds)
     }
 
     /// Receives what [`GrantSocket::send_setup`] sent, with exactly `count` descriptors.
@@ -155,9 +125,7 @@ impl GrantSocket {
         let mut fds = [PollFd::new(&self.stream, PollFlags::RDHUP)];
         let now = Timespec { tv_sec: 0, tv_nsec: 0 };
         match rustix::event::poll(&mut fds, Some(&now)) {
-            Ok(_) => fds
-                .iter()
-                .all(|fd| !fd.revents().intersects(PollFlags::HUP | PollFlags::RDHUP | PollFlags::ERR)),
+            Ok(_) => fds.iter().all(|fd| !fd.revents().intersects(PollFlags::HUP | PollFlags::RDHUP | PollFlags::ERR)),
             Err(_) => true,
         }
     }
@@ -173,10 +141,7 @@ impl GrantSocket {
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FDS))];
         let mut ancillary = SendAncillaryBuffer::new(&mut space);
         if !fds.is_empty() && !ancillary.push(SendAncillaryMessage::ScmRights(fds)) {
-            return Err(io::Error::new(
-                io::ErrorKind::InvalidInput,
-                "too many descriptors for one frame",
-            ));
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, "too many descriptors for one frame"));
         }
         let deadline = Instant::now() + DELIVERY;
         loop {
@@ -198,12 +163,7 @@ impl GrantSocket {
             let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FDS))];
             let mut ancillary = RecvAncillaryBuffer::new(&mut space);
             let rest = bytes.get_mut(filled..).unwrap_or_default();
-            match rustix::net::recvmsg(
-                &self.stream,
-                &mut [IoSliceMut::new(rest)],
-                &mut ancillary,
-                RecvFlags::CMSG_CLOEXEC,
-            ) {
+            match rustix::net::recvmsg(&self.stream, &mut [IoSliceMut::new(rest)], &mut ancillary, RecvFlags::CMSG_CLOEXEC) {
                 Ok(received) if received.bytes == 0 => return Err(io::ErrorKind::UnexpectedEof.into()),
                 Ok(received) => filled += received.bytes,
                 Err(rustix::io::Errno::AGAIN) => self.wait(PollFlags::IN, deadline)?,
@@ -230,10 +190,7 @@ impl GrantSocket {
             return Err(io::ErrorKind::TimedOut.into());
         }
         let mut fds = [PollFd::new(&self.stream, flags)];
-        let timeout = Timespec {
-            tv_sec: left.as_secs().try_into().unwrap_or(1),
-            tv_nsec: left.subsec_nanos().into(),
-        };
+        let timeout = Timespec { tv_sec: left.as_secs().try_into().unwrap_or(1), tv_nsec: left.subsec_nanos().into() };
         match rustix::event::poll(&mut fds, Some(&timeout)) {
             Ok(_) | Err(rustix::io::Errno::INTR) => Ok(()),
             Err(errno) => Err(errno.into()),
@@ -259,11 +216,7 @@ mod tests {
     }
 
     fn grant(key: u64) -> Grant {
-        Grant {
-            key,
-            len: 8192,
-            access: Access::READ,
-        }
+        Grant { key, len: 8192, access: Access::READ }
     }
 
     #[test]
