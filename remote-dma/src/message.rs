@@ -524,7 +524,7 @@ mod tests {
             Just(ToLender::InterruptMode(InterruptMode::Pin)),
             Just(ToLender::InterruptMode(InterruptMode::Msix)),
             (0..6u32).prop_map(|n| ToLender::InterruptMode(InterruptMode::Msi(1 << n))),
-            any().prop_map(ToLender::BusMaster),
+            any::<bool>().prop_map(ToLender::BusMaster),
             any().prop_map(|sequence| ToLender::Reset { sequence, kind: ResetKind::Function }),
             any().prop_map(|sequence| ToLender::Reset { sequence, kind: ResetKind::Conventional }),
             any().prop_map(|sequence| ToLender::Fence { sequence }),
@@ -539,7 +539,7 @@ mod tests {
             (any(), any()).prop_map(|(sequence, value)| ToBorrower::BarValue { sequence, value }),
             (any(), 0..OUTCOMES.len()).prop_map(|(sequence, code)| ToBorrower::Ack { sequence, outcome: OUTCOMES[code] }),
             any::<u16>().prop_map(|vector| ToBorrower::Interrupt { vector }),
-            any().prop_map(|asserted| ToBorrower::Pin { asserted }),
+            any::<bool>().prop_map(|asserted| ToBorrower::Pin { asserted }),
             (any(), 0..=MAX_POLLED_WRITE as u8, any()).prop_map(|(iova, len, bytes)| ToBorrower::StorePolled {
                 iova: Iova(iova),
                 len,
@@ -578,10 +578,12 @@ mod tests {
             if let Ok(message) = ToLender::parse(&bytes)
                 && !matches!(message, ToLender::Map { memory: None, .. })
             {
-                prop_assert_eq!(message.encode().as_slice(), &bytes[..]);
+                let encoded = message.encode();
+                prop_assert_eq!(encoded.as_slice(), &bytes[..]);
             }
             if let Ok(message) = ToBorrower::parse(&bytes) {
-                prop_assert_eq!(message.encode().as_slice(), &bytes[..]);
+                let encoded = message.encode();
+                prop_assert_eq!(encoded.as_slice(), &bytes[..]);
             }
         }
     }

@@ -56,3 +56,58 @@ pub fn sleep_until_readable(fds: &[Option<BorrowedFd<'_>>], limit: Option<Durati
         tracing::warn!(%errno, "a sleep failed");
     }
 }
+
+/// How a session that must wait for an answer passes the time.
+pub trait Patience: Send {
+    /// A wait begins, or goes on after a sleep; the time now.
+    fn begin(&mut self) -> farbus_transport::Nanos;
+
+    /// Nothing came: passes a little time and says how late it is.
+    fn idle(&mut self) -> farbus_transport::Nanos;
+
+    /// Whether it is time to sleep on the link's descriptor instead.
+    fn wants_sleep(&self) -> bool;
+}
+
+/// Polls for a bounded time, then sleeps. The clock is read now and then only: reading it costs more than a poll.
+#[derive(Debug)]
+pub struct SpinThenSleep {
+    spin: Duration,
+    began: farbus_transport::Nanos,
+    now: farbus_transport::Nanos,
+    rounds: u32,
+}
+
+impl SpinThenSleep {
+    /// Polls for `spin` before it wants to sleep.
+    pub fn new(spin: Duration) -> Self {
+        let now = farbus_transport::Nanos::now();
+        Self { spin, began: now, now, rounds: 0 }
+    }
+}
+
+impl Patience for SpinThenSleep {
+    #[inline]
+    fn begin(&mut self) -> farbus_transport::Nanos {
+        self.now = farbus_transport::Nanos::now();
+        self.began = self.now;
+        self.rounds = 0;
+        self.now
+    }
+
+    #[inline]
+    fn idle(&mut self) -> farbus_transport::Nanos {
+        const ROUNDS_PER_CLOCK: u32 = 64;
+        self.rounds = self.rounds.wrapping_add(1);
+        if self.rounds.is_multiple_of(ROUNDS_PER_CLOCK) {
+            self.now = farbus_transport::Nanos::now();
+        } else {
+            std::hint::spin_loop();
+        }
+        self.now
+    }
+
+    fn wants_sleep(&self) -> bool {
+        self.now.since(self.began) >= self.spin
+    }
+}

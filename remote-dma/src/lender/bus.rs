@@ -245,7 +245,7 @@ impl<F: Fabric> LenderBus<F> {
     #[inline]
     fn post_message(&mut self, message: ToBorrower) {
         let encoded = message.encode();
-        self.post(Signal::No, Op::Send { message: encoded.as_slice() });
+        self.link.send(encoded.as_slice());
     }
 
     fn transfer(&mut self, tag: DmaTag, iova: Iova, local: LocalSpan, direction: Direction) -> Result<Progress, DmaFault> {

@@ -23,6 +23,7 @@ use crate::message::{Outcome, Sequence, ToBorrower, ToLender};
 use crate::wait::{Waker, sleep_until_readable};
 
 pub use self::bus::Counters;
+pub(crate) use self::mediation::{SLOT_BYTES, SLOTS, STAGING_BYTES};
 
 /// How long the device may take to end what is in flight before its borrower's memory is let go of regardless of an answer.
 const QUIESCE_LIMIT: Duration = Duration::from_secs(10);
