@@ -525,9 +525,9 @@ mod tests {
             Just(ToLender::InterruptMode(InterruptMode::Msix)),
             (0..6u32).prop_map(|n| ToLender::InterruptMode(InterruptMode::Msi(1 << n))),
             any::<bool>().prop_map(ToLender::BusMaster),
-            any().prop_map(|sequence| ToLender::Reset { sequence, kind: ResetKind::Function }),
-            any().prop_map(|sequence| ToLender::Reset { sequence, kind: ResetKind::Conventional }),
-            any().prop_map(|sequence| ToLender::Fence { sequence }),
+            any::<u32>().prop_map(|sequence| ToLender::Reset { sequence, kind: ResetKind::Function }),
+            any::<u32>().prop_map(|sequence| ToLender::Reset { sequence, kind: ResetKind::Conventional }),
+            any::<u32>().prop_map(|sequence| ToLender::Fence { sequence }),
             (any(), any()).prop_map(|(ticket, ok)| ToLender::Fetched { ticket: Ticket(ticket), ok }),
             (any(), any()).prop_map(|(ticket, ok)| ToLender::Stored { ticket: Ticket(ticket), ok }),
             grant().prop_map(ToLender::Staging),
@@ -536,7 +536,7 @@ mod tests {
 
     fn to_borrower() -> impl Strategy<Value = ToBorrower> {
         prop_oneof![
-            (any(), any()).prop_map(|(sequence, value)| ToBorrower::BarValue { sequence, value }),
+            (any::<u32>(), any::<u64>()).prop_map(|(sequence, value)| ToBorrower::BarValue { sequence, value }),
             (any(), 0..OUTCOMES.len()).prop_map(|(sequence, code)| ToBorrower::Ack { sequence, outcome: OUTCOMES[code] }),
             any::<u16>().prop_map(|vector| ToBorrower::Interrupt { vector }),
             any::<bool>().prop_map(|asserted| ToBorrower::Pin { asserted }),
