@@ -502,15 +502,15 @@ mod tests {
 
     fn to_lender() -> impl Strategy<Value = ToLender> {
         prop_oneof![
-            (place(), any()).prop_map(|((at, width), value)| ToLender::BarWrite { at, width, value }),
-            (place(), any()).prop_map(|((at, width), sequence)| ToLender::BarRead { at, width, sequence }),
-            (any(), grant(), grant(), any()).prop_map(|(sequence, memory, dirty, proven)| ToLender::Offer {
+            (place(), any::<u64>()).prop_map(|((at, width), value)| ToLender::BarWrite { at, width, value }),
+            (place(), any::<u32>()).prop_map(|((at, width), sequence)| ToLender::BarRead { at, width, sequence }),
+            (any::<u32>(), grant(), grant(), any::<bool>()).prop_map(|(sequence, memory, dirty, proven)| ToLender::Offer {
                 sequence,
                 memory,
                 dirty,
                 proven
             }),
-            (any(), any(), any(), any(), any(), 0..4u8).prop_map(|(sequence, iova, len, memory, offset, bits)| ToLender::Map {
+            (any::<u32>(), any::<u64>(), any::<u64>(), any::<Option<u64>>(), any::<u64>(), 0..4u8).prop_map(|(sequence, iova, len, memory, offset, bits)| ToLender::Map {
                 sequence,
                 iova: Iova(iova),
                 len,
@@ -518,8 +518,8 @@ mod tests {
                 offset,
                 access: Access::from_bits(bits).unwrap()
             }),
-            (any(), any(), any()).prop_map(|(sequence, iova, len)| ToLender::Unmap { sequence, iova: Iova(iova), len }),
-            (any(), any()).prop_map(|(sequence, key)| ToLender::Withdraw { sequence, key }),
+            (any::<u32>(), any::<u64>(), any::<u64>()).prop_map(|(sequence, iova, len)| ToLender::Unmap { sequence, iova: Iova(iova), len }),
+            (any::<u32>(), any::<u64>()).prop_map(|(sequence, key)| ToLender::Withdraw { sequence, key }),
             any::<u64>().prop_map(|key| ToLender::Prove { key }),
             Just(ToLender::InterruptMode(InterruptMode::Pin)),
             Just(ToLender::InterruptMode(InterruptMode::Msix)),
@@ -528,8 +528,8 @@ mod tests {
             any::<u32>().prop_map(|sequence| ToLender::Reset { sequence, kind: ResetKind::Function }),
             any::<u32>().prop_map(|sequence| ToLender::Reset { sequence, kind: ResetKind::Conventional }),
             any::<u32>().prop_map(|sequence| ToLender::Fence { sequence }),
-            (any(), any()).prop_map(|(ticket, ok)| ToLender::Fetched { ticket: Ticket(ticket), ok }),
-            (any(), any()).prop_map(|(ticket, ok)| ToLender::Stored { ticket: Ticket(ticket), ok }),
+            (any::<u32>(), any::<bool>()).prop_map(|(ticket, ok)| ToLender::Fetched { ticket: Ticket(ticket), ok }),
+            (any::<u32>(), any::<bool>()).prop_map(|(ticket, ok)| ToLender::Stored { ticket: Ticket(ticket), ok }),
             grant().prop_map(ToLender::Staging),
         ]
     }
@@ -537,21 +537,21 @@ mod tests {
     fn to_borrower() -> impl Strategy<Value = ToBorrower> {
         prop_oneof![
             (any::<u32>(), any::<u64>()).prop_map(|(sequence, value)| ToBorrower::BarValue { sequence, value }),
-            (any(), 0..OUTCOMES.len()).prop_map(|(sequence, code)| ToBorrower::Ack { sequence, outcome: OUTCOMES[code] }),
+            (any::<u32>(), 0..OUTCOMES.len()).prop_map(|(sequence, code)| ToBorrower::Ack { sequence, outcome: OUTCOMES[code] }),
             any::<u16>().prop_map(|vector| ToBorrower::Interrupt { vector }),
             any::<bool>().prop_map(|asserted| ToBorrower::Pin { asserted }),
-            (any(), 0..=MAX_POLLED_WRITE as u8, any()).prop_map(|(iova, len, bytes)| ToBorrower::StorePolled {
+            (any::<u64>(), 0..=MAX_POLLED_WRITE as u8, any::<[u8; MAX_POLLED_WRITE]>()).prop_map(|(iova, len, bytes)| ToBorrower::StorePolled {
                 iova: Iova(iova),
                 len,
                 bytes
             }),
-            (any(), any()).prop_map(|(iova, len)| ToBorrower::Dirty { iova: Iova(iova), len }),
-            (any(), any(), any()).prop_map(|(ticket, iova, len)| ToBorrower::Fetch {
+            (any::<u64>(), any::<u64>()).prop_map(|(iova, len)| ToBorrower::Dirty { iova: Iova(iova), len }),
+            (any::<u32>(), any::<u64>(), any::<u32>()).prop_map(|(ticket, iova, len)| ToBorrower::Fetch {
                 ticket: Ticket(ticket),
                 iova: Iova(iova),
                 len
             }),
-            (any(), any(), any(), any()).prop_map(|(ticket, iova, len, polled)| ToBorrower::Store {
+            (any::<u32>(), any::<u64>(), any::<u32>(), any::<bool>()).prop_map(|(ticket, iova, len, polled)| ToBorrower::Store {
                 ticket: Ticket(ticket),
                 iova: Iova(iova),
                 len,

@@ -83,10 +83,7 @@ impl ExchangeError {
     /// How the link ended, by the table.
     pub const fn close_reason(&self) -> CloseReason {
         match next(State::Hello, self.event()) {
-            Ok(super::Transition {
-                action: super::Action::Report(reason),
-                ..
-            }) => reason,
+            Ok(super::Transition { action: super::Action::Report(reason), .. }) => reason,
             _ => CloseReason::Local,
         }
     }
@@ -100,12 +97,7 @@ impl ExchangeError {
 pub fn exchange<S: HelloStream>(stream: &mut S, ours: &Hello, allowed: Duration) -> Result<Agreed, ExchangeError> {
     let bytes = ours.encode().map_err(ExchangeError::Ours)?;
     let (our_header, our_description) = bytes.split_at(HEADER_LEN);
-    let mut timed = Timed {
-        stream,
-        started: Instant::now(),
-        allowed,
-        received: 0,
-    };
+    let mut timed = Timed { stream, started: Instant::now(), allowed, received: 0 };
 
     timed.send(our_header)?;
     let mut header = [0; HEADER_LEN];
@@ -125,11 +117,7 @@ pub fn exchange<S: HelloStream>(stream: &mut S, ours: &Hello, allowed: Duration)
         }
     }
     timed.stream.set_timeout(None).map_err(ExchangeError::Host)?;
-    Ok(Agreed {
-        version,
-        features,
-        peer: header.with(description),
-    })
+    Ok(Agreed { version, features, peer: header.with(description) })
 }
 
 struct Timed<'a, S> {
@@ -190,10 +178,7 @@ impl<S: HelloStream> Timed<'_, S> {
     }
 
     fn peer_closed(&self, missing: usize) -> ExchangeError {
-        ExchangeError::PeerClosed {
-            received: self.received,
-            needed: (self.received + missing).max(HEADER_LEN),
-        }
+        ExchangeError::PeerClosed { received: self.received, needed: (self.received + missing).max(HEADER_LEN) }
     }
 }
 
@@ -206,13 +191,7 @@ mod tests {
     const AMPLE: Duration = Duration::from_secs(20);
 
     fn hello(role: Role, description: Vec<u8>) -> Hello {
-        Hello {
-            versions: SPOKEN,
-            role,
-            features: 0b110,
-            epoch: 3,
-            description,
-        }
+        Hello { versions: SPOKEN, role, features: 0b110, epoch: 3, description }
     }
 
     /// What both ends make of each other.
@@ -232,10 +211,7 @@ mod tests {
         let (at_lender, at_borrower) = both(lender.clone(), borrower.clone());
         let (at_lender, at_borrower) = (at_lender.unwrap(), at_borrower.unwrap());
         assert_eq!((at_lender.version, at_lender.features, at_lender.peer), (1, 0b010, borrower));
-        assert_eq!(
-            (at_borrower.version, at_borrower.features, at_borrower.peer),
-            (1, 0b010, lender)
-        );
+        assert_eq!((at_borrower.version, at_borrower.features, at_borrower.peer), (1, 0b010, lender));
     }
 
     #[test]
@@ -279,9 +255,7 @@ mod tests {
             drop(right);
             let error = exchange(&mut left, &hello(Role::Lender, Vec::new()), AMPLE).unwrap_err();
             assert_eq!(error.close_reason(), CloseReason::PeerClosed, "{sent}: {error}");
-            let ExchangeError::PeerClosed { received, needed } = error else {
-                panic!("{sent}: {error}")
-            };
+            let ExchangeError::PeerClosed { received, needed } = error else { panic!("{sent}: {error}") };
             // A peer that is gone before our own header was written may be noticed by the write.
             assert!(received == sent || received == 0, "{sent}: {received}");
             assert!(needed > received);
@@ -293,10 +267,7 @@ mod tests {
         let (mut left, _silent) = UnixStream::pair().unwrap();
         let started = Instant::now();
         let error = exchange(&mut left, &hello(Role::Lender, Vec::new()), SOON).unwrap_err();
-        assert!(
-            matches!(error, ExchangeError::Deadline { allowed } if allowed == SOON),
-            "{error}"
-        );
+        assert!(matches!(error, ExchangeError::Deadline { allowed } if allowed == SOON), "{error}");
         assert!(started.elapsed() >= SOON);
 
         let (mut left, mut dribbling) = UnixStream::pair().unwrap();
@@ -319,9 +290,7 @@ mod tests {
     #[test]
     fn a_stranger_is_shown_nothing_of_the_device() {
         let (mut left, mut right) = UnixStream::pair().unwrap();
-        right
-            .write_all(b"GET / HTTP/1.1\r\nHost: example.org\r\nAccept: */*\r\n\r\n")
-            .unwrap();
+        right.write_all(b"GET / HTTP/1.1\r\nHost: example.org\r\nAccept: */*\r\n\r\n").unwrap();
         let error = exchange(&mut left, &hello(Role::Lender, b"secret".to_vec()), AMPLE).unwrap_err();
         assert!(matches!(error, ExchangeError::Malformed(HelloError::Magic { .. })), "{error}");
         drop(left);

@@ -187,10 +187,7 @@ impl Header {
         if magic != MAGIC {
             return Err(HelloError::Magic { found: magic });
         }
-        let (min, max) = (
-            u16::from_le_bytes(field::<8, 2>(bytes)),
-            u16::from_le_bytes(field::<10, 2>(bytes)),
-        );
+        let (min, max) = (u16::from_le_bytes(field::<8, 2>(bytes)), u16::from_le_bytes(field::<10, 2>(bytes)));
         let versions = Versions::new(min, max).ok_or(HelloError::Versions { min, max })?;
         let [role] = field::<12, 1>(bytes);
         let role = Role::from_byte(role).ok_or(HelloError::Role(role))?;
@@ -220,10 +217,8 @@ impl Header {
     /// # Errors
     /// [`Disagreement`].
     pub fn agree(&self, ours: &Hello) -> Result<(u16, u64), Disagreement> {
-        let version = self.versions.newest_common(ours.versions).ok_or(Disagreement::Version {
-            peer: self.versions,
-            ours: ours.versions,
-        })?;
+        let version =
+            self.versions.newest_common(ours.versions).ok_or(Disagreement::Version { peer: self.versions, ours: ours.versions })?;
         if self.role == ours.role {
             return Err(Disagreement::SameRole(self.role));
         }
@@ -231,13 +226,7 @@ impl Header {
     }
 
     pub(super) fn with(self, description: Vec<u8>) -> Hello {
-        Hello {
-            versions: self.versions,
-            role: self.role,
-            features: self.features,
-            epoch: self.epoch,
-            description,
-        }
+        Hello { versions: self.versions, role: self.role, features: self.features, epoch: self.epoch, description }
     }
 }
 
@@ -270,16 +259,11 @@ impl Hello {
     /// [`HelloError`].
     pub fn parse(bytes: &[u8]) -> Result<Self, HelloError> {
         let actual = bytes.len() as u64;
-        let (header, description) = bytes.split_first_chunk::<HEADER_LEN>().ok_or(HelloError::Length {
-            actual,
-            needed: HEADER_LEN as u64,
-        })?;
+        let (header, description) =
+            bytes.split_first_chunk::<HEADER_LEN>().ok_or(HelloError::Length { actual, needed: HEADER_LEN as u64 })?;
         let header = Header::parse(header)?;
         if description.len() != header.description_len as usize {
-            return Err(HelloError::Length {
-                actual,
-                needed: HEADER_LEN as u64 + u64::from(header.description_len),
-            });
+            return Err(HelloError::Length { actual, needed: HEADER_LEN as u64 + u64::from(header.description_len) });
         }
         Ok(header.with(description.to_vec()))
     }
@@ -363,13 +347,7 @@ mod tests {
 
     #[test]
     fn the_bytes_of_version_1_never_change() {
-        let hello = Hello {
-            versions: SPOKEN,
-            role: Role::Lender,
-            features: 0x0102,
-            epoch: 7,
-            description: b"nvme".to_vec(),
-        };
+        let hello = Hello { versions: SPOKEN, role: Role::Lender, features: 0x0102, epoch: 7, description: b"nvme".to_vec() };
         let bytes = hello.encode().unwrap();
         let expected = b"farbus\r\n\x01\0\x01\0\x01\0\0\0\x02\x01\0\0\0\0\0\0\x07\0\0\0\0\0\0\0\x04\0\0\0\0\0\0\0nvme";
         assert_eq!(bytes, expected);
@@ -377,38 +355,18 @@ mod tests {
 
     #[test]
     fn a_disagreement_names_both_sides() {
-        let peer = Header {
-            versions: versions(3, 4),
-            role: Role::Lender,
-            features: 0,
-            epoch: 0,
-            description_len: 0,
-        };
-        let ours = Hello {
-            versions: versions(1, 1),
-            role: Role::Lender,
-            features: 0,
-            epoch: 0,
-            description: Vec::new(),
-        };
+        let peer = Header { versions: versions(3, 4), role: Role::Lender, features: 0, epoch: 0, description_len: 0 };
+        let ours = Hello { versions: versions(1, 1), role: Role::Lender, features: 0, epoch: 0, description: Vec::new() };
         let refused = peer.agree(&ours).unwrap_err();
         assert_eq!(refused.to_string(), "peer speaks versions 3 to 4, this side 1 to 1");
-        let peer = Header {
-            versions: versions(1, 4),
-            ..peer
-        };
+        let peer = Header { versions: versions(1, 4), ..peer };
         assert_eq!(peer.agree(&ours).unwrap_err().to_string(), "both sides are the lender");
     }
 
     #[test]
     fn a_description_that_is_too_long_is_refused_on_both_sides() {
-        let mut hello = Hello {
-            versions: SPOKEN,
-            role: Role::Lender,
-            features: 0,
-            epoch: 0,
-            description: vec![0; MAX_DESCRIPTION],
-        };
+        let mut hello =
+            Hello { versions: SPOKEN, role: Role::Lender, features: 0, epoch: 0, description: vec![0; MAX_DESCRIPTION] };
         let mut bytes = hello.encode().unwrap();
         assert!(Hello::parse(&bytes).is_ok());
         hello.description.push(0);
