@@ -45,31 +45,16 @@ impl<S: IrqSink, M: GuestMemory> Embedded<S, M> {
     /// # Errors
     /// [`FunctionError`].
     pub fn new(attachment: Box<dyn Attachment>, sink: S, memory: M) -> Result<Self, FunctionError> {
-        let options = FunctionOptions {
-            interrupts: InterruptOwner::Function,
-        };
+        let options = FunctionOptions { interrupts: InterruptOwner::Function };
         let mut function = Function::new(attachment, sink, options)?;
         for region in memory.regions() {
             let behind = match region.memory {
-                Some((memory, offset)) => WindowMemory::Mapped {
-                    memory,
-                    offset,
-                    proven: true,
-                },
+                Some((memory, offset)) => WindowMemory::Mapped { memory, offset, proven: true },
                 None => WindowMemory::Mediated,
             };
-            function.map(Window {
-                iova: Iova(region.start.0),
-                len: region.len,
-                access: Access::READ_WRITE,
-                memory: behind,
-            })?;
+            function.map(Window { iova: Iova(region.start.0), len: region.len, access: Access::READ_WRITE, memory: behind })?;
         }
-        let mut embedded = Self {
-            function,
-            memory,
-            buffer: Vec::new(),
-        };
+        let mut embedded = Self { function, memory, buffer: Vec::new() };
         embedded.mediate();
         Ok(embedded)
     }

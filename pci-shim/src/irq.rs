@@ -109,12 +109,7 @@ impl IrqfdSink {
     /// Where the kernel gives no more descriptors.
     pub fn new(vectors: u16, route: impl FnMut(MessageInterrupt) + Send + 'static) -> io::Result<Self> {
         let make = || eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
-        let routed = |_| {
-            Ok(Routed {
-                eventfd: make()?,
-                known: None,
-            })
-        };
+        let routed = |_| Ok(Routed { eventfd: make()?, known: None });
         Ok(Self {
             vectors: (0..vectors).map(routed).collect::<io::Result<_>>()?,
             pin: make()?,
@@ -149,10 +144,7 @@ impl IrqSink for IrqfdSink {
 
     fn message(&mut self, irq: MessageInterrupt) {
         let Some(vector) = self.vectors.get_mut(usize::from(irq.vector)) else {
-            tracing::warn!(
-                vector = irq.vector,
-                "a vector without an eventfd was raised: the guest does not hear of it"
-            );
+            tracing::warn!(vector = irq.vector, "a vector without an eventfd was raised: the guest does not hear of it");
             return;
         };
         let wanted = (irq.address, irq.data);
@@ -166,10 +158,7 @@ impl IrqSink for IrqfdSink {
 
 impl std::fmt::Debug for IrqfdSink {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("IrqfdSink")
-            .field("vectors", &self.vectors.len())
-            .field("asserted", &self.asserted)
-            .finish_non_exhaustive()
+        f.debug_struct("IrqfdSink").field("vectors", &self.vectors.len()).field("asserted", &self.asserted).finish_non_exhaustive()
     }
 }
 
@@ -199,11 +188,7 @@ mod tests {
         let routes = Arc::new(Mutex::new(Vec::new()));
         let seen = Arc::clone(&routes);
         let mut sink = IrqfdSink::new(2, move |irq| seen.lock().unwrap().push(irq)).unwrap();
-        let first = MessageInterrupt {
-            vector: 1,
-            address: 0xfee0_0000,
-            data: 0x41,
-        };
+        let first = MessageInterrupt { vector: 1, address: 0xfee0_0000, data: 0x41 };
         let moved = MessageInterrupt { data: 0x51, ..first };
         for irq in [first, first, moved] {
             sink.message(irq);

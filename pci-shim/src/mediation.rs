@@ -118,11 +118,7 @@ impl Mediations {
         self.sequence += 1;
         let sequence = self.sequence;
         self.queue.push_back((sequence, MediationRequest { ticket, iova, kind }));
-        self.open.push_back(Open {
-            sequence,
-            ticket,
-            expected,
-        });
+        self.open.push_back(Open { sequence, ticket, expected });
     }
 
     /// The next for the owner.
@@ -146,11 +142,7 @@ impl Mediations {
             (Expected::Stored, MediationAnswer::Stored) => answer,
             (_, MediationAnswer::Fault) => answer,
             (expected, _) => {
-                tracing::error!(
-                    ?ticket,
-                    ?expected,
-                    "a mediation was answered with something else: taken as a fault"
-                );
+                tracing::error!(?ticket, ?expected, "a mediation was answered with something else: taken as a fault");
                 MediationAnswer::Fault
             }
         })
@@ -189,11 +181,7 @@ impl Mediations {
     /// The device signals. `false` where stores go first: the signal is kept for [`Mediations::release`].
     pub(crate) fn pass(&mut self, signal: Signal) -> bool {
         let Some(after) = self.last_store() else { return true };
-        let mut same = self
-            .deferred
-            .iter()
-            .enumerate()
-            .filter(|(_, deferred)| deferred.signal.same_source(signal));
+        let mut same = self.deferred.iter().enumerate().filter(|(_, deferred)| deferred.signal.same_source(signal));
         // Two of one source are enough: the first must not starve behind later stores, the last must not come before them.
         let second = same.nth(1).map(|(index, _)| index);
         if let Some(index) = second {
@@ -236,11 +224,7 @@ mod tests {
     use super::*;
 
     fn store(at: u64) -> Mediation<'static> {
-        Mediation::Store {
-            iova: Iova(at),
-            bytes: &[1, 2, 3, 4],
-            polled: true,
-        }
+        Mediation::Store { iova: Iova(at), bytes: &[1, 2, 3, 4], polled: true }
     }
 
     #[test]
@@ -254,10 +238,7 @@ mod tests {
         assert!(!mediations.pass(Signal::Vector(4)));
         while mediations.take().is_some() {}
         // Answered out of order: 3 waits for 1 and 2, and 4 for 3 as well.
-        assert_eq!(
-            mediations.close(Ticket(2), MediationAnswer::Stored),
-            Some(MediationAnswer::Stored)
-        );
+        assert_eq!(mediations.close(Ticket(2), MediationAnswer::Stored), Some(MediationAnswer::Stored));
         assert_eq!(mediations.release(), None);
         mediations.close(Ticket(1), MediationAnswer::Stored);
         assert_eq!(mediations.release(), Some(Signal::Vector(3)));
@@ -299,13 +280,7 @@ mod tests {
         assert_eq!((mediations.queue.len(), mediations.refused()), (MAX_MEDIATIONS, 10));
         let mut mediations = Mediations::default();
         let fetch = |iova, len| Mediation::Fetch { iova: Iova(iova), len };
-        for bad in [
-            fetch(0, 0),
-            fetch(0, 4097),
-            fetch(1, 4096),
-            fetch(u64::MAX, 2),
-            fetch(0, u32::MAX),
-        ] {
+        for bad in [fetch(0, 0), fetch(0, 4097), fetch(1, 4096), fetch(u64::MAX, 2), fetch(0, u32::MAX)] {
             mediations.ask(Ticket(9), bad);
             assert_eq!(mediations.take_refused(), Some(Ticket(9)));
         }
@@ -320,13 +295,8 @@ mod tests {
             mediations.ask(Ticket(ticket), store(at));
         }
         mediations.withdraw(Iova(0x1000), 0x1000);
-        assert_eq!(
-            (mediations.take_refused(), mediations.take_refused()),
-            (Some(Ticket(2)), Some(Ticket(3)))
-        );
-        let left: Vec<u32> = std::iter::from_fn(|| mediations.take())
-            .map(|request| request.ticket.0)
-            .collect();
+        assert_eq!((mediations.take_refused(), mediations.take_refused()), (Some(Ticket(2)), Some(Ticket(3))));
+        let left: Vec<u32> = std::iter::from_fn(|| mediations.take()).map(|request| request.ticket.0).collect();
         assert_eq!(left, [1, 4]);
         assert_eq!(mediations.close(Ticket(2), MediationAnswer::Stored), None);
     }

@@ -47,31 +47,15 @@ pub(crate) struct Routes {
 impl Routes {
     pub(crate) fn new(description: &DeviceDescription, msix: Option<&Msix>) -> Self {
         let msix = description.msix.as_ref().zip(msix).map(|(location, msix)| {
-            let table = Range {
-                bar: location.table_bar,
-                start: u64::from(location.table_offset),
-                len: msix.table_bytes(),
-            };
-            let pending = Range {
-                bar: location.pba_bar,
-                start: u64::from(location.pba_offset),
-                len: msix.pending_bytes(),
-            };
+            let table = Range { bar: location.table_bar, start: u64::from(location.table_offset), len: msix.table_bytes() };
+            let pending = Range { bar: location.pba_bar, start: u64::from(location.pba_offset), len: msix.pending_bytes() };
             (table, pending)
         });
         let constants = description.constants.iter().map(|constant| {
-            let range = Range {
-                bar: constant.bar,
-                start: constant.offset,
-                len: constant.bytes.len() as u64,
-            };
+            let range = Range { bar: constant.bar, start: constant.offset, len: constant.bytes.len() as u64 };
             (range, constant.bytes.clone())
         });
-        Self {
-            bars: description.bars,
-            msix,
-            constants: constants.collect(),
-        }
+        Self { bars: description.bars, msix, constants: constants.collect() }
     }
 
     /// Whether hardware could make this access at all.

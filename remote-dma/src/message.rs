@@ -510,15 +510,21 @@ mod tests {
                 dirty,
                 proven
             }),
-            (any::<u32>(), any::<u64>(), any::<u64>(), any::<Option<u64>>(), any::<u64>(), 0..4u8).prop_map(|(sequence, iova, len, memory, offset, bits)| ToLender::Map {
+            (any::<u32>(), any::<u64>(), any::<u64>(), any::<Option<u64>>(), any::<u64>(), 0..4u8).prop_map(
+                |(sequence, iova, len, memory, offset, bits)| ToLender::Map {
+                    sequence,
+                    iova: Iova(iova),
+                    len,
+                    memory,
+                    offset,
+                    access: Access::from_bits(bits).unwrap()
+                }
+            ),
+            (any::<u32>(), any::<u64>(), any::<u64>()).prop_map(|(sequence, iova, len)| ToLender::Unmap {
                 sequence,
                 iova: Iova(iova),
-                len,
-                memory,
-                offset,
-                access: Access::from_bits(bits).unwrap()
+                len
             }),
-            (any::<u32>(), any::<u64>(), any::<u64>()).prop_map(|(sequence, iova, len)| ToLender::Unmap { sequence, iova: Iova(iova), len }),
             (any::<u32>(), any::<u64>()).prop_map(|(sequence, key)| ToLender::Withdraw { sequence, key }),
             any::<u64>().prop_map(|key| ToLender::Prove { key }),
             Just(ToLender::InterruptMode(InterruptMode::Pin)),
@@ -540,11 +546,8 @@ mod tests {
             (any::<u32>(), 0..OUTCOMES.len()).prop_map(|(sequence, code)| ToBorrower::Ack { sequence, outcome: OUTCOMES[code] }),
             any::<u16>().prop_map(|vector| ToBorrower::Interrupt { vector }),
             any::<bool>().prop_map(|asserted| ToBorrower::Pin { asserted }),
-            (any::<u64>(), 0..=MAX_POLLED_WRITE as u8, any::<[u8; MAX_POLLED_WRITE]>()).prop_map(|(iova, len, bytes)| ToBorrower::StorePolled {
-                iova: Iova(iova),
-                len,
-                bytes
-            }),
+            (any::<u64>(), 0..=MAX_POLLED_WRITE as u8, any::<[u8; MAX_POLLED_WRITE]>())
+                .prop_map(|(iova, len, bytes)| ToBorrower::StorePolled { iova: Iova(iova), len, bytes }),
             (any::<u64>(), any::<u64>()).prop_map(|(iova, len)| ToBorrower::Dirty { iova: Iova(iova), len }),
             (any::<u32>(), any::<u64>(), any::<u32>()).prop_map(|(ticket, iova, len)| ToBorrower::Fetch {
                 ticket: Ticket(ticket),

@@ -8,7 +8,7 @@
 //! ([`Fencing::Both`]), or the sleeper alone makes every running thread fence ([`Fencing::Sleeper`], membarrier(2)) and the producer pays nothing.
 
 use crate::fabric::MAX_MESSAGE;
-use crate::sync::{AtomicU32, AtomicU64, Ordering, fence};
+use crate::sync::{Arc, AtomicU32, AtomicU64, Ordering, fence};
 
 /// Bytes of a line, and of a slot.
 pub const LINE_BYTES: usize = 64;
@@ -23,13 +23,6 @@ pub struct Line {
     words: [AtomicU64; WORDS],
 }
 
-/// What the two sides tell each other besides the slots; each word on a line of its own, written by one side only but for `armed`.
-#[repr(C, align(64))]
-pub struct Word64 {
-    value: AtomicU64,
-    _pad: [u64; 7],
-}
-
 /// The shared part of a ring: where its lines are.
 pub trait Lines: Send {
     /// Slots; a power of two, the same at every call.
@@ -40,13 +33,6 @@ pub trait Lines: Send {
     fn consumed(&self) -> &AtomicU64;
     /// 1 while the consumer sleeps or is about to.
     fn armed(&self) -> &AtomicU64;
-}
-
-impl Word64 {
-    /// The word itself.
-    pub fn value(&self) -> &AtomicU64 {
-        &self.value
-    }
 }
 
 /// Who pays for the order between "stamped" and "armed".
@@ -224,54 +210,63 @@ impl<L: Lines> Consumer<L> {
     }
 }
 
-/// Lines on the heap, for the model checker and for tests.
-#[cfg(any(test, loom))]
-pub mod heap {
-    use super::*;
-    use crate::sync::Arc;
+/// A ring's shared part on the heap: for two threads of one process, and for the model checker.
+pub struct HeapLines {
+    shared: Arc<Shared>,
+}
 
-    /// A ring's shared part on the heap.
-    pub struct HeapLines {
-        lines: Arc<(Vec<Line>, AtomicU64, AtomicU64)>,
+struct Shared {
+    lines: Vec<Line>,
+    consumed: Padded,
+    armed: Padded,
+}
+
+/// A word on a pair of cache lines of its own.
+#[repr(align(128))]
+struct Padded(AtomicU64);
+
+impl Clone for HeapLines {
+    fn clone(&self) -> Self {
+        Self { shared: Arc::clone(&self.shared) }
+    }
+}
+
+impl HeapLines {
+    /// `capacity` empty slots; rounded up to a power of two.
+    pub fn new(capacity: u32) -> Self {
+        let line = || Line { stamp: AtomicU32::new(0), meta: AtomicU32::new(0), words: std::array::from_fn(|_| AtomicU64::new(0)) };
+        let lines = (0..capacity.max(1).next_power_of_two()).map(|_| line()).collect();
+        let word = || Padded(AtomicU64::new(0));
+        Self { shared: Arc::new(Shared { lines, consumed: word(), armed: word() }) }
+    }
+}
+
+impl Lines for HeapLines {
+    fn capacity(&self) -> u32 {
+        self.shared.lines.len() as u32
     }
 
-    impl Clone for HeapLines {
-        fn clone(&self) -> Self {
-            Self { lines: Arc::clone(&self.lines) }
-        }
+    #[inline]
+    fn line(&self, position: u32) -> &Line {
+        let slot = position as usize & (self.shared.lines.len() - 1);
+        // A power of two of lines, and the index masked by one less: never out of bounds.
+        &self.shared.lines[slot]
     }
 
-    impl HeapLines {
-        /// `capacity` (a power of two) empty slots.
-        pub fn new(capacity: usize) -> Self {
-            let line =
-                || Line { stamp: AtomicU32::new(0), meta: AtomicU32::new(0), words: std::array::from_fn(|_| AtomicU64::new(0)) };
-            Self { lines: Arc::new(((0..capacity).map(|_| line()).collect(), AtomicU64::new(0), AtomicU64::new(0))) }
-        }
+    fn consumed(&self) -> &AtomicU64 {
+        &self.shared.consumed.0
     }
 
-    impl Lines for HeapLines {
-        fn capacity(&self) -> u32 {
-            self.lines.0.len() as u32
-        }
-        fn line(&self, position: u32) -> &Line {
-            &self.lines.0[position as usize % self.lines.0.len()]
-        }
-        fn consumed(&self) -> &AtomicU64 {
-            &self.lines.1
-        }
-        fn armed(&self) -> &AtomicU64 {
-            &self.lines.2
-        }
+    fn armed(&self) -> &AtomicU64 {
+        &self.shared.armed.0
     }
 }
 
 #[cfg(all(test, not(loom)))]
 mod tests {
-    use super::heap::HeapLines;
     use super::*;
 
-    fn ring(capacity: usize) -> (Producer<HeapLines>, Consumer<HeapLines>) {
+    fn ring(capacity: u32) -> (Producer<HeapLines>, Consumer<HeapLines>) {
         let lines = HeapLines::new(capacity);
         (Producer::new(lines.clone(), Fencing::Both), Consumer::new(lines, Fencing::Both))
     }

@@ -7,7 +7,7 @@ pub(crate) use loom::sync::{
     Arc,
     atomic::{AtomicU32, AtomicU64, Ordering, fence},
 };
-#[cfg(all(not(loom), test))]
+#[cfg(not(loom))]
 pub(crate) use std::sync::Arc;
 #[cfg(not(loom))]
 pub(crate) use std::sync::atomic::{AtomicU32, AtomicU64, Ordering, fence};

@@ -151,11 +151,7 @@ fn capabilities(registers: &mut Registers, description: &DeviceDescription) {
     if let Some(location) = &description.msix {
         registers.define(offset::MSIX, [ID_MSIX, next], [0; 2]);
         let control = (location.vectors - 1).to_le_bytes();
-        registers.define(
-            offset::MSIX_CONTROL,
-            control,
-            (MSIX_ENABLE | MSIX_FUNCTION_MASK).to_le_bytes(),
-        );
+        registers.define(offset::MSIX_CONTROL, control, (MSIX_ENABLE | MSIX_FUNCTION_MASK).to_le_bytes());
         let table = location.table_offset | u32::from(location.table_bar);
         let pending = location.pba_offset | u32::from(location.pba_bar);
         registers.define(offset::MSIX + 4, table.to_le_bytes(), [0; 4]);
@@ -184,11 +180,7 @@ fn msi(registers: &mut Registers, vectors: u8, next: u8) {
     let capable = (vectors.trailing_zeros() as u16) << 1;
     let control = capable | 1 << 7 | u16::from(masks) << 8;
     registers.define(offset::MSI, [ID_MSI, next], [0; 2]);
-    registers.define(
-        offset::MSI_CONTROL,
-        control.to_le_bytes(),
-        (MSI_ENABLE | MSI_MULTIPLE_ENABLE).to_le_bytes(),
-    );
+    registers.define(offset::MSI_CONTROL, control.to_le_bytes(), (MSI_ENABLE | MSI_MULTIPLE_ENABLE).to_le_bytes());
     registers.define(offset::MSI_ADDRESS, [0; 8], (!3u64).to_le_bytes());
     registers.define(offset::MSI_DATA, [0; 2], [0xff; 2]);
     if masks {

@@ -111,9 +111,7 @@ impl Space {
             self.registers.set(offset::POWER_CONTROL, kept.to_le_bytes());
         }
         let upper_device_control = usize::from(offset::DEVICE_CONTROL + 1);
-        let written = upper_device_control
-            .checked_sub(usize::from(offset))
-            .and_then(|at| bytes.get(at));
+        let written = upper_device_control.checked_sub(usize::from(offset)).and_then(|at| bytes.get(at));
         Ok(match written {
             Some(byte) if byte & layout::INITIATE_FLR != 0 => Written::FunctionLevelReset,
             _ => Written::Stored,
@@ -185,10 +183,7 @@ impl Space {
             return MsixControl::default();
         }
         let control = self.registers.u16(offset::MSIX_CONTROL);
-        MsixControl {
-            enabled: control & layout::MSIX_ENABLE != 0,
-            masked: control & layout::MSIX_FUNCTION_MASK != 0,
-        }
+        MsixControl { enabled: control & layout::MSIX_ENABLE != 0, masked: control & layout::MSIX_FUNCTION_MASK != 0 }
     }
 
     /// The MSI capability.
@@ -226,11 +221,7 @@ impl Space {
     /// Notes in device status that a request was answered with "unsupported": for a read an advisory (correctable) error, for a posted
     /// write a non-fatal one (PCIe 5.0, section 6.2.3.2.4).
     pub fn note_unsupported_request(&mut self, posted: bool) {
-        let severity = if posted {
-            device_status::NON_FATAL
-        } else {
-            device_status::CORRECTABLE
-        };
+        let severity = if posted { device_status::NON_FATAL } else { device_status::CORRECTABLE };
         let noted = self.registers.u16(offset::DEVICE_STATUS) | severity | device_status::UNSUPPORTED_REQUEST;
         self.registers.set(offset::DEVICE_STATUS, noted.to_le_bytes());
     }

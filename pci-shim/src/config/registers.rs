@@ -24,13 +24,7 @@ impl Registers {
     /// All zero, all read-only.
     pub(crate) fn new() -> Self {
         let zero = || Box::new([0; CONFIG_BYTES]);
-        Self {
-            value: zero(),
-            initial: zero(),
-            writable: zero(),
-            clear_on_one: zero(),
-            sticky: zero(),
-        }
+        Self { value: zero(), initial: zero(), writable: zero(), clear_on_one: zero(), sticky: zero() }
     }
 
     /// Gives a register its initial value and the bits that can be written.
@@ -60,10 +54,7 @@ impl Registers {
 
     /// What the guest writes, through the masks.
     pub(crate) fn write(&mut self, offset: u16, bytes: &[u8]) -> Result<(), AccessError> {
-        let error = AccessError::Config {
-            offset,
-            len: bytes.len(),
-        };
+        let error = AccessError::Config { offset, len: bytes.len() };
         let range = range(offset, bytes.len()).ok_or(error)?;
         let masks = self.writable.iter().zip(self.clear_on_one.iter());
         for ((value, (writable, clear)), byte) in self.value.iter_mut().zip(masks).skip(range.start).zip(bytes) {
@@ -106,17 +97,11 @@ impl Registers {
 
 fn range(offset: u16, len: usize) -> Option<std::ops::Range<usize>> {
     let start = usize::from(offset);
-    start
-        .checked_add(len)
-        .filter(|end| *end <= CONFIG_BYTES)
-        .map(|end| start..end)
+    start.checked_add(len).filter(|end| *end <= CONFIG_BYTES).map(|end| start..end)
 }
 
 fn store(bytes: &mut Bytes, offset: u16, from: &[u8]) {
-    debug_assert!(
-        range(offset, from.len()).is_some(),
-        "a register of ours lies outside the space"
-    );
+    debug_assert!(range(offset, from.len()).is_some(), "a register of ours lies outside the space");
     if let Some(to) = range(offset, from.len()).and_then(|range| bytes.get_mut(range)) {
         to.copy_from_slice(from);
     }

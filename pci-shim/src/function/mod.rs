@@ -66,9 +66,7 @@ impl<S: IrqSink> Function<S> {
         };
         // The device may have been used before.
         function.attachment.set_bus_master(false, &mut function.front);
-        function
-            .attachment
-            .set_interrupt_mode(InterruptMode::Pin, &mut function.front);
+        function.attachment.set_interrupt_mode(InterruptMode::Pin, &mut function.front);
         function.settle();
         Ok(function)
     }

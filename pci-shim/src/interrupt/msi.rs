@@ -52,24 +52,14 @@ impl Msi {
 fn message(vector: u16, control: MsiControl) -> MessageInterrupt {
     // Software leaves the low bits of the data to the function, as many as it enabled vectors.
     let base = control.data & !u16::from(control.vectors - 1);
-    MessageInterrupt {
-        vector,
-        address: control.address,
-        data: u32::from(base | vector),
-    }
+    MessageInterrupt { vector, address: control.address, data: u32::from(base | vector) }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    const FOUR: MsiControl = MsiControl {
-        enabled: true,
-        vectors: 4,
-        address: 0xfee0_0000,
-        data: 0x4050,
-        mask: 0,
-    };
+    const FOUR: MsiControl = MsiControl { enabled: true, vectors: 4, address: 0xfee0_0000, data: 0x4050, mask: 0 };
 
     #[test]
     fn a_vector_raised_while_masked_waits_and_is_told_once() {
@@ -86,9 +76,7 @@ mod tests {
     fn a_vector_that_was_not_given_to_the_function_never_writes_another_devices_message() {
         let mut msi = Msi::default();
         for vector in 0..32 {
-            let Raised::Deliver(irq) = msi.raise(vector, FOUR, true) else {
-                panic!("vector {vector} was not delivered")
-            };
+            let Raised::Deliver(irq) = msi.raise(vector, FOUR, true) else { panic!("vector {vector} was not delivered") };
             assert!((0x4050..0x4054).contains(&irq.data) && irq.vector < 4);
         }
         assert_eq!(msi.raise(32, FOUR, true), Raised::NoVector);

@@ -31,11 +31,7 @@ impl Msix {
     /// All vectors masked, as after a reset.
     pub(crate) fn new(vectors: u16) -> Self {
         let words = usize::from(vectors).div_ceil(64);
-        Self {
-            entries: vec![Entry::default(); usize::from(vectors)],
-            masked: vec![u64::MAX; words],
-            pending: vec![0; words],
-        }
+        Self { entries: vec![Entry::default(); usize::from(vectors)], masked: vec![u64::MAX; words], pending: vec![0; words] }
     }
 
     pub(crate) fn reset(&mut self) {
@@ -61,11 +57,7 @@ impl Msix {
         };
         let (word, bit) = place(vector);
         if open && self.masked.get(word).is_some_and(|masked| masked & bit == 0) {
-            return Raised::Deliver(MessageInterrupt {
-                vector,
-                address: entry.address,
-                data: entry.data,
-            });
+            return Raised::Deliver(MessageInterrupt { vector, address: entry.address, data: entry.data });
         }
         if let Some(pending) = self.pending.get_mut(word) {
             *pending |= bit;
@@ -84,11 +76,7 @@ impl Msix {
             *pending &= !(ready & ready.wrapping_neg());
             let vector = index * 64 + ready.trailing_zeros() as usize;
             let entry = self.entries.get(vector)?;
-            return Some(MessageInterrupt {
-                vector: vector as u16,
-                address: entry.address,
-                data: entry.data,
-            });
+            return Some(MessageInterrupt { vector: vector as u16, address: entry.address, data: entry.data });
         }
         None
     }
@@ -99,11 +87,7 @@ impl Msix {
         let Some(entry) = self.entries.get(index) else { return 0 };
         let (word, bit) = place(index as u16);
         let control = self.masked.get(word).map_or(0, |masked| u64::from(masked & bit != 0));
-        let half = if offset % ENTRY_BYTES < 8 {
-            entry.address
-        } else {
-            u64::from(entry.data) | control << 32
-        };
+        let half = if offset % ENTRY_BYTES < 8 { entry.address } else { u64::from(entry.data) | control << 32 };
         width.truncate(half >> (offset % 8 * 8))
     }
 
@@ -161,11 +145,7 @@ mod tests {
         assert_eq!(msix.read_pending(8, Width::B8), 1);
         assert_eq!(msix.take_ready(), None);
         msix.write_table(64 * 16 + 12, Width::B4, 0);
-        let irq = MessageInterrupt {
-            vector: 64,
-            address: 0xfee0_1000,
-            data: 0x4041,
-        };
+        let irq = MessageInterrupt { vector: 64, address: 0xfee0_1000, data: 0x4041 };
         assert_eq!(msix.take_ready(), Some(irq));
         assert_eq!(msix.take_ready(), None);
         assert_eq!(msix.read_pending(8, Width::B8), 0);

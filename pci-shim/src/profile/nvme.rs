@@ -100,12 +100,7 @@ impl Nvme {
         for constant in description.constants.iter().filter(|constant| constant.bar == 0) {
             described.learn(constant.offset, &constant.bytes);
         }
-        Self {
-            described,
-            fixed: described,
-            written: [0; 0x38],
-            admin: None,
-        }
+        Self { described, fixed: described, written: [0; 0x38], admin: None }
     }
 
     /// The admin queues, while the driver has the controller enabled.

@@ -3,10 +3,11 @@
 //! A write of 4 KiB is one memcpy into the peer's mapping, done when `post` returns; a message is one cache line in the peer's ring; a system
 //! call is made only to wake a peer that sleeps. A lender may also hand mapped guest memory to the kernel or to an IOMMU (`map_remote`).
 
-mod barrier;
 mod lines;
 mod listen;
 mod socket;
+
+pub use listen::{Connection, HELLO_LIMIT, ListenError, Listener, connect};
 
 use std::collections::VecDeque;
 use std::io;
@@ -18,10 +19,12 @@ use rustix::event::{EventfdFlags, epoll};
 
 use self::lines::{RING_BYTES, SLOTS, SharedLines};
 use self::socket::GrantSocket;
+use crate::barrier;
 use crate::fabric::{
     CloseReason, Event, Events, Fabric, Full, Grant, GrantError, Limits, MAX_MESSAGE, Message, Op, OpError, Regions, RegisterError,
     Signal,
 };
+use crate::local::LocalRegions;
 use crate::memory::{Mapped, Memory, MemoryError};
 use crate::ring::{Consumer, Fencing, Producer, RingError, Taken};
 use crate::span::{Access, LocalRegion, LocalSpan, RemoteRegion, RemoteSpan};
@@ -57,17 +60,12 @@ pub struct ShmOptions {
     pub accept_unsealed: bool,
 }
 
-struct Local {
-    memory: Arc<Memory>,
-    access: Access,
-}
-
 /// One end of a shared-memory link.
 pub struct ShmFabric {
     tx: Producer<SharedLines>,
     rx: Consumer<SharedLines>,
     ready: VecDeque<Event>,
-    locals: Table<Local>,
+    locals: LocalRegions,
     remotes: Table<Arc<Memory>>,
     closed: Option<CloseReason>,
     close_reported: bool,
@@ -138,7 +136,7 @@ impl ShmFabric {
             tx,
             rx,
             ready: VecDeque::with_capacity(SLOTS as usize + 1),
-            locals: Table::default(),
+            locals: LocalRegions::default(),
             remotes: Table::default(),
             closed: None,
             close_reported: false,
@@ -184,14 +182,11 @@ impl ShmFabric {
         if from != to || from > LIMITS.max_op_len {
             return Err(OpError::Mismatch { from, to });
         }
-        let ours = self.locals.find(local.name).ok_or(OpError::Revoked)?;
+        let (ours, at) = self.locals.resolve(local).ok_or(OpError::Revoked)?;
         let theirs = self.remotes.find(remote.name).ok_or(OpError::Revoked)?;
         let len = u64::from(from);
-        let copied = if to_remote {
-            theirs.copy_from(remote.offset, &ours.memory, local.offset, len)
-        } else {
-            ours.memory.copy_from(local.offset, theirs, remote.offset, len)
-        };
+        let copied =
+            if to_remote { theirs.copy_from(remote.offset, ours, at, len) } else { ours.copy_from(at, theirs, remote.offset, len) };
         copied.map_err(|_| OpError::Revoked)
     }
 
@@ -240,33 +235,27 @@ impl ShmFabric {
 
 impl Regions for ShmFabric {
     fn register(&mut self, memory: Arc<Memory>, access: Access) -> Result<LocalRegion, RegisterError> {
-        if access.write && !memory.writable() {
-            return Err(MemoryError::ReadOnly.into());
-        }
-        let len = memory.len();
-        let name = self.locals.insert(Local { memory, access }).ok_or(RegisterError::TooMany { limit: MAX_REGIONS })?;
-        Ok(LocalRegion { name, len, access })
+        self.locals.register(memory, access)
     }
 
     fn deregister(&mut self, region: LocalRegion) {
-        self.locals.remove(region.name);
+        self.locals.deregister(region);
     }
 
     fn local_memory(&self, region: &LocalRegion) -> Option<Arc<Memory>> {
-        self.locals.find(region.name).map(|local| Arc::clone(&local.memory))
+        self.locals.memory(region)
     }
 
     fn map_local(&self, span: LocalSpan) -> Option<Mapped> {
-        let local = self.locals.find(span.name)?;
-        Mapped::new(Arc::clone(&local.memory), span.offset, u64::from(span.len)).ok()
+        self.locals.map(span)
     }
 
     fn export(&mut self, region: &LocalRegion, access: Access) -> Result<Grant, GrantError> {
-        let local = self.locals.find(region.name).ok_or(GrantError::NotRegistered)?;
-        if !local.access.allows(access) {
-            return Err(GrantError::Widened { asked: access, allowed: local.access });
+        let memory = self.locals.memory(region).ok_or(GrantError::NotRegistered)?;
+        if !region.access.allows(access) {
+            return Err(GrantError::Widened { asked: access, allowed: region.access });
         }
-        let (fd, offset) = local.memory.file().ok_or(GrantError::NoDescriptor)?;
+        let (fd, offset) = memory.file().ok_or(GrantError::NoDescriptor)?;
         let grant = Grant { key: self.next_key, len: region.len, access };
         self.socket.send_grant(&grant, fd, offset).map_err(|_| GrantError::Closed)?;
         self.next_key += 1;

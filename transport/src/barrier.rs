@@ -13,12 +13,12 @@ fn membarrier(command: libc::c_int) -> libc::c_long {
 }
 
 /// Registers this process; true where the kernel has the command (Linux 4.16 and later, unless a sandbox forbids it).
-pub(super) fn register() -> bool {
+pub fn register() -> bool {
     static REGISTERED: OnceLock<bool> = OnceLock::new();
     *REGISTERED.get_or_init(|| membarrier(REGISTER_GLOBAL_EXPEDITED) == 0 && membarrier(GLOBAL_EXPEDITED) == 0)
 }
 
 /// A full fence on every running thread of every registered process. False where it suddenly fails: then nobody may sleep.
-pub(super) fn global() -> bool {
+pub fn global() -> bool {
     membarrier(GLOBAL_EXPEDITED) == 0
 }
