@@ -131,6 +131,16 @@ impl Listener {
         establish(stream, hello, Side::Lender, options, &self.path)
     }
 
+    /// Exchanges hellos with a connection that gets no link: `hello` says why.
+    ///
+    /// # Errors
+    /// [`ListenError::Hello`].
+    pub fn refuse(&self, mut stream: UnixStream, hello: &Hello) -> Result<(), ListenError> {
+        stream.set_nonblocking(false).map_err(|source| ListenError::Host { what: "use", path: self.path.clone(), source })?;
+        exchange(&mut stream, hello, HELLO_LIMIT)?;
+        Ok(())
+    }
+
     /// Where it listens.
     pub fn path(&self) -> &Path {
         &self.path
