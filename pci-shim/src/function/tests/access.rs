@@ -56,9 +56,23 @@ fn the_table_and_constants_never_cost_a_round_trip() {
 }
 
 #[test]
+fn a_version_is_asked_for_once_and_again_after_a_reset_that_may_have_changed_it() {
+    let mut bench = Bench::running();
+    let version = BarAddress { bar: 0, offset: 8 };
+    for value in [0x1_0400, 0x2_0000] {
+        bench.script.set_register(version, value);
+        assert_eq!((bench.read(8, Width::B4), bench.read(8, Width::B4)), (value, value));
+        assert_eq!(bench.script.calls(), [Call::Read(version, Width::B4)]);
+        bench.config(0x88, 0x8000);
+        bench.config(COMMAND, 0x0002);
+        bench.script.calls();
+    }
+}
+
+#[test]
 fn what_lies_beside_the_table_is_the_devices() {
     let mut bench = Bench::running();
-    for offset in [TABLE - 4, TABLE + 65 * 16, PENDING - 4, PENDING + 16, 0x8] {
+    for offset in [TABLE - 4, TABLE + 65 * 16, PENDING - 4, PENDING + 16, 0x1c] {
         let at = BarAddress { bar: 0, offset };
         bench.script.set_register(at, 0x1_2345_6789);
         assert_eq!(bench.read(offset, Width::B4), 0x2345_6789);

@@ -27,6 +27,10 @@ fn enabling_msix_under_the_function_mask_tells_nothing_before_the_mask_is_lifted
     bench.poll();
     assert_eq!(bench.told(), []);
     assert_eq!((bench.read(PENDING, Width::B8), bench.read(PENDING + 8, Width::B4)), (1, 1));
+    bench.mask(64, true);
+    bench.mask(64, false);
+    bench.config(0x3c, 5);
+    assert_eq!(bench.told(), [], "the function mask holds whatever else is written");
     bench.config(MSIX_CONTROL, 0x8000);
     assert_eq!(bench.told(), [message(0), message(64)]);
     assert_eq!(bench.script.calls(), [], "masking is no business of the device");
@@ -38,6 +42,8 @@ fn a_function_that_may_not_send_keeps_the_message_until_it_may() {
     bench.config(COMMAND, 0x0003);
     bench.script.say([Say::Vector(5)]);
     bench.poll();
+    bench.config(0x3c, 5);
+    bench.mask(5, false);
     assert_eq!(bench.told(), []);
     bench.config(COMMAND, 0x0007);
     assert_eq!(bench.told(), [message(5)]);
@@ -88,6 +94,66 @@ fn msi_masks_one_vector_and_shows_it_pending() {
     assert_eq!(bench.config_read(0x64), 0);
     bench.config(MSI_CONTROL, 0x0020);
     assert_eq!(bench.script.calls(), [Call::Mode(InterruptMode::Pin)]);
+}
+
+#[test]
+fn a_function_in_d3hot_holds_no_interrupt_line() {
+    let mut bench = Bench::new(InterruptOwner::Function);
+    bench.script.say([Say::Pin(true)]);
+    bench.poll();
+    bench.config(0x44, 3);
+    bench.config(0x44, 0);
+    assert_eq!(bench.told(), [true, false, true].map(Told::Pin));
+}
+
+#[test]
+fn a_lender_that_lies_about_its_interrupts_fills_nothing_and_raises_nothing() {
+    let mut plain = description();
+    plain.pin = false;
+    plain.msix = None;
+    plain.msi_vectors = 1;
+    for owner in [InterruptOwner::Function, InterruptOwner::Client] {
+        let mut bench = Bench::of(plain.clone(), owner);
+        let store = Say::Store(Ticket(1), farbus_remote_dma::Iova(0x1000), vec![1; 4]);
+        bench.script.say([store, Say::Pin(true)]);
+        bench.script.say((1..=u16::MAX).map(Say::Vector));
+        bench.poll();
+        bench.function.next_mediation().unwrap();
+        bench.function.answer(Ticket(1), MediationAnswer::Stored);
+        assert_eq!((bench.told(), bench.function.counters().dropped), (vec![], 0xffff));
+        assert_eq!(bench.config_read(0x06) & 8, 0);
+    }
+}
+
+#[test]
+fn an_msi_vector_that_was_pending_is_forgotten_with_a_reset() {
+    let mut bench = Bench::new(InterruptOwner::Function);
+    for reset in [false, true] {
+        bench.config(COMMAND, 0);
+        bench.config(MSI_CONTROL, 0x0001);
+        bench.script.say([Say::Vector(0)]);
+        bench.poll();
+        assert_eq!(bench.config_read(0x64), 1);
+        if reset {
+            bench.config(0x88, 0x8000);
+            bench.config(MSI_CONTROL, 0x0001);
+        }
+        bench.config(COMMAND, 0x0006);
+        assert_eq!(bench.told().is_empty(), reset);
+    }
+}
+
+#[test]
+fn a_level_waits_for_the_stores_before_it_as_a_vector_does() {
+    let mut bench = Bench::new(InterruptOwner::Function);
+    let store = Say::Store(Ticket(1), farbus_remote_dma::Iova(0x1000), vec![1; 4]);
+    bench.script.say([store, Say::Pin(true)]);
+    bench.poll();
+    assert_eq!(bench.config_read(0x06) & 8, 0, "nor does the status bit say so");
+    bench.function.next_mediation().unwrap();
+    assert_eq!(bench.told(), []);
+    bench.function.answer(Ticket(1), MediationAnswer::Stored);
+    assert_eq!(bench.told(), [Told::Pin(true)]);
 }
 
 #[test]

@@ -19,6 +19,10 @@ const COMMAND: u16 = 0x04;
 const MSI_CONTROL: u16 = 0x52;
 const MSIX_CONTROL: u16 = 0x72;
 
+/// A vCPU thread may own a function.
+const fn assert_send<T: Send>() {}
+const _: () = assert_send::<Function<RecorderSink>>();
+
 struct Bench {
     script: Script,
     function: Function<RecorderSink>,
