@@ -12,6 +12,8 @@ pub mod irq;
 pub mod mediation;
 pub mod profile;
 mod routes;
+#[cfg(test)]
+mod scripted;
 
 pub use access::AccessError;
 pub use config::AddressSpace;

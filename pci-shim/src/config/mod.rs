@@ -5,6 +5,8 @@
 
 pub(crate) mod layout;
 pub(crate) mod registers;
+#[cfg(test)]
+mod tests;
 
 use farbus_remote_dma::device::{BAR_COUNT, DescriptionError};
 use farbus_remote_dma::{BarAddress, BarDescription, BarKind, DeviceDescription, ResetKind};

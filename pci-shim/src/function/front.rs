@@ -26,6 +26,7 @@ pub(super) struct Front<S> {
     pub(super) client_mode: InterruptMode,
     /// Vectors of the device, of whatever kind it has more.
     vectors: u16,
+    has_pin: bool,
     msi: Msi,
     intx: Intx,
     /// The device is being reset: nothing of before may reach the guest.
@@ -44,6 +45,7 @@ impl<S: IrqSink> Front<S> {
             counters: Counters::default(),
             client_mode: InterruptMode::Pin,
             vectors: msix_vectors.max(u16::from(description.msi_vectors)),
+            has_pin: description.pin,
             msi: Msi::default(),
             intx: Intx::default(),
             fenced: false,
@@ -126,9 +128,8 @@ impl<S: IrqSink> Front<S> {
     fn signal(&mut self, signal: Signal) {
         match signal {
             Signal::Pin(asserted) => {
-                if self.intx.set(asserted) {
-                    self.space.show_interrupt(self.intx.asserted());
-                }
+                self.intx.set(asserted);
+                self.space.show_interrupt(asserted);
                 self.tell();
             }
             Signal::Vector(vector) => self.raise(vector),
@@ -137,10 +138,6 @@ impl<S: IrqSink> Front<S> {
 
     fn raise(&mut self, vector: u16) {
         if self.owner == InterruptOwner::Client {
-            if vector >= self.vectors {
-                self.counters.dropped += 1;
-                return;
-            }
             let (address, data) = (0, 0);
             return self.message(MessageInterrupt { vector, address, data });
         }
@@ -170,7 +167,7 @@ impl<S: IrqSink> Front<S> {
 
 impl<S: IrqSink> Host for Front<S> {
     fn interrupt(&mut self, vector: u16) {
-        if self.fenced {
+        if self.fenced || vector >= self.vectors {
             self.counters.dropped += 1;
             return;
         }
@@ -180,7 +177,7 @@ impl<S: IrqSink> Host for Front<S> {
     }
 
     fn pin(&mut self, asserted: bool) {
-        if self.fenced {
+        if self.fenced || !self.has_pin {
             return;
         }
         if self.mediations.pass(Signal::Pin(asserted)) {

@@ -12,6 +12,8 @@
 
 mod front;
 mod options;
+#[cfg(test)]
+mod tests;
 
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
@@ -101,7 +103,8 @@ impl<S: IrqSink> Function<S> {
         self.profile.register(at)
     }
 
-    /// Which place in a BAR an address of the machine is, as the guest has set the function up; `None` where the function decodes it not.
+    /// Which place in a BAR an address of the machine is, as the guest has set the function up; `None` where the function does not
+    /// decode it. A BAR that the guest has not placed yet lies at 0: ask RAM first.
     pub fn decode(&self, space: AddressSpace, address: u64) -> Option<BarAddress> {
         self.front.space.decode(space, address)
     }
@@ -280,7 +283,8 @@ impl<S: IrqSink> Function<S> {
 
     /// Prepares to sleep: true where [`Function::wake_fd`] will become readable at the next event; false where there is work.
     pub fn arm(&mut self) -> bool {
-        !self.front.mediations.waiting() && self.attachment.arm()
+        let idle = !self.front.mediations.waiting() && self.front.mediations.refused() == 0;
+        idle && self.attachment.arm()
     }
 
     /// Readable when an armed function has events.

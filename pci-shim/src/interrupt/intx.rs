@@ -11,14 +11,9 @@ pub(crate) struct Intx {
 }
 
 impl Intx {
-    /// The device's level; `true` where it changed.
-    pub(crate) fn set(&mut self, asserted: bool) -> bool {
-        std::mem::replace(&mut self.asserted, asserted) != asserted
-    }
-
     /// The device's level, whatever the guest may see of it.
-    pub(crate) fn asserted(self) -> bool {
-        self.asserted
+    pub(crate) fn set(&mut self, asserted: bool) {
+        self.asserted = asserted;
     }
 
     /// What to tell the guest if `open` (INTx is how the function signals, and is not disabled); `None` where it knows.
