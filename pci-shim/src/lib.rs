@@ -2,3 +2,5 @@
 //!
 //! A guest's 4-byte store to BAR0 + 0x1018 arrives in [`Function::bar_write`]; its profile decides what it means, and the function's
 //! [`farbus_remote_dma::Attachment`] carries it to the device, wherever that is.
+
+pub mod vfio_user;
