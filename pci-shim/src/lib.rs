@@ -14,6 +14,7 @@ pub mod profile;
 mod routes;
 #[cfg(test)]
 mod scripted;
+pub mod vfio_user;
 
 pub use access::AccessError;
 pub use config::AddressSpace;
