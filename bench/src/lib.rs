@@ -6,7 +6,7 @@
 
 pub mod driver;
 //M pub mod image;
-//M pub mod measure;
+pub mod measure;
 //M pub mod report;
 //M pub mod suite;
 //M pub mod workload;
