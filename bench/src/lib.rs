@@ -9,4 +9,4 @@ pub mod driver;
 pub mod measure;
 //M pub mod report;
 //M pub mod suite;
-//M pub mod workload;
+pub mod workload;

@@ -114,6 +114,11 @@ impl<R: Registers> Driver<R> {
         self.max_transfer
     }
 
+    /// How long one command may take.
+    pub fn command_timeout(&self) -> Duration {
+        self.options.command_timeout
+    }
+
     /// I/O queue pairs.
     pub fn queues(&self) -> u16 {
         self.queues.len() as u16
