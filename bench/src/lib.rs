@@ -5,8 +5,8 @@
 //! `farbus bench`, each beside a reference that was measured in the same run.
 
 pub mod driver;
-//M pub mod image;
+pub mod image;
 pub mod measure;
-//M pub mod report;
+pub mod report;
 //M pub mod suite;
 pub mod workload;
