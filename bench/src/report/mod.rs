@@ -1,0 +1,237 @@
+//! What was measured, as JSON for programs, as a table for people, and as a picture.
+//!
+//! `{"fabric":"shm","verified":true,…,"cases":[{"name":"randread-4k-qd1","native":{"iops":…},"remote":{…},"p50_ratio":1.21}]}` is one demo;
+//! a suite is `{"suite":"shm","rows":[…]}`, each row with its reference and whether it meets its target.
+
+mod picture;
+mod table;
+
+use serde::Serialize;
+
+pub use picture::{Distribution, PictureError, latency_picture};
+pub use table::{demo_table, duration, suite_table};
+
+use crate::measure::{Latencies, Pairs};
+use crate::workload::{Case, CaseRun};
+
+/// One side of one case: medians over the rounds.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct SideReport {
+    /// Commands per second.
+    pub iops: f64,
+    /// Median latency in nanoseconds.
+    pub p50_ns: u64,
+    /// What one command in a hundred exceeds, in nanoseconds.
+    pub p99_ns: u64,
+}
+
+/// One case.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct CaseReport {
+    /// "randread-4k-qd1", say.
+    pub name: String,
+    /// The device in this process.
+    pub native: SideReport,
+    /// The same device, borrowed.
+    pub remote: SideReport,
+    /// Remote over native: the median of the rounds' ratios.
+    pub iops_ratio: f64,
+    /// Remote over native: the median of the rounds' ratios.
+    pub p50_ratio: f64,
+}
+
+/// One demo.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct DemoReport {
+    /// What carried the remote device: "shm".
+    pub fabric: String,
+    /// Every block read was equal to what had to be there, before and after the writes.
+    pub verified: bool,
+    /// Bytes read and compared.
+    pub bytes_verified: u64,
+    /// The cases, in the order they ran.
+    pub cases: Vec<CaseReport>,
+}
+
+/// What a row is held against.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Target {
+    /// The ratio must not be over this.
+    AtMost(f64),
+    /// The ratio must not be under this.
+    AtLeast(f64),
+    /// The value itself must be zero.
+    Zero,
+}
+
+/// One row of a suite.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Row {
+    /// What was measured.
+    pub case: String,
+    /// The figure; `None`: not measured.
+    pub value: Option<f64>,
+    /// Its unit, and the reference's.
+    pub unit: String,
+    /// What it is compared with.
+    pub reference: String,
+    /// The reference's figure, from the same run.
+    pub reference_value: Option<f64>,
+    /// The value over the reference.
+    pub ratio: Option<f64>,
+    /// "<= 2.0", say.
+    pub target: String,
+    /// Whether it is met; `None`: not measured.
+    pub meets: Option<bool>,
+    /// Why it was not measured; left out where it was.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub note: Option<String>,
+}
+
+/// One suite.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct SuiteReport {
+    /// "shm", say.
+    pub suite: String,
+    /// Its rows.
+    pub rows: Vec<Row>,
+}
+
+impl CaseReport {
+    /// The medians of `pairs`, native first.
+    pub fn new(case: Case, pairs: &Pairs<CaseRun>) -> Self {
+        let iops = |run: &CaseRun| run.iops();
+        let p50 = |run: &CaseRun| run.latencies.p50_ns() as f64;
+        let p99 = |run: &CaseRun| run.latencies.p99_ns() as f64;
+        let (native_iops, remote_iops) = pairs.series(iops, iops);
+        let (native_p50, remote_p50) = pairs.series(p50, p50);
+        let (native_p99, remote_p99) = pairs.series(p99, p99);
+        let side = |iops: f64, p50: f64, p99: f64| SideReport {
+            iops: round_to(iops, 1),
+            p50_ns: p50.round() as u64,
+            p99_ns: p99.round() as u64,
+        };
+        Self {
+            name: case.name.to_owned(),
+            native: side(native_iops.median(), native_p50.median(), native_p99.median()),
+            remote: side(remote_iops.median(), remote_p50.median(), remote_p99.median()),
+            iops_ratio: round_to(pairs.ratios(iops, iops).median(), 3),
+            p50_ratio: round_to(pairs.ratios(p50, p50).median(), 3),
+        }
+    }
+}
+
+/// All rounds' latencies together, for the picture.
+pub fn all_latencies(runs: &[CaseRun]) -> Latencies {
+    let mut all = Latencies::new();
+    for run in runs {
+        all.add(&run.latencies);
+    }
+    all
+}
+
+impl Row {
+    /// A row that was measured; `ratio` is the median of the rounds' ratios.
+    pub fn measured(case: &str, unit: &str, value: f64, reference: (&str, f64), ratio: f64, target: Target) -> Self {
+        let meets = match target {
+            Target::AtMost(limit) => ratio <= limit,
+            Target::AtLeast(limit) => ratio >= limit,
+            Target::Zero => value == 0.0,
+        };
+        // A ratio that is no number (nothing over nothing) meets nothing, and JSON has no word for it.
+        let number = |figure: f64, digits| figure.is_finite().then(|| round_to(figure, digits));
+        Self {
+            case: case.to_owned(),
+            value: number(value, 3),
+            unit: unit.to_owned(),
+            reference: reference.0.to_owned(),
+            reference_value: number(reference.1, 3),
+            ratio: number(ratio, 3),
+            target: target.to_string(),
+            meets: Some(meets),
+            note: None,
+        }
+    }
+
+    /// A row that could not be measured, and why.
+    pub fn missing(case: &str, unit: &str, reference: &str, target: Target, why: String) -> Self {
+        Self {
+            case: case.to_owned(),
+            value: None,
+            unit: unit.to_owned(),
+            reference: reference.to_owned(),
+            reference_value: None,
+            ratio: None,
+            target: target.to_string(),
+            meets: None,
+            note: Some(why),
+        }
+    }
+}
+
+impl std::fmt::Display for Target {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::AtMost(limit) => write!(f, "<= {limit}"),
+            Self::AtLeast(limit) => write!(f, ">= {limit}"),
+            Self::Zero => f.write_str("0"),
+        }
+    }
+}
+
+fn round_to(figure: f64, digits: i32) -> f64 {
+    let scale = 10_f64.powi(digits);
+    (figure * scale).round() / scale
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+
+    fn run(commands: u64, ns: u64) -> CaseRun {
+        let mut latencies = Latencies::new();
+        (0..100).for_each(|_| latencies.record_ns(ns));
+        CaseRun {
+            commands,
+            elapsed: Duration::from_secs(1),
+            latencies,
+        }
+    }
+
+    #[test]
+    fn a_demo_is_one_object_with_exactly_the_promised_fields() {
+        let pairs = Pairs {
+            first: vec![run(1000, 500); 5],
+            second: vec![run(900, 600); 5],
+        };
+        let report = DemoReport {
+            fabric: "shm".to_owned(),
+            verified: true,
+            bytes_verified: 4096,
+            cases: vec![CaseReport::new(crate::workload::CASES[0], &pairs)],
+        };
+        let json = serde_json::to_string(&report).unwrap();
+        assert_eq!(
+            json,
+            r#"{"fabric":"shm","verified":true,"bytes_verified":4096,"cases":[{"name":"randread-4k-qd1","native":{"iops":1000.0,"p50_ns":500,"p99_ns":500},"remote":{"iops":900.0,"p50_ns":600,"p99_ns":600},"iops_ratio":0.9,"p50_ratio":1.2}]}"#
+        );
+    }
+
+    #[test]
+    fn a_row_meets_its_target_or_says_why_it_was_not_measured() {
+        let row = Row::measured("mmio read", "ns", 250.0, ("cache line", 125.0), 2.0, Target::AtMost(2.0));
+        assert_eq!(
+            serde_json::to_string(&row).unwrap(),
+            r#"{"case":"mmio read","value":250.0,"unit":"ns","reference":"cache line","reference_value":125.0,"ratio":2.0,"target":"<= 2","meets":true}"#
+        );
+        let meets = |ratio, target| Row::measured("", "", ratio, ("", 1.0), ratio, target).meets;
+        assert_eq!(meets(2.01, Target::AtMost(2.0)), Some(false));
+        assert_eq!(meets(0.94, Target::AtLeast(0.95)), Some(false));
+        assert_eq!(meets(f64::NAN, Target::AtLeast(0.95)), Some(false), "no figure must not pass");
+        assert_eq!(meets(0.0, Target::Zero), Some(true));
+        let missing = Row::missing("x", "ns", "y", Target::Zero, "no second core".to_owned());
+        assert!(serde_json::to_string(&missing).unwrap().contains(r#""meets":null,"note":"no second core""#));
+    }
+}

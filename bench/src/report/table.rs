@@ -1,0 +1,139 @@
+//! Reports as text: columns that line up, latencies in the unit that reads best.
+//!
+//! `randread-4k-qd1   412.3k   2.1 us   3.0 us │ 388.0k   2.5 us   3.9 us │ 0.94   1.19` is one case, native and remote.
+
+use super::{DemoReport, SideReport, SuiteReport};
+
+/// A demo, one line a case.
+pub fn demo_table(report: &DemoReport) -> String {
+    let mut rows = vec![
+        ["", "native", "", "", "remote", "", "", "remote/native", ""].map(str::to_owned).to_vec(),
+        ["case", "IOPS", "p50", "p99", "IOPS", "p50", "p99", "IOPS", "p50"].map(str::to_owned).to_vec(),
+    ];
+    for case in &report.cases {
+        let side = |side: &SideReport| [count(side.iops), duration(side.p50_ns as f64), duration(side.p99_ns as f64)];
+        let mut row = vec![case.name.clone()];
+        row.extend(side(&case.native));
+        row.extend(side(&case.remote));
+        row.push(format!("{:.2}", case.iops_ratio));
+        row.push(format!("{:.2}", case.p50_ratio));
+        rows.push(row);
+    }
+    let verdict = if report.verified { "equal to the file" } else { "NOT VERIFIED" };
+    let mib = report.bytes_verified as f64 / f64::from(1 << 20);
+    format!("{}\nfabric {}: {mib:.0} MiB read back, every byte {verdict}\n", align(&rows), report.fabric)
+}
+
+/// A suite, one line a row.
+pub fn suite_table(report: &SuiteReport) -> String {
+    let header = ["case", "value", "reference", "", "ratio", "target", "meets"];
+    let mut rows = vec![header.map(str::to_owned).to_vec()];
+    for row in &report.rows {
+        let figure = |value: Option<f64>| value.map_or_else(|| "-".to_owned(), |value| in_unit(value, &row.unit));
+        let meets = match row.meets {
+            Some(true) => "yes".to_owned(),
+            Some(false) => "NO".to_owned(),
+            None => format!("not measured: {}", row.note.as_deref().unwrap_or("no reason given")),
+        };
+        rows.push(vec![
+            row.case.clone(),
+            figure(row.value),
+            row.reference.clone(),
+            figure(row.reference_value),
+            row.ratio.map_or_else(|| "-".to_owned(), |ratio| format!("{ratio:.2}")),
+            row.target.clone(),
+            meets,
+        ]);
+    }
+    format!("suite {}\n{}", report.suite, align(&rows))
+}
+
+/// Nanoseconds as people read them: "860 ns", "2.1 us", "13 ms".
+pub fn duration(ns: f64) -> String {
+    let (figure, unit) = match ns {
+        ns if ns < 1e3 => return format!("{ns:.0} ns"),
+        ns if ns < 1e6 => (ns / 1e3, "us"),
+        ns if ns < 1e9 => (ns / 1e6, "ms"),
+        ns => (ns / 1e9, "s"),
+    };
+    if figure < 10.0 {
+        format!("{figure:.1} {unit}")
+    } else {
+        format!("{figure:.0} {unit}")
+    }
+}
+
+fn in_unit(value: f64, unit: &str) -> String {
+    match unit {
+        "ns" => duration(value),
+        "bytes/s" => format!("{:.2} GB/s", value / 1e9),
+        "iops" => count(value),
+        unit => format!("{value} {unit}"),
+    }
+}
+
+fn count(figure: f64) -> String {
+    match figure {
+        figure if figure < 1e4 => format!("{figure:.0}"),
+        figure if figure < 1e6 => format!("{:.1}k", figure / 1e3),
+        figure => format!("{:.2}M", figure / 1e6),
+    }
+}
+
+/// Columns as wide as their widest cell: the first to the left, the others to the right.
+fn align(rows: &[Vec<String>]) -> String {
+    let columns = rows.iter().map(Vec::len).max().unwrap_or(0);
+    let width = |column: usize| {
+        let cells = rows.iter().filter_map(|row| row.get(column));
+        cells.map(|cell| cell.chars().count()).max().unwrap_or(0)
+    };
+    let widths: Vec<_> = (0..columns).map(width).collect();
+    let mut text = String::new();
+    for row in rows {
+        let cells = row.iter().zip(&widths).enumerate().map(|(column, (cell, width))| match column {
+            0 => format!("{cell:<width$}"),
+            _ => format!("{cell:>width$}"),
+        });
+        text.push_str(cells.collect::<Vec<_>>().join("  ").trim_end());
+        text.push('\n');
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::report::{CaseReport, Row, Target};
+
+    #[test]
+    fn columns_line_up_and_a_missing_row_gives_its_reason() {
+        let side = |iops, p50_ns| SideReport { iops, p50_ns, p99_ns: p50_ns * 2 };
+        let case = |name: &str| CaseReport {
+            name: name.to_owned(),
+            native: side(1_234_567.0, 860),
+            remote: side(9_999.0, 21_000),
+            iops_ratio: 0.955,
+            p50_ratio: 1.2,
+        };
+        let report = DemoReport {
+            fabric: "shm".to_owned(),
+            verified: true,
+            bytes_verified: 256 << 20,
+            cases: vec![case("randread-4k-qd1"), case("read-128k")],
+        };
+        let text = demo_table(&report);
+        let lines: Vec<_> = text.lines().collect();
+        assert_eq!(lines[2].chars().count(), lines[3].chars().count());
+        assert!(lines[2].contains("1.23M") && lines[2].contains("860 ns") && lines[2].contains("21 us"), "{text}");
+        assert!(text.contains("256 MiB read back, every byte equal to the file"));
+        let rows = vec![Row::missing("a", "ns", "b", Target::AtMost(1.3), "one core only".to_owned())];
+        let text = suite_table(&SuiteReport { suite: "shm".to_owned(), rows });
+        assert!(text.contains("not measured: one core only"), "{text}");
+    }
+
+    #[test]
+    fn durations_read_well() {
+        let texts = [3.2, 999.0, 1500.0, 45_600.0, 7_000_000.0, 2.5e9].map(duration);
+        assert_eq!(texts, ["3 ns", "999 ns", "1.5 us", "46 us", "7.0 ms", "2.5 s"]);
+    }
+}
