@@ -96,6 +96,9 @@ pub enum OpError {
         /// Bytes of the target.
         to: u32,
     },
+    /// A span is used for what it was not made for: a span made for reading as the target of a write, say.
+    #[error("the span was not made for this access")]
+    Denied,
     /// The message is longer than the fabric carries.
     #[error("a message of {len} bytes is over the limit of {limit}")]
     TooLong {
