@@ -18,11 +18,7 @@ fn start(fault: Fault, options: DriverOptions) -> Result<Driver<StubController>,
 }
 
 fn short() -> DriverOptions {
-    DriverOptions {
-        depth: 8,
-        command_timeout: Duration::from_millis(30),
-        ..DriverOptions::default()
-    }
+    DriverOptions { depth: 8, command_timeout: Duration::from_millis(30), ..DriverOptions::default() }
 }
 
 #[test]
@@ -56,10 +52,7 @@ fn exchange(fault: Fault) {
             let block = (round * 7 + token) * 8;
             driver.submit(QUEUE, &Io::Write { block, from: buffer }, token).unwrap();
         }
-        assert!(matches!(
-            driver.submit(QUEUE, &Io::Flush, 99),
-            Err(DriverError::Full { queue: 1 })
-        ));
+        assert!(matches!(driver.submit(QUEUE, &Io::Flush, 99), Err(DriverError::Full { queue: 1 })));
         let doorbells = driver.registers_mut().doorbells;
         driver.ring(QUEUE).unwrap();
         let mut seen = 0_u32;
@@ -95,10 +88,7 @@ fn completions_in_any_order_find_their_commands() {
 
 #[test]
 fn a_transfer_of_any_length_and_offset_moves_exactly_its_bytes() {
-    let options = DriverOptions {
-        max_transfer: 1 << 20,
-        ..short()
-    };
+    let options = DriverOptions { max_transfer: 1 << 20, ..short() };
     let mut driver = start(Fault::None, options).unwrap();
     let arena = driver.allocate((1 << 20) + 4096).unwrap();
     let pattern: Vec<u8> = (0..1 << 20).map(|at| (at % 251) as u8).collect();
@@ -121,10 +111,7 @@ fn what_leaves_the_namespace_or_the_limits_is_refused_here() {
     let cases = [(16_384 - 7, 4096), (u64::MAX, 4096), (0, 1 << 20), (0, 100)];
     for (block, len) in cases {
         let into = &buffer.slice(0, len).unwrap();
-        assert!(matches!(
-            driver.execute(QUEUE, &Io::Read { block, into }),
-            Err(DriverError::Limit { .. })
-        ));
+        assert!(matches!(driver.execute(QUEUE, &Io::Read { block, into }), Err(DriverError::Limit { .. })));
     }
     assert!(matches!(driver.ring(QueueIndex(0)), Err(DriverError::NoQueue { queue: 0 })));
     assert!(matches!(driver.ring(QueueIndex(2)), Err(DriverError::NoQueue { queue: 2 })));
@@ -169,7 +156,8 @@ fn a_driver_that_asks_for_too_much_hears_how_much_there_is() {
     let too_many = DriverOptions { queues: 9, ..short() };
     assert!(matches!(start(Fault::None, too_many), Err(DriverError::Limit { allowed: 8, .. })));
     let (stub, _) = pair(1);
-    let small = farbus_bench::driver::DmaMemory::new(farbus_transport::Memory::memfd("small", 8192).unwrap(), stub_controller::BASE);
+    let small =
+        farbus_bench::driver::DmaMemory::new(farbus_transport::Memory::memfd("small", 8192).unwrap(), stub_controller::BASE);
     assert!(matches!(Driver::start(stub, small, short()), Err(DriverError::DmaMemory { .. })));
 }
 

@@ -136,8 +136,5 @@ fn a_device_of_another_size_than_the_file_is_refused() {
     let (stub, dma) = pair(BYTES / BLOCK - 8);
     let mut driver = Driver::start(stub, dma, DriverOptions::default()).unwrap();
     let contents = Contents::new(file, 7).unwrap();
-    assert!(matches!(
-        Workload::new(&mut driver, QUEUE, contents, 1),
-        Err(WorkloadError::Size { .. })
-    ));
+    assert!(matches!(Workload::new(&mut driver, QUEUE, contents, 1), Err(WorkloadError::Size { .. })));
 }

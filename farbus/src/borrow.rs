@@ -32,8 +32,11 @@ pub fn run(args: &BorrowArgs) -> anyhow::Result<()> {
     let session = attach(&args.from, options)?;
     let name = session_name(&session);
     let interrupts = ClientInterrupts::new(farbus_remote_dma::Attachment::description(&session));
-    let mut function =
-        Function::new(Box::new(session), interrupts, FunctionOptions { interrupts: InterruptOwner::Client, ..FunctionOptions::default() })?;
+    let mut function = Function::new(
+        Box::new(session),
+        interrupts,
+        FunctionOptions { interrupts: InterruptOwner::Client, ..FunctionOptions::default() },
+    )?;
     let socket = args.vfio_user.display().to_string();
     events.say(
         "serving",
@@ -74,12 +77,13 @@ pub fn run(args: &BorrowArgs) -> anyhow::Result<()> {
 pub fn attach(from: &LinkAddress, options: BorrowerOptions) -> anyhow::Result<BorrowerSession<ShmFabric>> {
     let LinkAddress::Shm(path) = from;
     let hello = Hello { versions: SPOKEN, role: Role::Borrower, features: FEATURE_BUSY, epoch: 0, description: Vec::new() };
-    let Connection { fabric, agreed } =
-        connect(path, &hello, ShmOptions::default()).with_context(|| format!("cannot borrow from {from}: is `farbus lend` running there?"))?;
+    let Connection { fabric, agreed } = connect(path, &hello, ShmOptions::default())
+        .with_context(|| format!("cannot borrow from {from}: is `farbus lend` running there?"))?;
     if agreed.features & FEATURE_BUSY != 0 {
         bail!("the device at {from} is lent to another borrower: try again when that one has left");
     }
-    let description = DeviceDescription::decode(&agreed.peer.description).with_context(|| format!("the lender at {from} is wrong about its device"))?;
+    let description = DeviceDescription::decode(&agreed.peer.description)
+        .with_context(|| format!("the lender at {from} is wrong about its device"))?;
     BorrowerSession::new(fabric, description, options).context("cannot share memory with the lender")
 }
 

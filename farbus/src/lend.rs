@@ -7,7 +7,7 @@ use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 
 use anyhow::{Context, anyhow};
-use farbus_bench::measure::pin_to_core;
+use farbus_bench::measure::pin_to;
 use farbus_remote_dma::Backend;
 use farbus_remote_dma::lender::{LenderSession, PollOptions};
 use farbus_remote_dma::wait::Waker;
@@ -15,7 +15,7 @@ use farbus_transport::CloseReason;
 use farbus_transport::link::hello::{Hello, Role, SPOKEN};
 use farbus_transport::shm::{Listener, ShmOptions};
 use serde_json::json;
-use tokio::io::unix::AsyncFd;
+use tokio::net::UnixListener;
 use tokio::sync::mpsc;
 
 use crate::cli::LendArgs;
@@ -44,8 +44,8 @@ async fn lend(args: LendArgs, backend: Box<dyn Backend>) -> anyhow::Result<()> {
     let mut signals = EndSignals::new().context("cannot wait for signals")?;
     let LinkAddress::Shm(path) = &args.listen;
     let listener = Listener::bind(path).context("cannot lend there: choose another path or end the process that uses it")?;
-    listener.set_nonblocking(true).context("cannot wait for borrowers")?;
-    let listener = Arc::new(AsyncFd::new(listener).context("cannot wait for borrowers")?);
+    let accepting = listener.nonblocking_socket().and_then(UnixListener::from_std).context("cannot wait for borrowers")?;
+    let listener = Arc::new(listener);
     let name = backend.description().name.clone();
     let address = args.listen.to_string();
     events.say("listening", json!({ "address": address, "device": name }), &format!("lending {name} at {address}"));
@@ -57,12 +57,12 @@ async fn lend(args: LendArgs, backend: Box<dyn Backend>) -> anyhow::Result<()> {
     let ended_by = loop {
         tokio::select! {
             signal = signals.next() => break signal,
-            accepted = accept(&listener) => {
+            accepted = accept(&accepting) => {
                 let stream = accepted.context("cannot accept a borrower")?;
                 match idle.take() {
                     Some(backend) => {
                         let hello = Hello { versions: SPOKEN, role: Role::Lender, features: 0, epoch: 0, description: description.clone() };
-                        let session = Session { listener: Arc::clone(&listener), hello, stop: stop.clone(), args_spin: args.spin,
+                        let session = Session { listener: Arc::clone(&listener), hello, stop: stop.clone(), spin: args.spin,
                             accept_unsealed: args.accept_unsealed, core: args.core, events };
                         let give_back = give_back.clone();
                         std::thread::Builder::new().name("farbus-lender".into()).spawn(move || {
@@ -97,22 +97,20 @@ async fn lend(args: LendArgs, backend: Box<dyn Backend>) -> anyhow::Result<()> {
     Ok(())
 }
 
-async fn accept(listener: &AsyncFd<Listener>) -> std::io::Result<UnixStream> {
+async fn accept(listener: &UnixListener) -> std::io::Result<UnixStream> {
     loop {
-        let mut ready = listener.readable().await?;
-        match ready.try_io(|listener| listener.get_ref().accept()) {
-            Ok(Err(error)) if error.kind() == std::io::ErrorKind::ConnectionAborted => {}
-            Ok(accepted) => return accepted,
-            Err(_would_block) => {}
+        match listener.accept().await {
+            Err(error) if error.kind() == std::io::ErrorKind::ConnectionAborted => {}
+            accepted => return accepted?.0.into_std(),
         }
     }
 }
 
 /// Tells a second borrower that the device is lent, without letting it wait or learn more.
-fn refuse(listener: Arc<AsyncFd<Listener>>, stream: UnixStream) {
+fn refuse(listener: Arc<Listener>, stream: UnixStream) {
     let refusal = std::thread::Builder::new().name("farbus-refusal".into()).spawn(move || {
         let hello = Hello { versions: SPOKEN, role: Role::Lender, features: FEATURE_BUSY, epoch: 0, description: Vec::new() };
-        if let Err(error) = listener.get_ref().refuse(stream, &hello) {
+        if let Err(error) = listener.refuse(stream, &hello) {
             tracing::info!(%error, "a second borrower left before it was refused");
         }
     });
@@ -122,10 +120,10 @@ fn refuse(listener: Arc<AsyncFd<Listener>>, stream: UnixStream) {
 }
 
 struct Session {
-    listener: Arc<AsyncFd<Listener>>,
+    listener: Arc<Listener>,
     hello: Hello,
     stop: Waker,
-    args_spin: std::time::Duration,
+    spin: std::time::Duration,
     accept_unsealed: bool,
     core: Option<usize>,
     events: Events,
@@ -133,13 +131,13 @@ struct Session {
 
 impl Session {
     fn serve(self, stream: UnixStream, backend: Box<dyn Backend>) -> Returned {
-        if let Some(core) = self.core
-            && let Err(error) = pin_to_core(core)
-        {
-            tracing::warn!(%error, core, "the session's thread could not be pinned");
-        }
+        // Held until the thread ends.
+        let _pinned = self.core.and_then(|core| {
+            let pinned = pin_to(core);
+            pinned.inspect_err(|error| tracing::warn!(%error, core, "the session's thread could not be pinned")).ok()
+        });
         let options = ShmOptions { accept_unsealed: self.accept_unsealed };
-        let connection = match self.listener.get_ref().establish(stream, &self.hello, options) {
+        let connection = match self.listener.establish(stream, &self.hello, options) {
             Ok(connection) => connection,
             Err(error) => return Returned { backend, ended: Err(format!("no borrower: {error}")) },
         };
@@ -148,7 +146,7 @@ impl Session {
             Err((error, backend)) => return Returned { backend, ended: Err(error.to_string()) },
         };
         self.events.say("lent", json!({}), "a borrower has the device");
-        let reason = session.run(PollOptions { spin: self.args_spin }, &self.stop);
+        let reason = session.run(PollOptions { spin: self.spin }, &self.stop);
         let counters = session.counters();
         tracing::info!(?counters, "the session's counts");
         Returned { backend: session.end(), ended: Ok(reason) }

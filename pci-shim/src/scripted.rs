@@ -85,13 +85,7 @@ impl Script {
 
 /// Like the built-in NVMe controller, with more kinds of BARs and interrupts than one device ever has.
 pub(crate) fn description() -> DeviceDescription {
-    let bar = |kind, size, prefetchable| {
-        Some(BarDescription {
-            kind,
-            size,
-            prefetchable,
-        })
-    };
+    let bar = |kind, size, prefetchable| Some(BarDescription { kind, size, prefetchable });
     DeviceDescription {
         name: "scripted".into(),
         vendor_id: 0x1d1d,
@@ -110,19 +104,9 @@ pub(crate) fn description() -> DeviceDescription {
         ],
         pin: true,
         msi_vectors: 8,
-        msix: Some(MsixLocation {
-            vectors: 65,
-            table_bar: 0,
-            table_offset: 0x2000,
-            pba_bar: 0,
-            pba_offset: 0x3000,
-        }),
+        msix: Some(MsixLocation { vectors: 65, table_bar: 0, table_offset: 0x2000, pba_bar: 0, pba_offset: 0x3000 }),
         dma_bits: 64,
-        constants: vec![Constant {
-            bar: 0,
-            offset: 0,
-            bytes: CAP.to_le_bytes().to_vec(),
-        }],
+        constants: vec![Constant { bar: 0, offset: 0, bytes: CAP.to_le_bytes().to_vec() }],
     }
 }
 
@@ -217,11 +201,7 @@ impl Attachment for Scripted {
 
     fn poll(&mut self, _now: Nanos, host: &mut dyn Host) -> Activity {
         let saying = std::mem::take(&mut self.script.state().saying);
-        if Self::speak(saying, host) {
-            Activity::Busy
-        } else {
-            Activity::Idle(None)
-        }
+        if Self::speak(saying, host) { Activity::Busy } else { Activity::Idle(None) }
     }
 
     fn arm(&mut self) -> bool {

@@ -34,32 +34,15 @@ fn a_client_learns_what_the_device_is() {
     let mut client = server.client();
     let info = client.device_info().unwrap();
     assert_eq!((info.flags, info.num_regions, info.num_irqs), (3, 9, 5));
-    let sizes: Vec<_> = (0..9)
-        .map(|index| client.region_info(index).unwrap())
-        .map(|info| (info.size, info.flags))
-        .collect();
+    let sizes: Vec<_> = (0..9).map(|index| client.region_info(index).unwrap()).map(|info| (info.size, info.flags)).collect();
     let none = (0, 0);
     assert_eq!(sizes, [(16384, 3), none, (4096, 3), none, none, none, none, (4096, 3), none]);
     assert_eq!(errno(client.region_info(9)), Errno::INVAL);
-    let irqs: Vec<_> = (0..5)
-        .map(|index| client.irq_info(index).unwrap())
-        .map(|info| (info.count, info.flags))
-        .collect();
+    let irqs: Vec<_> = (0..5).map(|index| client.irq_info(index).unwrap()).map(|info| (info.count, info.flags)).collect();
     let message = IRQ_EVENTFD | IRQ_MASKABLE;
-    assert_eq!(
-        irqs,
-        [
-            (1, message | IRQ_AUTOMASKED),
-            (4, message),
-            (65, message),
-            (1, IRQ_EVENTFD),
-            (1, IRQ_EVENTFD)
-        ]
-    );
+    assert_eq!(irqs, [(1, message | IRQ_AUTOMASKED), (4, message), (65, message), (1, IRQ_EVENTFD), (1, IRQ_EVENTFD)]);
     assert_eq!(errno(client.irq_info(5)), Errno::INVAL);
-    let io_fds = client
-        .request(Command::RegionIoFds, [16_u32, 0, 0, 0].as_bytes(), &[])
-        .unwrap();
+    let io_fds = client.request(Command::RegionIoFds, [16_u32, 0, 0, 0].as_bytes(), &[]).unwrap();
     assert_eq!(io_fds, [16_u32, 0, 0, 0].as_bytes());
 }
 
@@ -69,38 +52,19 @@ fn registers_are_read_and_written() {
     let mut client = server.client();
     client.region_write(0, 0x1018, &17_u32.to_le_bytes()).unwrap();
     client.region_write_posted(0, 0x1020, &[1, 2, 3, 4, 5, 6, 7, 8]).unwrap();
-    for (offset, expected) in [
-        (0x1018, vec![17]),
-        (0x1018, vec![17, 0]),
-        (0x1020, vec![1, 2, 3, 4]),
-        (0x1020, vec![1, 2, 3, 4, 5, 6, 7, 8]),
-    ] {
+    for (offset, expected) in
+        [(0x1018, vec![17]), (0x1018, vec![17, 0]), (0x1020, vec![1, 2, 3, 4]), (0x1020, vec![1, 2, 3, 4, 5, 6, 7, 8])]
+    {
         let mut bytes = vec![0; expected.len()];
         client.region_read(0, offset, &mut bytes).unwrap();
         assert_eq!(bytes, expected);
     }
     // A BAR takes single accesses only; configuration space any bytes.
-    for (region, offset, len) in [
-        (0, 0, 3),
-        (0, 2, 4),
-        (0, 16384, 1),
-        (0, u64::MAX, 8),
-        (1, 0, 4),
-        (6, 0, 4),
-        (8, 0, 1),
-        (9, 0, 4),
-        (7, 4093, 4),
-    ] {
-        assert_eq!(
-            errno(client.region_read(region, offset, &mut vec![0; len])),
-            Errno::INVAL,
-            "{region} {offset:#x} {len}"
-        );
-        assert_eq!(
-            errno(client.region_write(region, offset, &vec![0; len])),
-            Errno::INVAL,
-            "{region} {offset:#x} {len}"
-        );
+    for (region, offset, len) in
+        [(0, 0, 3), (0, 2, 4), (0, 16384, 1), (0, u64::MAX, 8), (1, 0, 4), (6, 0, 4), (8, 0, 1), (9, 0, 4), (7, 4093, 4)]
+    {
+        assert_eq!(errno(client.region_read(region, offset, &mut vec![0; len])), Errno::INVAL, "{region} {offset:#x} {len}");
+        assert_eq!(errno(client.region_write(region, offset, &vec![0; len])), Errno::INVAL, "{region} {offset:#x} {len}");
     }
     let mut config = vec![0; 4096];
     client.region_read(CONFIG_REGION, 0, &mut config).unwrap();
@@ -117,33 +81,14 @@ fn short_writes_are_done_in_order_up_to_the_first_that_cannot() {
         [offset.as_bytes(), region.as_bytes(), count.as_bytes(), value.as_bytes()].concat()
     };
     let good = [2_u64.as_bytes(), &write(8, 0, 4, 5), &write(8, 0, 2, 6)].concat();
+    assert_eq!(client.request(Command::RegionWriteMulti, &good, &[]).unwrap(), 2_u64.as_bytes());
+    let half = [3_u64.as_bytes(), &write(16, 0, 8, 7), &write(17, 0, 4, 8), &write(24, 0, 4, 9)].concat();
+    assert_eq!(client.request(Command::RegionWriteMulti, &half, &[]).unwrap(), 1_u64.as_bytes());
     assert_eq!(
-        client.request(Command::RegionWriteMulti, &good, &[]).unwrap(),
-        2_u64.as_bytes()
-    );
-    let half = [
-        3_u64.as_bytes(),
-        &write(16, 0, 8, 7),
-        &write(17, 0, 4, 8),
-        &write(24, 0, 4, 9),
-    ]
-    .concat();
-    assert_eq!(
-        client.request(Command::RegionWriteMulti, &half, &[]).unwrap(),
-        1_u64.as_bytes()
-    );
-    assert_eq!(
-        errno(client.request(
-            Command::RegionWriteMulti,
-            &[1_u64.as_bytes(), &write(8, 0, 9, 1)].concat(),
-            &[]
-        )),
+        errno(client.request(Command::RegionWriteMulti, &[1_u64.as_bytes(), &write(8, 0, 9, 1)].concat(), &[])),
         Errno::INVAL
     );
-    assert_eq!(
-        errno(client.request(Command::RegionWriteMulti, u64::MAX.as_bytes(), &[])),
-        Errno::INVAL
-    );
+    assert_eq!(errno(client.request(Command::RegionWriteMulti, u64::MAX.as_bytes(), &[])), Errno::INVAL);
     let state = server.device.state();
     assert_eq!((state.bar0[8], state.bar0[16], state.bar0[24]), (6, 7, 0));
 }
@@ -159,14 +104,8 @@ fn features_that_are_absent_are_refused_as_the_kernel_refuses_them() {
         assert_eq!(feature(index | FEATURE_GET | FEATURE_SET), Errno::INVAL);
         assert_eq!(feature(index), Errno::INVAL);
     }
-    assert_eq!(
-        errno(client.request(Command::MigrationRead, [64_u32, 8].as_bytes(), &[])),
-        Errno::NOTTY
-    );
-    assert_eq!(
-        errno(client.request(Command::MigrationWrite, [64_u32, 1, 0].as_bytes(), &[])),
-        Errno::INVAL
-    );
+    assert_eq!(errno(client.request(Command::MigrationRead, [64_u32, 8].as_bytes(), &[])), Errno::NOTTY);
+    assert_eq!(errno(client.request(Command::MigrationWrite, [64_u32, 1, 0].as_bytes(), &[])), Errno::INVAL);
 }
 
 #[test]
@@ -201,13 +140,7 @@ fn maps_follow_the_rules() {
     let memory = Memory::memfd("guest", 0x10000).unwrap();
     let fd = memory.file().unwrap().0;
     client.dma_map(0x10000, 0x4000, 3, Some((fd, 0))).unwrap();
-    for (address, size) in [
-        (0x10000, 0x4000),
-        (0x13000, 0x1000),
-        (0xf000, 0x2000),
-        (0, 0x100000),
-        (0x12000, 0x8000),
-    ] {
+    for (address, size) in [(0x10000, 0x4000), (0x13000, 0x1000), (0xf000, 0x2000), (0, 0x100000), (0x12000, 0x8000)] {
         assert_eq!(errno(client.dma_map(address, size, 3, None)), Errno::EXIST, "{address:#x}");
     }
     for (address, size, flags, offset) in [
@@ -222,11 +155,7 @@ fn maps_follow_the_rules() {
         (0x20000, 0x1000, 3, 0x10000),
         (0x20000, 0x1000, 3, u64::MAX - 0xfff),
     ] {
-        assert_eq!(
-            errno(client.dma_map(address, size, flags, Some((fd, offset)))),
-            Errno::INVAL,
-            "{address:#x} {size:#x}"
-        );
+        assert_eq!(errno(client.dma_map(address, size, flags, Some((fd, offset)))), Errno::INVAL, "{address:#x} {size:#x}");
     }
     assert_eq!(server.device.state().windows.len(), 1);
     // A part of a window cannot be taken; what was never mapped can.
@@ -252,15 +181,11 @@ fn a_thousand_windows_into_one_file_are_one_mapping() {
     let mut client = server.client();
     let memory = Memory::memfd("guest", 1000 * 4096).unwrap();
     for i in 0..1000 {
-        client
-            .dma_map(i * 0x2000, 0x1000, 3, Some((memory.file().unwrap().0, i * 4096)))
-            .unwrap();
+        client.dma_map(i * 0x2000, 0x1000, 3, Some((memory.file().unwrap().0, i * 4096))).unwrap();
     }
     let state = server.device.state();
     assert_eq!((state.windows.len(), state.most_mappings), (1000, 1));
-    let WindowMemory::Mapped { offset, proven, .. } = &state.windows[999].memory else {
-        panic!("mediated")
-    };
+    let WindowMemory::Mapped { offset, proven, .. } = &state.windows[999].memory else { panic!("mediated") };
     assert_eq!((*offset, *proven), (999 * 4096, false));
 }
 
@@ -271,10 +196,7 @@ fn a_file_that_grew_is_mapped_anew() {
     let file = tempfile::tempfile().unwrap();
     file.set_len(0x1000).unwrap();
     client.dma_map(0, 0x1000, 3, Some((file.as_fd(), 0))).unwrap();
-    assert_eq!(
-        errno(client.dma_map(0x1000, 0x1000, 3, Some((file.as_fd(), 0x1000)))),
-        Errno::INVAL
-    );
+    assert_eq!(errno(client.dma_map(0x1000, 0x1000, 3, Some((file.as_fd(), 0x1000)))), Errno::INVAL);
     file.set_len(0x2000).unwrap();
     client.dma_map(0x1000, 0x1000, 3, Some((file.as_fd(), 0x1000))).unwrap();
     assert_eq!(server.device.state().most_mappings, 2);
@@ -289,16 +211,8 @@ fn memory_without_a_descriptor_is_reached_by_messages() {
     guest.bytes[0x40..0x80].fill(7);
     server.device.play([
         Step::Fetch { iova: 0x10040, len: 64 },
-        Step::Store {
-            iova: 0x11000,
-            bytes: vec![1; 4096],
-            polled: false,
-        },
-        Step::Store {
-            iova: 0x10000,
-            bytes: (0..16).collect(),
-            polled: true,
-        },
+        Step::Store { iova: 0x11000, bytes: vec![1; 4096], polled: false },
+        Step::Store { iova: 0x10000, bytes: (0..16).collect(), polled: true },
         Step::Fetch { iova: 0x90000, len: 4 },
     ]);
     let start = std::time::Instant::now();
@@ -321,11 +235,7 @@ fn a_register_read_does_not_wait_for_the_clients_own_answer() {
     let server = serve(Options::default());
     let mut client = server.client();
     client.dma_map(0x10000, 0x1000, 3, None).unwrap();
-    server.device.play([Step::Store {
-        iova: 0x10000,
-        bytes: vec![1; 4],
-        polled: false,
-    }]);
+    server.device.play([Step::Store { iova: 0x10000, bytes: vec![1; 4], polled: false }]);
     std::thread::sleep(QUIET);
     client.region_read(0, 0, &mut [0; 4]).unwrap();
     assert!(server.device.state().answers.is_empty());
@@ -339,21 +249,9 @@ fn a_completion_entry_never_overtakes_the_data_it_announces() {
     let mut client = server.client();
     client.dma_map(0x10000, 0x2000, 3, None).unwrap();
     server.device.play([
-        Step::Store {
-            iova: 0x10000,
-            bytes: vec![1; 512],
-            polled: false,
-        },
-        Step::Store {
-            iova: 0x10200,
-            bytes: vec![2; 512],
-            polled: false,
-        },
-        Step::Store {
-            iova: 0x11000,
-            bytes: vec![3; 16],
-            polled: true,
-        },
+        Step::Store { iova: 0x10000, bytes: vec![1; 512], polled: false },
+        Step::Store { iova: 0x10200, bytes: vec![2; 512], polled: false },
+        Step::Store { iova: 0x11000, bytes: vec![3; 16], polled: true },
     ]);
     // Both data stores are out at once; the entry is not.
     let first = client.next_request(DEADLINE).unwrap().unwrap();
@@ -375,20 +273,11 @@ fn an_interrupt_is_not_signalled_before_the_stores_it_announces() {
     client.dma_map(0x10000, 0x1000, 3, None).unwrap();
     let fds = eventfds(2);
     client.set_irqs(MSIX, EVENTFD, 0, 1, &[], &[]).unwrap();
-    client
-        .set_irqs(MSIX, EVENTFD, 0, 2, &[], &[fds[0].as_fd(), fds[1].as_fd()])
-        .unwrap();
+    client.set_irqs(MSIX, EVENTFD, 0, 2, &[], &[fds[0].as_fd(), fds[1].as_fd()]).unwrap();
     assert_eq!(server.device.state().modes, [InterruptMode::Msix]);
     server.device.play([Step::Raise(0)]);
     wait_signal(&fds[0]);
-    server.device.play([
-        Step::Store {
-            iova: 0x10000,
-            bytes: vec![1; 4],
-            polled: false,
-        },
-        Step::Raise(1),
-    ]);
+    server.device.play([Step::Store { iova: 0x10000, bytes: vec![1; 4], polled: false }, Step::Raise(1)]);
     let (header, body) = client.next_request(DEADLINE).unwrap().unwrap();
     std::thread::sleep(QUIET);
     assert_eq!(signals(&fds[1]), 0, "before its data");
@@ -398,22 +287,12 @@ fn an_interrupt_is_not_signalled_before_the_stores_it_announces() {
 
 #[test]
 fn a_client_that_does_not_answer_makes_faults_not_hangs() {
-    let server = serve(Options {
-        dma_deadline: Duration::from_millis(100),
-        ..Options::default()
-    });
+    let server = serve(Options { dma_deadline: Duration::from_millis(100), ..Options::default() });
     let mut client = server.client();
     client.dma_map(0x10000, 0x1000, 3, None).unwrap();
     let fds = eventfds(1);
     client.set_irqs(MSIX, EVENTFD, 0, 1, &[], &[fds[0].as_fd()]).unwrap();
-    server.device.play([
-        Step::Store {
-            iova: 0x10000,
-            bytes: vec![1; 4],
-            polled: false,
-        },
-        Step::Raise(0),
-    ]);
+    server.device.play([Step::Store { iova: 0x10000, bytes: vec![1; 4], polled: false }, Step::Raise(0)]);
     wait_signal(&fds[0]);
     assert_eq!(server.device.state().answers, [(1, Answer::Fault)]);
     // The answer comes after all: it is nobody's.
@@ -426,13 +305,7 @@ fn a_client_that_does_not_answer_makes_faults_not_hangs() {
     server.device.play([Step::Fetch { iova: 0x10000, len: 4 }]);
     client.next_request(DEADLINE).unwrap().unwrap();
     client.dma_unmap(0x10000, 0x1000, 0).unwrap();
-    let faults = server
-        .device
-        .state()
-        .answers
-        .iter()
-        .filter(|(_, answer)| *answer == Answer::Fault)
-        .count();
+    let faults = server.device.state().answers.iter().filter(|(_, answer)| *answer == Answer::Fault).count();
     assert_eq!(faults, 3);
 }
 
@@ -445,36 +318,23 @@ fn masks_and_levels_work_over_the_socket() {
     client.set_irqs(INTX, EVENTFD, 0, 1, &[], &borrowed[4..]).unwrap();
     server.device.play([Step::Pin(true)]);
     wait_signal(&fds[4]);
-    client
-        .set_irqs(INTX, SET_DATA_NONE | SET_ACTION_UNMASK, 0, 1, &[], &[])
-        .unwrap();
+    client.set_irqs(INTX, SET_DATA_NONE | SET_ACTION_UNMASK, 0, 1, &[], &[]).unwrap();
     assert_eq!(signals(&fds[4]), 1, "still asserted");
-    client
-        .set_irqs(INTX, SET_DATA_NONE | SET_ACTION_TRIGGER, 0, 0, &[], &[])
-        .unwrap();
+    client.set_irqs(INTX, SET_DATA_NONE | SET_ACTION_TRIGGER, 0, 0, &[], &[]).unwrap();
     client.set_irqs(MSI, EVENTFD, 0, 4, &[], &borrowed[..4]).unwrap();
-    client
-        .set_irqs(MSI, SET_DATA_BOOL | SET_ACTION_MASK, 0, 2, &[0, 1], &[])
-        .unwrap();
+    client.set_irqs(MSI, SET_DATA_BOOL | SET_ACTION_MASK, 0, 2, &[0, 1], &[]).unwrap();
     server.device.play([Step::Raise(1), Step::Raise(2)]);
     wait_signal(&fds[2]);
     assert_eq!(signals(&fds[1]), 0);
-    client
-        .set_irqs(MSI, SET_DATA_NONE | SET_ACTION_UNMASK, 0, 4, &[], &[])
-        .unwrap();
+    client.set_irqs(MSI, SET_DATA_NONE | SET_ACTION_UNMASK, 0, 4, &[], &[]).unwrap();
     assert_eq!(signals(&fds[1]), 1);
     // A client can raise an interrupt itself.
-    client
-        .set_irqs(MSI, SET_DATA_BOOL | SET_ACTION_TRIGGER, 0, 4, &[1, 0, 0, 1], &[])
-        .unwrap();
+    client.set_irqs(MSI, SET_DATA_BOOL | SET_ACTION_TRIGGER, 0, 4, &[1, 0, 0, 1], &[]).unwrap();
     assert_eq!(fds.iter().map(signals).collect::<Vec<_>>(), [1, 0, 0, 1, 0]);
     assert_eq!(server.device.state().modes, [InterruptMode::Msi(4)]);
     assert_eq!(errno(client.set_irqs(MSI, EVENTFD, 3, 2, &[], &borrowed[..2])), Errno::INVAL);
     assert_eq!(errno(client.set_irqs(MSI, EVENTFD, 0, 3, &[], &borrowed[..2])), Errno::INVAL);
-    assert_eq!(
-        errno(client.set_irqs(3, SET_DATA_NONE | SET_ACTION_MASK, 0, 1, &[], &[])),
-        Errno::NOTTY
-    );
+    assert_eq!(errno(client.set_irqs(3, SET_DATA_NONE | SET_ACTION_MASK, 0, 1, &[], &[])), Errno::NOTTY);
 }
 
 /// Plays stores until the server has made up its mind, with a guest that has what `guest` has.
@@ -484,14 +344,9 @@ fn settle(
     guest: &mut dyn farbus_pci_shim::vfio_user::client::ClientMemory,
 ) {
     for round in 1..=3_u8 {
-        server.device.play([
-            Step::Fetch { iova: 0x10000, len: 64 },
-            Step::Store {
-                iova: 0x10100,
-                bytes: vec![round; 64],
-                polled: false,
-            },
-        ]);
+        server
+            .device
+            .play([Step::Fetch { iova: 0x10000, len: 64 }, Step::Store { iova: 0x10100, bytes: vec![round; 64], polled: false }]);
         if client.answer_dma(guest, QUIET).is_err() {
             return;
         }
@@ -503,13 +358,8 @@ fn shared_memory_is_proven_by_a_store_that_shows_up() {
     let server = serve(Options::default());
     let mut client = server.client();
     let memory = Memory::memfd("guest", 0x2000).unwrap();
-    client
-        .dma_map(0x10000, 0x2000, 3, Some((memory.file().unwrap().0, 0)))
-        .unwrap();
-    let mut guest = SharedGuest {
-        base: 0x10000,
-        memory: memory.clone(),
-    };
+    client.dma_map(0x10000, 0x2000, 3, Some((memory.file().unwrap().0, 0))).unwrap();
+    let mut guest = SharedGuest { base: 0x10000, memory: memory.clone() };
     memory.write(0, b"a queue entry").unwrap();
     // Equal bytes alone prove nothing.
     server.device.play([Step::Fetch { iova: 0x10000, len: 64 }]);
@@ -518,14 +368,9 @@ fn shared_memory_is_proven_by_a_store_that_shows_up() {
     settle(&server, &mut client, &mut guest);
     assert_eq!(server.device.state().proven, 1);
     // A later window of the same file is proven from the start.
-    client
-        .dma_map(0x20000, 0x1000, 3, Some((memory.file().unwrap().0, 0x1000)))
-        .unwrap();
+    client.dma_map(0x20000, 0x1000, 3, Some((memory.file().unwrap().0, 0x1000))).unwrap();
     let state = server.device.state();
-    assert!(matches!(
-        state.windows.last().map(|window| &window.memory),
-        Some(WindowMemory::Mapped { proven: true, .. })
-    ));
+    assert!(matches!(state.windows.last().map(|window| &window.memory), Some(WindowMemory::Mapped { proven: true, .. })));
 }
 
 #[test]
@@ -537,27 +382,13 @@ fn memory_that_is_not_shared_is_never_proven() {
     private.bytes.fill(5);
     let server = serve(Options::default());
     let mut client = server.client();
-    client
-        .dma_map(0x10000, 0x2000, 3, Some((template.file().unwrap().0, 0)))
-        .unwrap();
+    client.dma_map(0x10000, 0x2000, 3, Some((template.file().unwrap().0, 0))).unwrap();
     settle(&server, &mut client, &mut private);
     assert_eq!(server.device.state().proven, 0);
-    assert!(
-        server
-            .device
-            .state()
-            .answers
-            .iter()
-            .all(|(_, answer)| *answer != Answer::Fault)
-    );
+    assert!(server.device.state().answers.iter().all(|(_, answer)| *answer != Answer::Fault));
     // Known not to be shared: the next window of it is reached by messages from the start, and the file was never written by us.
-    client
-        .dma_map(0x20000, 0x1000, 3, Some((template.file().unwrap().0, 0)))
-        .unwrap();
-    assert!(matches!(
-        server.device.state().windows.last().unwrap().memory,
-        WindowMemory::Mediated
-    ));
+    client.dma_map(0x20000, 0x1000, 3, Some((template.file().unwrap().0, 0))).unwrap();
+    assert!(matches!(server.device.state().windows.last().unwrap().memory, WindowMemory::Mediated));
     let mut bytes = [0; 0x2000];
     template.read(0, &mut bytes).unwrap();
     assert_eq!(bytes, [5; 0x2000]);
@@ -565,15 +396,10 @@ fn memory_that_is_not_shared_is_never_proven() {
 
 #[test]
 fn memory_that_is_not_shared_can_be_refused() {
-    let server = serve(Options {
-        on_unshared: OnUnshared::Refuse,
-        ..Options::default()
-    });
+    let server = serve(Options { on_unshared: OnUnshared::Refuse, ..Options::default() });
     let mut client = server.client();
     let template = Memory::memfd("template", 0x2000).unwrap();
-    client
-        .dma_map(0x10000, 0x2000, 3, Some((template.file().unwrap().0, 0)))
-        .unwrap();
+    client.dma_map(0x10000, 0x2000, 3, Some((template.file().unwrap().0, 0))).unwrap();
     let mut private = Guest::new(0x10000, 0x2000);
     private.bytes.fill(5);
     settle(&server, &mut client, &mut private);
@@ -585,19 +411,11 @@ fn memory_that_is_not_shared_can_be_refused() {
 
 #[test]
 fn a_guest_that_writes_meanwhile_does_not_look_unshared() {
-    let server = serve(Options {
-        on_unshared: OnUnshared::Refuse,
-        ..Options::default()
-    });
+    let server = serve(Options { on_unshared: OnUnshared::Refuse, ..Options::default() });
     let mut client = server.client();
     let memory = Memory::memfd("guest", 0x2000).unwrap();
-    client
-        .dma_map(0x10000, 0x2000, 3, Some((memory.file().unwrap().0, 0)))
-        .unwrap();
-    let mut guest = SharedGuest {
-        base: 0x10000,
-        memory: memory.clone(),
-    };
+    client.dma_map(0x10000, 0x2000, 3, Some((memory.file().unwrap().0, 0))).unwrap();
+    let mut guest = SharedGuest { base: 0x10000, memory: memory.clone() };
     for round in 0..40_u8 {
         server.device.play([Step::Fetch { iova: 0x10000, len: 64 }]);
         while let Some((header, body)) = client.next_request(Duration::from_millis(5)).unwrap() {
@@ -618,10 +436,7 @@ fn two_devices_live_in_one_process() {
     let stops: Vec<_> = servers.iter().map(Server::stop_handle).collect();
     let devices = [Scripted::new(), Scripted::new()];
     let handles: Vec<_> = devices.iter().map(|(_, handle)| handle.clone()).collect();
-    let pairs: Vec<_> = servers
-        .into_iter()
-        .zip(devices.into_iter().map(|(device, _)| device))
-        .collect();
+    let pairs: Vec<_> = servers.into_iter().zip(devices.into_iter().map(|(device, _)| device)).collect();
     let all = std::thread::spawn(move || serve_all(pairs, &Options::default()));
     let mut clients: Vec<_> = paths.iter().map(|path| Client::open(path, DEADLINE).unwrap()).collect();
     for (i, client) in clients.iter_mut().enumerate() {
@@ -641,10 +456,7 @@ fn two_devices_live_in_one_process() {
 
 #[test]
 fn a_server_can_end_with_its_device() {
-    let mut server = serve(Options {
-        on_gone: OnGone::End,
-        ..Options::default()
-    });
+    let mut server = serve(Options { on_gone: OnGone::End, ..Options::default() });
     let _client = server.client();
     server.device.go(CloseReason::PeerClosed);
     assert_eq!(server.end(), Ended::DeviceGone(CloseReason::PeerClosed));
@@ -662,20 +474,14 @@ fn a_path_is_taken_over_only_from_the_dead() {
     std::fs::write(&path, "precious").unwrap();
     assert!(matches!(Server::bind(&path), Err(BindError::NotASocket(_))));
     assert_eq!(std::fs::read_to_string(&path).unwrap(), "precious");
-    assert!(matches!(
-        Server::bind(directory.path().join("absent/x")),
-        Err(BindError::Host { .. })
-    ));
+    assert!(matches!(Server::bind(directory.path().join("absent/x")), Err(BindError::Host { .. })));
     let long = directory.path().join("x".repeat(200));
     assert!(matches!(Server::bind(long), Err(BindError::Host { .. })));
 }
 
 #[test]
 fn silence_before_version_does_not_keep_others_out() {
-    let server = serve(Options {
-        version_deadline: Duration::from_millis(100),
-        ..Options::default()
-    });
+    let server = serve(Options { version_deadline: Duration::from_millis(100), ..Options::default() });
     let _silent = Client::connect(&server.path, DEADLINE).unwrap();
     server.client().device_info().unwrap();
 }
@@ -684,25 +490,15 @@ fn silence_before_version_does_not_keep_others_out() {
 fn a_client_that_takes_100_bytes_a_message_is_served_in_pieces() {
     let server = serve(Options::default());
     let mut client = Client::connect(&server.path, DEADLINE).unwrap();
-    let (minor, text) = client
-        .version(0, 0, b"{\"capabilities\":{\"max_data_xfer_size\":100}}\0")
-        .unwrap();
+    let (minor, text) = client.version(0, 0, b"{\"capabilities\":{\"max_data_xfer_size\":100}}\0").unwrap();
     assert_eq!(minor, 0);
     assert_eq!(text, b"{\"capabilities\":{\"max_data_xfer_size\":1048576}}\0");
     client.dma_map(0x10000, 0x1000, 3, None).unwrap();
     let mut guest = Guest::new(0x10000, 0x1000);
     guest.bytes.iter_mut().enumerate().for_each(|(i, byte)| *byte = i as u8);
-    server.device.play([
-        Step::Fetch {
-            iova: 0x10000,
-            len: 4096,
-        },
-        Step::Store {
-            iova: 0x10000,
-            bytes: vec![9; 250],
-            polled: true,
-        },
-    ]);
+    server
+        .device
+        .play([Step::Fetch { iova: 0x10000, len: 4096 }, Step::Store { iova: 0x10000, bytes: vec![9; 250], polled: true }]);
     let start = std::time::Instant::now();
     while server.device.state().answers.len() < 2 {
         client.answer_dma(&mut guest, Duration::from_millis(5)).unwrap();

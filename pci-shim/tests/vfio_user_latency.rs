@@ -11,8 +11,9 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use farbus_pci_shim::MediationRequest;
 use farbus_pci_shim::vfio_user::wire::{Command, Header, RegionAccess};
-use farbus_pci_shim::vfio_user::{ClientInterrupts, MediatedAccess, NoRegister, Options, Served, Server};
+use farbus_pci_shim::vfio_user::{ClientInterrupts, NoRegister, Options, Served, Server};
 use farbus_remote_dma::{
     Activity, AttachmentError, BarAddress, DeviceDescription, InterruptMode, Iova, MapError, MediationAnswer, ResetKind, Ticket,
     Width, Window,
@@ -54,7 +55,7 @@ impl Served for Register {
         Ok(())
     }
     fn prove(&mut self, _: &Arc<Memory>) {}
-    fn next_mediation(&mut self) -> Option<MediatedAccess> {
+    fn next_mediation(&mut self) -> Option<MediationRequest> {
         None
     }
     fn answer(&mut self, _: Ticket, _: MediationAnswer<'_>) {}
@@ -119,19 +120,12 @@ fn bare(path: &std::path::Path) -> std::thread::JoinHandle<()> {
 #[ignore = "measures; run it in release on a quiet machine"]
 fn region_read_beside_a_bare_ping_pong() {
     let directory = tempfile::tempdir().unwrap();
-    let access = RegionAccess {
-        offset: 0x1c,
-        region: 0,
-        count: 4,
-    };
+    let access = RegionAccess { offset: 0x1c, region: 0, count: 4 };
     let request = [Header::command(9, Command::RegionRead, 16).as_bytes(), access.as_bytes()].concat();
     for spin in [Duration::ZERO, Options::default().spin] {
         let mut server = Server::bind(directory.path().join("served")).unwrap();
         let stop = server.stop_handle();
-        let options = Options {
-            spin,
-            ..Options::default()
-        };
+        let options = Options { spin, ..Options::default() };
         let description = vfio_user_support::description();
         let mut device = Register {
             interrupts: ClientInterrupts::new(&description),
@@ -148,22 +142,15 @@ fn region_read_beside_a_bare_ping_pong() {
         pin(0);
         let mut to_bare = UnixStream::connect(&bare_path).unwrap();
         let mut to_server = UnixStream::connect(&path).unwrap();
-        to_server
-            .write_all(Header::command(1, Command::Version, 4).as_bytes())
-            .unwrap();
+        to_server.write_all(Header::command(1, Command::Version, 4).as_bytes()).unwrap();
         to_server.write_all(&[0; 4]).unwrap();
         assert!(to_server.read(&mut [0; 256]).unwrap() > 20);
-        let mut rounds: Vec<(u64, u64)> = (0..ROUNDS)
-            .map(|_| (measure(&mut to_server, &request, 36), measure(&mut to_bare, &request, 36)))
-            .collect();
+        let mut rounds: Vec<(u64, u64)> =
+            (0..ROUNDS).map(|_| (measure(&mut to_server, &request, 36), measure(&mut to_bare, &request, 36))).collect();
         rounds.sort_by(|a, b| (a.0 * b.1).cmp(&(b.0 * a.1)));
         let (read, bare) = rounds[ROUNDS / 2];
         let ratio = read as f64 / bare as f64;
-        println!(
-            "spin {spin:?}: region read {:.1} us, bare {:.1} us, ratio {ratio:.2}",
-            read as f64 / 1e3,
-            bare as f64 / 1e3
-        );
+        println!("spin {spin:?}: region read {:.1} us, bare {:.1} us, ratio {ratio:.2}", read as f64 / 1e3, bare as f64 / 1e3);
         drop((to_bare, to_server));
         stop.stop();
         served.join().unwrap();

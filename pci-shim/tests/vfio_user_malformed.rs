@@ -34,25 +34,9 @@ fn message(command: u16, body: &[u8]) -> Vec<u8> {
 
 /// One valid message of every command.
 fn valid() -> Vec<Vec<u8>> {
-    let map = DmaMap {
-        argsz: 32,
-        flags: 3,
-        offset: 0,
-        address: 0x10000,
-        size: 0x1000,
-    };
-    let set = IrqSet {
-        argsz: 20,
-        flags: 0x24,
-        index: 2,
-        start: 0,
-        count: 2,
-    };
-    let access = RegionAccess {
-        offset: 0x1018,
-        region: 0,
-        count: 4,
-    };
+    let map = DmaMap { argsz: 32, flags: 3, offset: 0, address: 0x10000, size: 0x1000 };
+    let set = IrqSet { argsz: 20, flags: 0x24, index: 2, start: 0, count: 2 };
+    let access = RegionAccess { offset: 0x1018, region: 0, count: 4 };
     let write = [access.as_bytes(), &[1, 2, 3, 4]].concat();
     let multi = [1_u64.as_bytes(), access.as_bytes(), &[1; 8]].concat();
     vec![
@@ -83,12 +67,7 @@ fn send(socket: &UnixStream, bytes: &[u8], fds: &[BorrowedFd<'_>]) {
         assert!(control.push(SendAncillaryMessage::ScmRights(fds)));
     }
     // A server that closed meanwhile is one of its right answers.
-    let _ = rustix::net::sendmsg(
-        socket,
-        &[IoSlice::new(bytes)],
-        &mut control,
-        SendFlags::NOSIGNAL | SendFlags::DONTWAIT,
-    );
+    let _ = rustix::net::sendmsg(socket, &[IoSlice::new(bytes)], &mut control, SendFlags::NOSIGNAL | SendFlags::DONTWAIT);
 }
 
 /// What can be passed as a descriptor, right or wrong.
@@ -116,11 +95,7 @@ fn misbehave(server: &Running, version_first: bool, pieces: &[(Vec<u8>, Vec<usiz
     }
     server.device.play([
         Step::Raise(0),
-        Step::Store {
-            iova: 0x10000,
-            bytes: vec![1; 8],
-            polled: true,
-        },
+        Step::Store { iova: 0x10000, bytes: vec![1; 8], polled: true },
         Step::Raise(1),
         Step::Fetch { iova: 0x10000, len: 8 },
     ]);
@@ -160,10 +135,7 @@ fn mutated() -> impl Strategy<Value = Vec<u8>> {
 
 #[test]
 fn no_bytes_and_no_descriptors_keep_the_next_client_out() {
-    let server = serve(Options {
-        dma_deadline: Duration::from_millis(20),
-        ..Options::default()
-    });
+    let server = serve(Options { dma_deadline: Duration::from_millis(20), ..Options::default() });
     next_client_is_served(&server);
     let before = descriptors();
     let fds = || proptest::collection::vec(0_usize..6, 0..5);
@@ -171,14 +143,11 @@ fn no_bytes_and_no_descriptors_keep_the_next_client_out() {
     let piece = prop_oneof![1 => (random, fds()), 6 => (mutated(), fds())];
     let mut runner = proptest::test_runner::TestRunner::new(ProptestConfig::with_cases(400));
     runner
-        .run(
-            &(any::<bool>(), proptest::collection::vec(piece, 1..12)),
-            |(version_first, pieces)| {
-                misbehave(&server, version_first || pieces.len() > 4, &pieces);
-                next_client_is_served(&server);
-                Ok(())
-            },
-        )
+        .run(&(any::<bool>(), proptest::collection::vec(piece, 1..12)), |(version_first, pieces)| {
+            misbehave(&server, version_first || pieces.len() > 4, &pieces);
+            next_client_is_served(&server);
+            Ok(())
+        })
         .unwrap();
     // Specific ones: many descriptors, a descriptor with every byte, sizes at the edges, and a message that never ends.
     let map = valid().swap_remove(1);

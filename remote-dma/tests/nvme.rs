@@ -49,11 +49,7 @@ fn a_driver_goes_the_whole_way() {
             at += len;
         }
         let (prp1, prp2) = driver.prps(&pages, 512, 12288);
-        let write = Sqe {
-            prp1,
-            prp2,
-            ..Sqe::io(WRITE, 8, 24)
-        };
+        let write = Sqe { prp1, prp2, ..Sqe::io(WRITE, 8, 24) };
         assert_eq!(driver.run(2, write).status, 0);
         let mut seen = vec![0; 12288];
         image.read(4096, &mut seen).unwrap();
@@ -61,11 +57,7 @@ fn a_driver_goes_the_whole_way() {
 
         let target = driver.pages(3);
         let (prp1, prp2) = driver.prps(&[target, target + PAGE, target + 2 * PAGE], 0, 12288);
-        let read = Sqe {
-            prp1,
-            prp2,
-            ..Sqe::io(READ, 8, 24)
-        };
+        let read = Sqe { prp1, prp2, ..Sqe::io(READ, 8, 24) };
         assert_eq!(driver.run(1, read).status, 0);
         assert!(driver.guest_bytes(target, 12288) == data);
         assert_eq!(driver.run(1, Sqe::io(FLUSH, 0, 1)).status, 0);

@@ -29,7 +29,8 @@ pub use prp::{ENTRIES_PER_PAGE, PrpError, Prps, build as build_prps, list_pages}
 pub use queue::Completion;
 use queue::QueuePair;
 pub use registers::{
-    ACQ, ALL_ONES, AQA, ASQ, CAP, CC, CC_ENABLE, CC_ENTRY_SIZES, CC_SHUTDOWN_NORMAL, CSTS, Capabilities, DOORBELLS, Registers, Status, VS,
+    ACQ, ALL_ONES, AQA, ASQ, CAP, CC, CC_ENABLE, CC_ENTRY_SIZES, CC_SHUTDOWN_NORMAL, CSTS, Capabilities, DOORBELLS, Registers,
+    Status, VS,
 };
 
 /// What the driver asks of the controller.
@@ -49,13 +50,7 @@ pub struct DriverOptions {
 
 impl Default for DriverOptions {
     fn default() -> Self {
-        Self {
-            queues: 1,
-            depth: 64,
-            max_transfer: 128 << 10,
-            vectors: Vec::new(),
-            command_timeout: Duration::from_secs(10),
-        }
+        Self { queues: 1, depth: 64, max_transfer: 128 << 10, vectors: Vec::new(), command_timeout: Duration::from_secs(10) }
     }
 }
 
@@ -161,14 +156,8 @@ impl<R: Registers> Driver<R> {
     pub fn submit(&mut self, queue: QueueIndex, io: &Io<'_>, token: u64) -> Result<(), DriverError> {
         let namespace = self.namespace;
         let (command, data) = match io {
-            Io::Read { block, into } => (
-                Command::read(namespace.id, *block, self.blocks(*block, into.len())?),
-                Some(*into),
-            ),
-            Io::Write { block, from } => (
-                Command::write(namespace.id, *block, self.blocks(*block, from.len())?),
-                Some(*from),
-            ),
+            Io::Read { block, into } => (Command::read(namespace.id, *block, self.blocks(*block, into.len())?), Some(*into)),
+            Io::Write { block, from } => (Command::write(namespace.id, *block, self.blocks(*block, from.len())?), Some(*from)),
             Io::Flush => (Command::flush(namespace.id), None),
         };
         self.queue(queue)?.0.submit(&command, data, token)
@@ -260,11 +249,7 @@ impl<R: Registers> Driver<R> {
             Io::Write { .. } => "write",
             Io::Flush => "flush",
         };
-        if status.ok() {
-            Ok(())
-        } else {
-            Err(DriverError::Command { command, status })
-        }
+        if status.ok() { Ok(()) } else { Err(DriverError::Command { command, status }) }
     }
 
     /// Why commands of `queue` do not complete: the device is gone, it failed, or it only takes too long.
@@ -281,12 +266,7 @@ impl<R: Registers> Driver<R> {
             0 => self.admin.in_flight(),
             _ => self.queue(QueueIndex(queue)).map_or(0, |(queue, _)| queue.in_flight()),
         };
-        DriverError::Timeout {
-            queue,
-            in_flight,
-            timeout_ms: self.options.command_timeout.as_millis() as u64,
-            csts,
-        }
+        DriverError::Timeout { queue, in_flight, timeout_ms: self.options.command_timeout.as_millis() as u64, csts }
     }
 
     fn queue(&mut self, queue: QueueIndex) -> Result<(&mut QueuePair, &mut R), DriverError> {
@@ -323,11 +303,7 @@ struct Patience {
 
 impl Patience {
     fn new(timeout: Duration) -> Self {
-        Self {
-            deadline: None,
-            timeout,
-            polls: 0,
-        }
+        Self { deadline: None, timeout, polls: 0 }
     }
 
     fn exhausted(&mut self) -> bool {

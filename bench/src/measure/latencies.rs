@@ -47,11 +47,7 @@ impl Latencies {
 
     /// The latency that `percentile` (0 to 100) of all do not exceed, in nanoseconds; 0 where nothing was recorded.
     pub fn percentile_ns(&self, percentile: f64) -> u64 {
-        if self.0.is_empty() {
-            0
-        } else {
-            self.0.value_at_percentile(percentile)
-        }
+        if self.0.is_empty() { 0 } else { self.0.value_at_percentile(percentile) }
     }
 
     /// The median in nanoseconds.
@@ -79,9 +75,7 @@ impl Stopwatch {
             let start = Instant::now();
             seen.record_ns(nanos(start.elapsed()));
         }
-        Self {
-            overhead_ns: seen.percentile_ns(10.0),
-        }
+        Self { overhead_ns: seen.percentile_ns(10.0) }
     }
 
     /// Nanoseconds that a measurement itself takes.

@@ -78,10 +78,7 @@ pub fn interleave<A, B, E>(
     mut second: impl FnMut(usize) -> Result<B, E>,
 ) -> Result<Pairs<A, B>, E> {
     let rounds = rounds.max(LEAST_ROUNDS);
-    let mut pairs = Pairs {
-        first: Vec::with_capacity(rounds),
-        second: Vec::with_capacity(rounds),
-    };
+    let mut pairs = Pairs { first: Vec::with_capacity(rounds), second: Vec::with_capacity(rounds) };
     for round in 0..rounds {
         if round % 2 == 0 {
             pairs.first.push(first(round)?);

@@ -169,7 +169,9 @@ mod trap {
             FUTEX.with(|futex| futex.fetch_add(1, Ordering::Relaxed));
         }
         registers[libc::REG_RAX as usize] = match number {
-            libc::SYS_clone | libc::SYS_clone3 | libc::SYS_fork | libc::SYS_vfork | libc::SYS_rt_sigreturn => -i64::from(libc::ENOSYS),
+            libc::SYS_clone | libc::SYS_clone3 | libc::SYS_fork | libc::SYS_vfork | libc::SYS_rt_sigreturn => {
+                -i64::from(libc::ENOSYS)
+            }
             _ => {
                 let arguments = [libc::REG_RDI, libc::REG_RSI, libc::REG_RDX, libc::REG_R10, libc::REG_R8, libc::REG_R9];
                 raw(number, arguments.map(|register| registers[register as usize]))

@@ -60,17 +60,12 @@ type Panel<'a> = DrawingArea<SVGBackend<'a>, Shift>;
 pub fn latency_picture(path: &Path, title: &str, distributions: &[Distribution]) -> Result<(), PictureError> {
     let mut svg = String::new();
     draw(&mut svg, title, distributions).map_err(PictureError::Draw)?;
-    std::fs::write(path, svg).map_err(|source| PictureError::Write {
-        path: path.display().to_string(),
-        source,
-    })
+    std::fs::write(path, svg).map_err(|source| PictureError::Write { path: path.display().to_string(), source })
 }
 
 fn draw(svg: &mut String, title: &str, distributions: &[Distribution]) -> Result<(), String> {
-    let shown: Vec<_> = distributions
-        .iter()
-        .filter(|distribution| distribution.native.count() > 0 && distribution.remote.count() > 0)
-        .collect();
+    let shown: Vec<_> =
+        distributions.iter().filter(|distribution| distribution.native.count() > 0 && distribution.remote.count() > 0).collect();
     let rows = shown.len().div_ceil(COLUMNS).max(1);
     let size = (PANEL.0 * COLUMNS as u32, TITLE_HEIGHT + PANEL.1 * rows as u32);
     let root = SVGBackend::with_string(svg, size).into_drawing_area();

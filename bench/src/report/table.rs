@@ -56,11 +56,7 @@ pub fn duration(ns: f64) -> String {
         ns if ns < 1e9 => (ns / 1e6, "ms"),
         ns => (ns / 1e9, "s"),
     };
-    if figure < 10.0 {
-        format!("{figure:.1} {unit}")
-    } else {
-        format!("{figure:.0} {unit}")
-    }
+    if figure < 10.0 { format!("{figure:.1} {unit}") } else { format!("{figure:.0} {unit}") }
 }
 
 fn in_unit(value: f64, unit: &str) -> String {

@@ -60,18 +60,18 @@ impl Workload {
             }
         }
         let patterned = self.contents.patterned() * UNIT_BYTES;
-        Ok(Verified {
-            bytes: total,
-            original: total - patterned,
-            patterned,
-        })
+        Ok(Verified { bytes: total, original: total - patterned, patterned })
     }
 
     /// Writes the original bytes back wherever a case wrote, and flushes. [`Workload::verify`] afterwards compares all with the file.
     ///
     /// # Errors
     /// [`WorkloadError`].
-    pub fn restore<R: Registers>(&mut self, driver: &mut Driver<R>, mut progress: impl FnMut(Progress)) -> Result<(), WorkloadError> {
+    pub fn restore<R: Registers>(
+        &mut self,
+        driver: &mut Driver<R>,
+        mut progress: impl FnMut(Progress),
+    ) -> Result<(), WorkloadError> {
         let total = self.contents.len();
         let mut bytes = vec![0; LARGE_BYTES as usize];
         let mut at = 0;
@@ -96,11 +96,7 @@ impl Workload {
     fn piece<R: Registers>(&self, driver: &Driver<R>, slot: usize, at: u64) -> Result<(DmaBuffer, u64), WorkloadError> {
         let longest = driver.max_transfer() / UNIT_BYTES * UNIT_BYTES;
         let len = LARGE_BYTES.min(self.contents.len() - at).min(longest.max(UNIT_BYTES));
-        let outside = farbus_transport::MemoryError::OutOfBounds {
-            offset: 0,
-            len,
-            mapped: LARGE_BYTES,
-        };
+        let outside = farbus_transport::MemoryError::OutOfBounds { offset: 0, len, mapped: LARGE_BYTES };
         let buffer = self.large.get(slot).and_then(|buffer| buffer.slice(0, len));
         Ok((buffer.ok_or(outside)?, len))
     }
@@ -143,4 +139,3 @@ fn reap<R: Registers>(
         None => Ok(()),
     }
 }
-

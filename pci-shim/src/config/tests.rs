@@ -53,11 +53,7 @@ fn a_bar_is_decoded_where_the_guest_put_it_and_only_while_it_is_on() {
     let _ = space.write(0x44, &[0x03]).unwrap();
     assert_eq!(space.power_state(), PowerState::D3Hot);
     assert_eq!(memory(&space, 0x1_fe00_1018), None, "nothing is decoded in D3hot");
-    assert_eq!(
-        space.bar_base(0),
-        Some(0x1_fe00_0000),
-        "No_Soft_Reset keeps registers over D3hot"
-    );
+    assert_eq!(space.bar_base(0), Some(0x1_fe00_0000), "No_Soft_Reset keeps registers over D3hot");
 }
 
 #[test]
@@ -100,12 +96,7 @@ fn a_function_level_reset_keeps_the_links_settings_and_nothing_else() {
 
 #[test]
 fn initiating_a_reset_is_seen_in_every_width_and_always_reads_zero() {
-    for (offset, bytes) in [
-        (0x89, &[0x80][..]),
-        (0x88, &[0, 0x80]),
-        (0x88, &[0, 0x80, 0, 0]),
-        (0x80, &[0xff; 16]),
-    ] {
+    for (offset, bytes) in [(0x89, &[0x80][..]), (0x88, &[0, 0x80]), (0x88, &[0, 0x80, 0, 0]), (0x80, &[0xff; 16])] {
         let mut space = space();
         assert_eq!(space.write(offset, bytes), Ok(Written::FunctionLevelReset));
         assert_eq!(read32(&space, 0x88) & 0x8000, 0);
@@ -123,11 +114,7 @@ fn an_error_bit_is_cleared_by_the_guest_and_by_nobody_else() {
     assert_eq!(read32(&space, 0x88) >> 16, 0b1010);
     let _ = space.write(0x88, &[0, 0]).unwrap();
     let _ = space.write(0x8a, &[0b0100, 0]).unwrap();
-    assert_eq!(
-        read32(&space, 0x88) >> 16,
-        0b1010,
-        "writing zero or another bit clears nothing"
-    );
+    assert_eq!(read32(&space, 0x88) >> 16, 0b1010, "writing zero or another bit clears nothing");
     let _ = space.write(0x8a, &[0b0010]).unwrap();
     assert_eq!(read32(&space, 0x88) >> 16, 0b1000);
 }
@@ -156,13 +143,7 @@ fn more_msi_vectors_than_the_device_has_are_not_believed() {
 #[test]
 fn a_description_that_no_function_can_have_is_refused() {
     let mut in_io = description();
-    in_io.msix = Some(MsixLocation {
-        vectors: 1,
-        table_bar: 3,
-        table_offset: 0,
-        pba_bar: 0,
-        pba_offset: 0,
-    });
+    in_io.msix = Some(MsixLocation { vectors: 1, table_bar: 3, table_offset: 0, pba_bar: 0, pba_offset: 0 });
     assert!(Space::new(&in_io).is_err());
     let mut odd = description();
     odd.bars[2].as_mut().unwrap().size = 0x1001;
@@ -220,11 +201,7 @@ impl Model {
             }
             bytes
         };
-        Self {
-            value: fill(|r| r.1),
-            writable: fill(|r| r.2),
-            clear: fill(|r| r.3),
-        }
+        Self { value: fill(|r| r.1), writable: fill(|r| r.2), clear: fill(|r| r.3) }
     }
 
     /// Whether it was taken at all, and whether it initiates a reset.
@@ -267,11 +244,7 @@ fn descriptions() -> impl Strategy<Value = DeviceDescription> {
             let wide = usize::from(kind == BarKind::Memory64);
             if index + wide < 6 {
                 let size = 1 << log2;
-                made.bars[index] = Some(BarDescription {
-                    kind,
-                    size,
-                    prefetchable,
-                });
+                made.bars[index] = Some(BarDescription { kind, size, prefetchable });
             }
             index += 1 + wide;
             if index >= 6 {

@@ -234,11 +234,7 @@ mod tests {
     fn nvme(cap: Option<u64>) -> Nvme {
         let mut described = description();
         described.constants.clear();
-        described.constants.extend(cap.map(|cap| Constant {
-            bar: 0,
-            offset: CAP,
-            bytes: cap.to_le_bytes().to_vec(),
-        }));
+        described.constants.extend(cap.map(|cap| Constant { bar: 0, offset: CAP, bytes: cap.to_le_bytes().to_vec() }));
         Nvme::new(&described)
     }
 

@@ -136,13 +136,10 @@ impl Client {
     pub fn version(&mut self, major: u16, minor: u16, data: &[u8]) -> Result<(u16, Vec<u8>), ClientError> {
         let body = [[major, minor].as_bytes(), data].concat();
         let reply = self.request(Command::Version, &body, &[])?;
-        let ([answered, minor], data) = <[u16; 2]>::read_from_prefix(reply).map_err(|_| ClientError::Reply {
-            command: Command::Version.number(),
-        })?;
+        let ([answered, minor], data) =
+            <[u16; 2]>::read_from_prefix(reply).map_err(|_| ClientError::Reply { command: Command::Version.number() })?;
         if answered != major {
-            return Err(ClientError::Reply {
-                command: Command::Version.number(),
-            });
+            return Err(ClientError::Reply { command: Command::Version.number() });
         }
         Ok((minor, data.to_vec()))
     }
@@ -152,12 +149,7 @@ impl Client {
     /// # Errors
     /// [`ClientError`].
     pub fn device_info(&mut self) -> Result<DeviceInfo, ClientError> {
-        let ask = DeviceInfo {
-            argsz: 16,
-            flags: 0,
-            num_regions: 0,
-            num_irqs: 0,
-        };
+        let ask = DeviceInfo { argsz: 16, flags: 0, num_regions: 0, num_irqs: 0 };
         self.ask(Command::DeviceInfo, &ask)
     }
 
@@ -166,14 +158,7 @@ impl Client {
     /// # Errors
     /// [`ClientError`].
     pub fn region_info(&mut self, index: u32) -> Result<RegionInfo, ClientError> {
-        let ask = RegionInfo {
-            argsz: 32,
-            flags: 0,
-            index,
-            cap_offset: 0,
-            size: 0,
-            offset: 0,
-        };
+        let ask = RegionInfo { argsz: 32, flags: 0, index, cap_offset: 0, size: 0, offset: 0 };
         self.ask(Command::RegionInfo, &ask)
     }
 
@@ -182,12 +167,7 @@ impl Client {
     /// # Errors
     /// [`ClientError`].
     pub fn irq_info(&mut self, index: u32) -> Result<IrqInfo, ClientError> {
-        let ask = IrqInfo {
-            argsz: 16,
-            flags: 0,
-            index,
-            count: 0,
-        };
+        let ask = IrqInfo { argsz: 16, flags: 0, index, count: 0 };
         self.ask(Command::IrqInfo, &ask)
     }
 
@@ -199,9 +179,7 @@ impl Client {
         let access = access(region, offset, into.len());
         let reply = self.request(Command::RegionRead, access.as_bytes(), &[])?;
         let data = reply.get(size_of::<RegionAccess>()..).filter(|data| data.len() == into.len());
-        into.copy_from_slice(data.ok_or(ClientError::Reply {
-            command: Command::RegionRead.number(),
-        })?);
+        into.copy_from_slice(data.ok_or(ClientError::Reply { command: Command::RegionRead.number() })?);
         Ok(())
     }
 
@@ -236,13 +214,7 @@ impl Client {
         flags: u32,
         backing: Option<(BorrowedFd<'_>, u64)>,
     ) -> Result<(), ClientError> {
-        let map = DmaMap {
-            argsz: 32,
-            flags,
-            offset: backing.map_or(0, |(_, offset)| offset),
-            address,
-            size,
-        };
+        let map = DmaMap { argsz: 32, flags, offset: backing.map_or(0, |(_, offset)| offset), address, size };
         let fds: Vec<_> = backing.into_iter().map(|(fd, _)| fd).collect();
         self.request(Command::DmaMap, map.as_bytes(), &fds).map(|_| ())
     }
@@ -252,12 +224,7 @@ impl Client {
     /// # Errors
     /// [`ClientError`].
     pub fn dma_unmap(&mut self, address: u64, size: u64, flags: u32) -> Result<(), ClientError> {
-        let unmap = DmaUnmap {
-            argsz: 24,
-            flags,
-            address,
-            size,
-        };
+        let unmap = DmaUnmap { argsz: 24, flags, address, size };
         self.request(Command::DmaUnmap, unmap.as_bytes(), &[]).map(|_| ())
     }
 
@@ -274,15 +241,8 @@ impl Client {
         data: &[u8],
         fds: &[BorrowedFd<'_>],
     ) -> Result<(), ClientError> {
-        let set = IrqSet {
-            argsz: (size_of::<IrqSet>() + data.len()) as u32,
-            flags,
-            index,
-            start,
-            count,
-        };
-        self.request(Command::SetIrqs, &[set.as_bytes(), data].concat(), fds)
-            .map(|_| ())
+        let set = IrqSet { argsz: (size_of::<IrqSet>() + data.len()) as u32, flags, index, start, count };
+        self.request(Command::SetIrqs, &[set.as_bytes(), data].concat(), fds).map(|_| ())
     }
 
     /// Resets the device.
@@ -428,9 +388,7 @@ impl Client {
 
     fn ask<T: FromBytes + IntoBytes + Immutable>(&mut self, command: Command, ask: &T) -> Result<T, ClientError> {
         let reply = self.request(command, ask.as_bytes(), &[])?;
-        T::read_from_bytes(reply).map_err(|_| ClientError::Reply {
-            command: command.number(),
-        })
+        T::read_from_bytes(reply).map_err(|_| ClientError::Reply { command: command.number() })
     }
 
     fn fresh_id(&mut self) -> u16 {
@@ -458,10 +416,8 @@ impl Client {
 
     fn readable(&self, wait: Duration) -> Result<bool, ClientError> {
         let mut fds = [PollFd::new(&self.socket, PollFlags::IN)];
-        let timeout = Timespec {
-            tv_sec: i64::try_from(wait.as_secs()).unwrap_or(i64::MAX),
-            tv_nsec: i64::from(wait.subsec_nanos()),
-        };
+        let timeout =
+            Timespec { tv_sec: i64::try_from(wait.as_secs()).unwrap_or(i64::MAX), tv_nsec: i64::from(wait.subsec_nanos()) };
         match rustix::event::poll(&mut fds, Some(&timeout)) {
             Ok(ready) => Ok(ready > 0),
             Err(Errno::INTR) => Ok(true),
@@ -471,11 +427,7 @@ impl Client {
 }
 
 fn access(region: u32, offset: u64, len: usize) -> RegionAccess {
-    RegionAccess {
-        offset,
-        region,
-        count: u32::try_from(len).unwrap_or(u32::MAX),
-    }
+    RegionAccess { offset, region, count: u32::try_from(len).unwrap_or(u32::MAX) }
 }
 
 fn answer_from(header: &Header, body: &[u8], memory: &mut dyn ClientMemory) -> Result<Vec<u8>, Errno> {

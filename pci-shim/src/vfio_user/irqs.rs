@@ -168,10 +168,7 @@ impl ClientInterrupts {
             let vectors = self.raised.drain(..);
             match self.held.back_mut().filter(|held| held.after_store == newest_store) {
                 Some(held) => held.vectors.extend(vectors),
-                None => self.held.push_back(Held {
-                    after_store: newest_store,
-                    vectors: vectors.collect(),
-                }),
+                None => self.held.push_back(Held { after_store: newest_store, vectors: vectors.collect() }),
             }
         }
         if std::mem::take(&mut self.pin_raised) && !done(newest_store) {
@@ -189,12 +186,7 @@ impl ClientInterrupts {
             MSI | MSIX => IRQ_EVENTFD | IRQ_MASKABLE,
             _ => IRQ_EVENTFD,
         };
-        Some(IrqInfo {
-            argsz: size_of::<IrqInfo>() as u32,
-            flags,
-            index,
-            count: count as u32,
-        })
+        Some(IrqInfo { argsz: size_of::<IrqInfo>() as u32, flags, index, count: count as u32 })
     }
 
     /// Does what a `DEVICE_SET_IRQS` with these descriptors says.
@@ -221,14 +213,8 @@ impl ClientInterrupts {
                 let none = fds.is_empty();
                 let fd = fds.into_iter().next();
                 // Read by us, so it must never make us wait.
-                self.unmask = fd
-                    .map(Doorbell::new)
-                    .transpose()?
-                    .filter(|doorbell| !doorbell.may_block)
-                    .map(|doorbell| doorbell.fd);
-                (set.count == 1 && (self.unmask.is_some() || none))
-                    .then_some(())
-                    .ok_or(Errno::INVAL)
+                self.unmask = fd.map(Doorbell::new).transpose()?.filter(|doorbell| !doorbell.may_block).map(|doorbell| doorbell.fd);
+                (set.count == 1 && (self.unmask.is_some() || none)).then_some(()).ok_or(Errno::INVAL)
             }
             (IrqAction::Mask | IrqAction::Unmask, IrqData::Eventfd) => Err(Errno::NOTTY),
             (action, data) => {
@@ -299,10 +285,7 @@ impl ClientInterrupts {
 
     fn settle_pin(&mut self) {
         let level = self.asserted && self.pin_after_store.is_none();
-        if let Some(line) = self
-            .line(INTX, 0)
-            .filter(|line| level && !line.masked && line.trigger.is_some())
-        {
+        if let Some(line) = self.line(INTX, 0).filter(|line| level && !line.masked && line.trigger.is_some()) {
             line.raise();
             line.masked = true;
         }
@@ -331,12 +314,10 @@ impl ClientInterrupts {
         let mode = match index {
             INTX if doorbells.len() > 0 => Some(InterruptMode::Pin),
             MSI => {
-                let listening = self.lines.get(MSI as usize).map_or(0, |lines| {
-                    lines
-                        .iter()
-                        .rposition(|line| line.trigger.is_some())
-                        .map_or(0, |last| last + 1)
-                });
+                let listening = self
+                    .lines
+                    .get(MSI as usize)
+                    .map_or(0, |lines| lines.iter().rposition(|line| line.trigger.is_some()).map_or(0, |last| last + 1));
                 let vectors = listening.max(range.end).next_power_of_two();
                 Some(InterruptMode::Msi(u8::try_from(vectors).unwrap_or(32)))
             }
@@ -396,13 +377,7 @@ mod tests {
             bars: [None; 6],
             pin: true,
             msi_vectors: 4,
-            msix: Some(MsixLocation {
-                vectors: 65,
-                table_bar: 0,
-                table_offset: 0,
-                pba_bar: 0,
-                pba_offset: 4096,
-            }),
+            msix: Some(MsixLocation { vectors: 65, table_bar: 0, table_offset: 0, pba_bar: 0, pba_offset: 4096 }),
             dma_bits: 64,
             constants: vec![],
         })
@@ -420,27 +395,19 @@ mod tests {
     }
 
     fn set(index: u32, start: u32, count: u32, action: IrqAction, data: IrqData<'_>) -> SetIrqs<'_> {
-        SetIrqs {
-            index,
-            start,
-            count,
-            action,
-            data,
-        }
+        SetIrqs { index, start, count, action, data }
     }
 
     #[test]
     fn a_vector_raised_before_its_eventfd_came_is_not_lost() {
         let mut irqs = interrupts();
         // QEMU's first message: count 1 and no descriptor.
-        irqs.set(&set(MSIX, 0, 1, IrqAction::Trigger, IrqData::Eventfd), vec![])
-            .unwrap();
+        irqs.set(&set(MSIX, 0, 1, IrqAction::Trigger, IrqData::Eventfd), vec![]).unwrap();
         assert_eq!(irqs.mode(), InterruptMode::Msix);
         irqs.message(3);
         irqs.deliver(0, None);
         let (ours, theirs) = fds(5);
-        irqs.set(&set(MSIX, 0, 5, IrqAction::Trigger, IrqData::Eventfd), theirs)
-            .unwrap();
+        irqs.set(&set(MSIX, 0, 5, IrqAction::Trigger, IrqData::Eventfd), theirs).unwrap();
         assert_eq!(ours.iter().map(count).collect::<Vec<_>>(), [0, 0, 0, 1, 0]);
     }
 
@@ -448,16 +415,14 @@ mod tests {
     fn a_vector_raised_while_all_are_torn_down_arrives_with_the_next_set() {
         let mut irqs = interrupts();
         let (ours, theirs) = fds(2);
-        irqs.set(&set(MSIX, 0, 2, IrqAction::Trigger, IrqData::Eventfd), theirs)
-            .unwrap();
+        irqs.set(&set(MSIX, 0, 2, IrqAction::Trigger, IrqData::Eventfd), theirs).unwrap();
         irqs.set(&set(MSIX, 0, 0, IrqAction::Trigger, IrqData::None), vec![]).unwrap();
         assert_eq!(irqs.mode(), InterruptMode::Msix);
         irqs.message(1);
         irqs.deliver(0, None);
         assert_eq!(count(&ours[1]), 0);
         let (again, theirs) = fds(3);
-        irqs.set(&set(MSIX, 0, 3, IrqAction::Trigger, IrqData::Eventfd), theirs)
-            .unwrap();
+        irqs.set(&set(MSIX, 0, 3, IrqAction::Trigger, IrqData::Eventfd), theirs).unwrap();
         assert_eq!(again.iter().map(count).collect::<Vec<_>>(), [0, 1, 0]);
     }
 
@@ -465,11 +430,9 @@ mod tests {
     fn a_masked_vector_is_pending_until_it_is_unmasked() {
         let mut irqs = interrupts();
         let (ours, theirs) = fds(4);
-        irqs.set(&set(MSI, 0, 4, IrqAction::Trigger, IrqData::Eventfd), theirs)
-            .unwrap();
+        irqs.set(&set(MSI, 0, 4, IrqAction::Trigger, IrqData::Eventfd), theirs).unwrap();
         assert_eq!(irqs.mode(), InterruptMode::Msi(4));
-        irqs.set(&set(MSI, 0, 3, IrqAction::Mask, IrqData::Bool(&[0, 1, 0])), vec![])
-            .unwrap();
+        irqs.set(&set(MSI, 0, 3, IrqAction::Mask, IrqData::Bool(&[0, 1, 0])), vec![]).unwrap();
         for vector in [0, 1, 1] {
             irqs.message(vector);
             irqs.deliver(0, None);
@@ -483,8 +446,7 @@ mod tests {
     fn an_interrupt_waits_for_the_stores_before_it_and_not_for_later_ones() {
         let mut irqs = interrupts();
         let (ours, theirs) = fds(2);
-        irqs.set(&set(MSIX, 0, 2, IrqAction::Trigger, IrqData::Eventfd), theirs)
-            .unwrap();
+        irqs.set(&set(MSIX, 0, 2, IrqAction::Trigger, IrqData::Eventfd), theirs).unwrap();
         irqs.message(0);
         irqs.deliver(1, Some(1));
         irqs.message(1);
@@ -503,8 +465,7 @@ mod tests {
         let (ours, theirs) = fds(1);
         irqs.pin(true);
         irqs.deliver(0, None);
-        irqs.set(&set(INTX, 0, 1, IrqAction::Trigger, IrqData::Eventfd), theirs)
-            .unwrap();
+        irqs.set(&set(INTX, 0, 1, IrqAction::Trigger, IrqData::Eventfd), theirs).unwrap();
         assert_eq!(count(&ours[0]), 1);
         irqs.deliver(0, None);
         assert_eq!(count(&ours[0]), 0, "automasked");
@@ -521,10 +482,8 @@ mod tests {
         let mut irqs = interrupts();
         let (ours, theirs) = fds(2);
         let [trigger, unmask] = <[OwnedFd; 2]>::try_from(theirs).unwrap();
-        irqs.set(&set(INTX, 0, 1, IrqAction::Trigger, IrqData::Eventfd), vec![trigger])
-            .unwrap();
-        irqs.set(&set(INTX, 0, 1, IrqAction::Unmask, IrqData::Eventfd), vec![unmask])
-            .unwrap();
+        irqs.set(&set(INTX, 0, 1, IrqAction::Trigger, IrqData::Eventfd), vec![trigger]).unwrap();
+        irqs.set(&set(INTX, 0, 1, IrqAction::Unmask, IrqData::Eventfd), vec![unmask]).unwrap();
         irqs.pin(true);
         irqs.deliver(0, None);
         assert_eq!(count(&ours[0]), 1);
@@ -540,22 +499,12 @@ mod tests {
         let refused = irqs.set(&set(MSIX, 0, 1, IrqAction::Trigger, IrqData::Eventfd), vec![pipe.into()]);
         assert_eq!(refused, Err(Errno::INVAL));
         let (_ours, theirs) = fds(2);
-        assert_eq!(
-            irqs.set(&set(MSIX, 0, 3, IrqAction::Trigger, IrqData::Eventfd), theirs),
-            Err(Errno::INVAL)
-        );
-        assert_eq!(
-            irqs.set(&set(MSIX, 64, 2, IrqAction::Mask, IrqData::None), vec![]),
-            Err(Errno::INVAL)
-        );
+        assert_eq!(irqs.set(&set(MSIX, 0, 3, IrqAction::Trigger, IrqData::Eventfd), theirs), Err(Errno::INVAL));
+        assert_eq!(irqs.set(&set(MSIX, 64, 2, IrqAction::Mask, IrqData::None), vec![]), Err(Errno::INVAL));
         // A full counter of a blocking eventfd.
         let full = eventfd(0, EventfdFlags::empty()).unwrap();
         rustix::io::write(&full, &(u64::MAX - 1).to_ne_bytes()).unwrap();
-        irqs.set(
-            &set(MSIX, 0, 1, IrqAction::Trigger, IrqData::Eventfd),
-            vec![full.try_clone().unwrap()],
-        )
-        .unwrap();
+        irqs.set(&set(MSIX, 0, 1, IrqAction::Trigger, IrqData::Eventfd), vec![full.try_clone().unwrap()]).unwrap();
         irqs.message(0);
         irqs.deliver(0, None);
     }

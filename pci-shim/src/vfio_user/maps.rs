@@ -78,10 +78,7 @@ impl Maps {
         let window = Window {
             iova: Iova(map.address),
             len: map.size,
-            access: Access {
-                read: map.flags & MAP_READABLE != 0,
-                write: writeable,
-            },
+            access: Access { read: map.flags & MAP_READABLE != 0, write: writeable },
             memory,
         };
         if let Err(error) = device.map(window) {
@@ -112,11 +109,7 @@ impl Maps {
                 if self.windows.range(..end).rev().take(1).any(split) || self.straddles(unmap.address) {
                     return Err(Errno::INVAL);
                 }
-                Ok(self
-                    .windows
-                    .range(unmap.address..end)
-                    .map(|(start, window)| (*start, window.len))
-                    .collect())
+                Ok(self.windows.range(unmap.address..end).map(|(start, window)| (*start, window.len)).collect())
             }
             UNMAP_ALL if unmap.address == 0 && unmap.size == 0 => {
                 Ok(self.windows.iter().map(|(start, window)| (*start, window.len)).collect())
@@ -174,10 +167,7 @@ impl Maps {
     }
 
     fn straddles(&self, at: u64) -> bool {
-        self.windows
-            .range(..at)
-            .next_back()
-            .is_some_and(|(start, window)| start.saturating_add(window.len) > at)
+        self.windows.range(..at).next_back().is_some_and(|(start, window)| start.saturating_add(window.len) > at)
     }
 
     fn overlaps(&self, address: u64, end: u64) -> bool {
@@ -190,10 +180,7 @@ impl Maps {
 
     /// The mapping of a descriptor's file; `None` where its bytes can only be reached by messages.
     fn file(&mut self, fd: OwnedFd, offset: u64, size: u64, writeable: bool) -> Result<Option<(FileKey, Arc<Memory>)>, Errno> {
-        let needed = offset
-            .checked_add(size)
-            .filter(|_| offset.is_multiple_of(PAGE_BYTES))
-            .ok_or(Errno::INVAL)?;
+        let needed = offset.checked_add(size).filter(|_| offset.is_multiple_of(PAGE_BYTES)).ok_or(Errno::INVAL)?;
         let stat = rustix::fs::fstat(&fd)?;
         if FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile {
             tracing::info!("a map's descriptor is no regular file: its memory is reached by messages");
@@ -204,18 +191,12 @@ impl Maps {
             tracing::warn!(needed, length, "a map leaves its file");
             return Err(Errno::INVAL);
         }
-        let key = FileKey {
-            device: stat.st_dev,
-            inode: stat.st_ino,
-        };
+        let key = FileKey { device: stat.st_dev, inode: stat.st_ino };
         let known = self.files.get(&key);
         if known.is_some_and(|file| file.trust == Trust::NotShared) {
             return Ok(None);
         }
-        if let Some(memory) = known
-            .and_then(|file| file.memories.last())
-            .filter(|memory| memory.len() >= needed)
-        {
+        if let Some(memory) = known.and_then(|file| file.memories.last()).filter(|memory| memory.len() >= needed) {
             let usable = memory.writable() || !writeable;
             return Ok(usable.then(|| (key, Arc::clone(memory))));
         }
@@ -234,11 +215,7 @@ impl Maps {
                 return Ok(None);
             }
         };
-        let file = self.files.entry(key).or_insert_with(|| SharedFile {
-            memories: Vec::new(),
-            trust: Trust::Open,
-            windows: 0,
-        });
+        let file = self.files.entry(key).or_insert_with(|| SharedFile { memories: Vec::new(), trust: Trust::Open, windows: 0 });
         file.memories.push(Arc::clone(&memory));
         Ok(Some((key, memory)))
     }

@@ -19,10 +19,11 @@ use zerocopy::IntoBytes;
 
 use super::maps::{FileKey, Maps};
 use super::message::{dma_read_reply, dma_write_reply_fits};
-use super::served::{MediatedAccess, MediatedKind, Served};
+use super::served::Served;
 use super::share::{Evidence, MAX_TRIES, STRIKES, Sample, Trust};
 use super::socket::Output;
 use super::wire::{Command, DmaAccess, FLAG_ERROR, Header};
+use crate::mediation::{MediationKind, MediationRequest};
 
 /// Messages that wait for a reply at the same time.
 const MAX_OUTSTANDING: usize = 32;
@@ -147,36 +148,21 @@ impl Mediator {
 
     /// When the first reply is overdue.
     pub(super) fn next_deadline(&self) -> Option<Nanos> {
-        self.outstanding
-            .values()
-            .filter(|message| !message.abandoned)
-            .map(|message| message.deadline)
-            .min()
+        self.outstanding.values().filter(|message| !message.abandoned).map(|message| message.deadline).min()
     }
 
     /// Takes what the device asks for. Call after every call of the device, before interrupts are delivered.
     pub(super) fn collect<D: Served>(&mut self, device: &mut D) {
-        while let Some(MediatedAccess { ticket, iova, kind }) = device.next_mediation() {
+        while let Some(MediationRequest { ticket, iova, kind }) = device.next_mediation() {
             let kind = match kind {
-                MediatedKind::Fetch { len } => Kind::Fetch {
-                    bytes: vec![0; len as usize],
-                },
-                MediatedKind::Store { bytes, polled } => {
+                MediationKind::Fetch { len } => Kind::Fetch { bytes: vec![0; len as usize] },
+                MediationKind::Store { bytes, polled } => {
                     self.newest_store += 1;
                     self.unanswered_stores.insert(self.newest_store);
-                    Kind::Store {
-                        bytes,
-                        polled,
-                        number: self.newest_store,
-                    }
+                    Kind::Store { bytes, polled, number: self.newest_store }
                 }
             };
-            self.waiting.push_back(Operation {
-                ticket: Some(ticket),
-                iova,
-                kind,
-                done: 0,
-            });
+            self.waiting.push_back(Operation { ticket: Some(ticket), iova, kind, done: 0 });
         }
     }
 
@@ -202,10 +188,7 @@ impl Mediator {
     ///
     /// # Errors
     /// The connection is broken.
-    #[expect(
-        clippy::too_many_arguments,
-        reason = "one reply touches the device, its maps and the socket"
-    )]
+    #[expect(clippy::too_many_arguments, reason = "one reply touches the device, its maps and the socket")]
     pub(super) fn reply<D: Served>(
         &mut self,
         header: &Header,
@@ -224,12 +207,7 @@ impl Mediator {
             self.abandoned -= 1;
             return Ok(Finding::Nothing);
         }
-        let Outstanding {
-            mut operation,
-            part,
-            sample,
-            ..
-        } = message;
+        let Outstanding { mut operation, part, sample, .. } = message;
         let at = Iova(operation.iova.0.saturating_add(operation.done as u64));
         let expected = command_of(&operation.kind);
         let done = operation.done;
@@ -238,25 +216,14 @@ impl Mediator {
             _ if refused => None,
             Kind::Fetch { bytes } => dma_read_reply(body, at.0, part).and_then(|data| {
                 bytes.get_mut(done..done + part)?.copy_from_slice(data);
-                Some(
-                    sample
-                        .as_ref()
-                        .map_or(Evidence::Nothing, |sample| sample.after_fetch(maps, at, data)),
-                )
+                Some(sample.as_ref().map_or(Evidence::Nothing, |sample| sample.after_fetch(maps, at, data)))
             }),
             Kind::Store { bytes, .. } => bytes
                 .get(done..done + part)
                 .filter(|_| dma_write_reply_fits(body, at.0))
-                .map(|stored| {
-                    sample
-                        .as_ref()
-                        .map_or(Evidence::Nothing, |sample| sample.after_store(maps, at, stored))
-                }),
-            Kind::Check { .. } => dma_read_reply(body, at.0, part).map(|data| {
-                sample
-                    .as_ref()
-                    .map_or(Evidence::Nothing, |sample| sample.after_fetch(maps, at, data))
-            }),
+                .map(|stored| sample.as_ref().map_or(Evidence::Nothing, |sample| sample.after_store(maps, at, stored))),
+            Kind::Check { .. } => dma_read_reply(body, at.0, part)
+                .map(|data| sample.as_ref().map_or(Evidence::Nothing, |sample| sample.after_fetch(maps, at, data))),
         };
         let Some(evidence) = evidence else {
             if header.flags & FLAG_ERROR != 0 {
@@ -267,10 +234,7 @@ impl Mediator {
             self.finish(operation, device, false);
             return Ok(Finding::Nothing);
         };
-        if let Kind::Check {
-            file, strikes, tries, ..
-        } = operation.kind
-        {
+        if let Kind::Check { file, strikes, tries, .. } = operation.kind {
             return Ok(self.judge(operation.iova, part, file, evidence, (strikes, tries), maps));
         }
         if let Some(file) = sample.map(|sample| sample.file) {
@@ -327,12 +291,8 @@ impl Mediator {
         for message in self.outstanding.values_mut().filter(|message| chosen(message)) {
             message.abandoned = true;
             self.abandoned += 1;
-            let nothing = Operation {
-                ticket: None,
-                iova: message.operation.iova,
-                kind: Kind::Fetch { bytes: Vec::new() },
-                done: 0,
-            };
+            let nothing =
+                Operation { ticket: None, iova: message.operation.iova, kind: Kind::Fetch { bytes: Vec::new() }, done: 0 };
             operations.push(std::mem::replace(&mut message.operation, nothing));
         }
         for operation in operations {
@@ -366,23 +326,14 @@ impl Mediator {
         let at = Iova(operation.iova.0.saturating_add(operation.done as u64));
         let sample = Sample::take(maps, at, part);
         let id = self.fresh_id();
-        let access = DmaAccess {
-            address: at.0,
-            count: part as u64,
-        };
+        let access = DmaAccess { address: at.0, count: part as u64 };
         let data = match &operation.kind {
             Kind::Store { bytes, .. } => bytes.get(operation.done..operation.done + part).unwrap_or_default(),
             Kind::Fetch { .. } | Kind::Check { .. } => &[],
         };
         let header = Header::command(id, command_of(&operation.kind), size_of::<DmaAccess>() + data.len());
         output.send(socket, &header, [access.as_bytes(), data])?;
-        let message = Outstanding {
-            operation,
-            part,
-            sample,
-            deadline: now + self.deadline,
-            abandoned: false,
-        };
+        let message = Outstanding { operation, part, sample, deadline: now + self.deadline, abandoned: false };
         self.outstanding.insert(id, message);
         Ok(())
     }
@@ -409,11 +360,7 @@ impl Mediator {
             Evidence::Differs => {
                 let waits =
                     |operation: &Operation| matches!(&operation.kind, Kind::Check { file: checked, .. } if *checked == file);
-                let checking = self
-                    .waiting
-                    .iter()
-                    .chain(self.outstanding.values().map(|message| &message.operation))
-                    .any(waits);
+                let checking = self.waiting.iter().chain(self.outstanding.values().map(|message| &message.operation)).any(waits);
                 if !checking {
                     self.check(at, len, file, 0, 0);
                 }
@@ -448,17 +395,7 @@ impl Mediator {
     }
 
     fn check(&mut self, iova: Iova, len: usize, file: FileKey, strikes: u8, tries: u8) {
-        self.waiting.push_front(Operation {
-            ticket: None,
-            iova,
-            kind: Kind::Check {
-                len,
-                file,
-                strikes,
-                tries,
-            },
-            done: 0,
-        });
+        self.waiting.push_front(Operation { ticket: None, iova, kind: Kind::Check { len, file, strikes, tries }, done: 0 });
     }
 }
 
@@ -471,10 +408,7 @@ fn command_of(kind: &Kind) -> Command {
 
 /// Whether an operation keeps its order if it is sent now.
 fn may_start(operation: &Operation, outstanding: &HashMap<u16, Outstanding>, unanswered_stores: &BTreeSet<u64>) -> bool {
-    if let Kind::Store {
-        polled: true, number, ..
-    } = &operation.kind
-    {
+    if let Kind::Store { polled: true, number, .. } = &operation.kind {
         if unanswered_stores.first().is_some_and(|first| first < number) {
             return false;
         }

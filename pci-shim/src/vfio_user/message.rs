@@ -276,13 +276,7 @@ fn set_irqs(body: &[u8]) -> Result<SetIrqs<'_>, Errno> {
     // A count of 0 only disables a whole index.
     let disables = set.start == 0 && action == IrqAction::Trigger && data == IrqData::None;
     require(set.count > 0 || disables)?;
-    Ok(SetIrqs {
-        index: set.index,
-        start: set.start,
-        count: set.count,
-        action,
-        data,
-    })
+    Ok(SetIrqs { index: set.index, start: set.start, count: set.count, action, data })
 }
 
 fn feature(body: &[u8]) -> Result<Request<'_>, Errno> {
@@ -293,10 +287,7 @@ fn feature(body: &[u8]) -> Result<Request<'_>, Errno> {
     let probe = methods & FEATURE_PROBE != 0;
     // Getting and setting at once can only be probed for.
     require(probe || methods != FEATURE_GET | FEATURE_SET)?;
-    Ok(Request::DeviceFeature {
-        index: (feature.flags & FEATURE_INDEX) as u16,
-        probe,
-    })
+    Ok(Request::DeviceFeature { index: (feature.flags & FEATURE_INDEX) as u16, probe })
 }
 
 #[cfg(test)]
@@ -306,23 +297,13 @@ mod tests {
     use super::*;
 
     fn irq_set(flags: u32, index: u32, start: u32, count: u32, data: &[u8]) -> Vec<u8> {
-        let set = IrqSet {
-            argsz: 20 + data.len() as u32,
-            flags,
-            index,
-            start,
-            count,
-        };
+        let set = IrqSet { argsz: 20 + data.len() as u32, flags, index, start, count };
         [set.as_bytes(), data].concat()
     }
 
     #[test]
     fn a_write_whose_count_differs_from_its_bytes_is_refused() {
-        let access = RegionAccess {
-            offset: 0x1018,
-            region: 0,
-            count: 4,
-        };
+        let access = RegionAccess { offset: 0x1018, region: 0, count: 4 };
         let whole = [access.as_bytes(), &[17, 0, 0, 0]].concat();
         assert_eq!(parse(10, &whole), Ok(Request::RegionWrite(access, &[17, 0, 0, 0])));
         for wrong in [&whole[..19], &[whole.as_slice(), &[0]].concat(), &whole[..15]] {
@@ -332,11 +313,7 @@ mod tests {
 
     #[test]
     fn a_transfer_of_more_than_was_negotiated_is_too_big() {
-        let access = RegionAccess {
-            offset: 0,
-            region: 7,
-            count: MAX_DATA_BYTES + 1,
-        };
+        let access = RegionAccess { offset: 0, region: 7, count: MAX_DATA_BYTES + 1 };
         assert_eq!(parse(9, access.as_bytes()), Err(Errno::TOOBIG));
     }
 
@@ -355,15 +332,7 @@ mod tests {
 
     #[test]
     fn sizes_decide_whether_a_stream_can_go_on() {
-        let sized = |message_size| {
-            framing(&Header {
-                message_id: 1,
-                command: 4,
-                message_size,
-                flags: 0,
-                error: 0,
-            })
-        };
+        let sized = |message_size| framing(&Header { message_id: 1, command: 4, message_size, flags: 0, error: 0 });
         assert_eq!(sized(15), Framing::Broken);
         assert_eq!(sized(16), Framing::Whole(16));
         assert_eq!(sized(u32::MAX), Framing::Skip(u64::from(u32::MAX) - 16));

@@ -10,6 +10,7 @@
 //! ```
 
 pub mod client;
+mod function;
 mod irqs;
 mod maps;
 mod mediation;
@@ -23,7 +24,7 @@ pub mod version;
 pub mod wire;
 
 pub use irqs::ClientInterrupts;
-pub use served::{MediatedAccess, MediatedKind, NoRegister, Served};
+pub use served::{NoRegister, Served};
 pub use server::{BindError, Ended, Server, StopHandle, serve_all};
 pub use session::{ClientEnd, OnGone, Options, ServeError};
 pub use share::OnUnshared;

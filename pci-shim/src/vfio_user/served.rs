@@ -14,39 +14,12 @@ use farbus_transport::{CloseReason, Memory, Nanos};
 use thiserror::Error;
 
 use super::irqs::ClientInterrupts;
+use crate::mediation::MediationRequest;
 
 /// The access is outside the function's registers, or misaligned.
 #[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
 #[error("no register of the function is there")]
 pub struct NoRegister;
-
-/// An access to guest memory that the client must make.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct MediatedAccess {
-    /// For the answer.
-    pub ticket: Ticket,
-    /// First address.
-    pub iova: Iova,
-    /// What to do.
-    pub kind: MediatedKind,
-}
-
-/// What a [`MediatedAccess`] does.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum MediatedKind {
-    /// Read this many bytes, at most 4,096.
-    Fetch {
-        /// Bytes.
-        len: u32,
-    },
-    /// Write these, at most 4,096.
-    Store {
-        /// The bytes.
-        bytes: Vec<u8>,
-        /// The guest may be polling the last 32-bit word.
-        polled: bool,
-    },
-}
 
 /// A PCI function as a server sees it; the methods mean what those of `Function` of the same names mean. None blocks for longer than a
 /// register access.
@@ -94,7 +67,7 @@ pub trait Served {
     fn prove(&mut self, memory: &Arc<Memory>);
 
     /// The next access that the client must make, in the device's order.
-    fn next_mediation(&mut self) -> Option<MediatedAccess>;
+    fn next_mediation(&mut self) -> Option<MediationRequest>;
 
     /// The outcome of one. A ticket that nobody waits for any more is ignored.
     fn answer(&mut self, ticket: Ticket, answer: MediationAnswer<'_>);

@@ -103,10 +103,7 @@ impl Server {
     /// [`BindError`].
     pub fn bind(path: impl AsRef<Path>) -> Result<Self, BindError> {
         let path = path.as_ref().to_owned();
-        let failed = |source| BindError::Host {
-            path: path.clone(),
-            source,
-        };
+        let failed = |source| BindError::Host { path: path.clone(), source };
         let listener = match UnixListener::bind(&path) {
             Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
                 remove_stale(&path)?;
@@ -117,12 +114,7 @@ impl Server {
         listener.set_nonblocking(true).map_err(failed)?;
         let identity = fs::symlink_metadata(&path).ok().map(|data| (data.dev(), data.ino()));
         let stop = StopHandle::new().map_err(failed)?;
-        Ok(Self {
-            listener,
-            path,
-            identity,
-            stop,
-        })
+        Ok(Self { listener, path, identity, stop })
     }
 
     /// Where it listens.
@@ -215,23 +207,15 @@ impl Drop for Server {
 /// Per server, as [`Server::serve`]. A device that panics ends its own server only, and the panic goes on here after all have ended.
 pub fn serve_all<D: Served + Send>(servers: Vec<(Server, D)>, options: &Options) -> Vec<Result<Ended, ServeError>> {
     thread::scope(|scope| {
-        let threads: Vec<_> = servers
-            .into_iter()
-            .map(|(mut server, mut device)| scope.spawn(move || server.serve(&mut device, options)))
-            .collect();
-        threads
-            .into_iter()
-            .map(|thread| thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
-            .collect()
+        let threads: Vec<_> =
+            servers.into_iter().map(|(mut server, mut device)| scope.spawn(move || server.serve(&mut device, options))).collect();
+        threads.into_iter().map(|thread| thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))).collect()
     })
 }
 
 /// Removes a socket file on which nobody listens.
 fn remove_stale(path: &Path) -> Result<(), BindError> {
-    let failed = |source| BindError::Host {
-        path: path.to_owned(),
-        source,
-    };
+    let failed = |source| BindError::Host { path: path.to_owned(), source };
     let kind = fs::symlink_metadata(path).map_err(failed)?.file_type();
     if !kind.is_socket() {
         return Err(BindError::NotASocket(path.to_owned()));

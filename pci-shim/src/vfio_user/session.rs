@@ -98,10 +98,7 @@ pub enum ServeError {
 }
 
 pub(super) fn host(what: &'static str) -> impl FnOnce(Errno) -> ServeError {
-    move |errno| ServeError::Host {
-        what,
-        source: errno.into(),
-    }
+    move |errno| ServeError::Host { what, source: errno.into() }
 }
 
 struct Session<'a, D> {
@@ -191,11 +188,7 @@ impl<D: Served> Session<'_, D> {
                 std::hint::spin_loop();
                 continue;
             }
-            let until = version_deadline
-                .into_iter()
-                .chain(self.mediator.next_deadline())
-                .map(|deadline| deadline.since(now))
-                .min();
+            let until = version_deadline.into_iter().chain(self.mediator.next_deadline()).map(|deadline| deadline.since(now)).min();
             readable = self.sleep(activity, until, stop)?;
         }
     }
@@ -222,10 +215,7 @@ impl<D: Served> Session<'_, D> {
             events |= PollFlags::OUT;
         }
         let unmask = self.device.interrupts().unmask_fd().map(|fd| fd.try_clone_to_owned());
-        let unmask = unmask.transpose().map_err(|source| ServeError::Host {
-            what: "copy a descriptor",
-            source,
-        })?;
+        let unmask = unmask.transpose().map_err(|source| ServeError::Host { what: "copy a descriptor", source })?;
         let (socket, unmasked) = {
             let mut fds = Vec::with_capacity(4);
             fds.push(PollFd::from_borrowed_fd(self.socket, events));
@@ -268,12 +258,7 @@ impl<D: Served> Session<'_, D> {
         }
         while self.end.is_none() {
             match input.next() {
-                Some(Incoming::Message {
-                    header,
-                    body,
-                    fds,
-                    excess_fds,
-                }) => self.message(&header, body, fds, excess_fds),
+                Some(Incoming::Message { header, body, fds, excess_fds }) => self.message(&header, body, fds, excess_fds),
                 Some(Incoming::TooLong(header)) => self.refuse(&header, Errno::TOOBIG),
                 Some(Incoming::Broken(header)) => {
                     self.refuse(&header, Errno::INVAL);
@@ -317,10 +302,8 @@ impl<D: Served> Session<'_, D> {
             Request::RegionWriteMulti(writes) => {
                 let mut done = 0_u64;
                 for (access, data) in writes.iter() {
-                    let written = data
-                        .get(..access.count as usize)
-                        .ok_or(Errno::INVAL)
-                        .and_then(|data| self.region_write(access, data));
+                    let written =
+                        data.get(..access.count as usize).ok_or(Errno::INVAL).and_then(|data| self.region_write(access, data));
                     match written {
                         Ok(()) => done += 1,
                         Err(errno) if done == 0 => return Err(errno),
@@ -359,12 +342,7 @@ impl<D: Served> Session<'_, D> {
             Request::RegionIoFds { index } => {
                 self.region_size(index)?;
                 // No part of a region has a descriptor of its own.
-                let fds = RegionIoFds {
-                    argsz: size_of::<RegionIoFds>() as u32,
-                    flags: 0,
-                    index,
-                    count: 0,
-                };
+                let fds = RegionIoFds { argsz: size_of::<RegionIoFds>() as u32, flags: 0, index, count: 0 };
                 self.reply.extend_from_slice(fds.as_bytes());
                 Ok(())
             }
@@ -450,10 +428,7 @@ impl<D: Served> Session<'_, D> {
             let (at, width) = bar_access(access)?;
             let mut bytes = [0; 8];
             bytes.get_mut(..data.len()).ok_or(Errno::INVAL)?.copy_from_slice(data);
-            return self
-                .device
-                .bar_write(at, width, u64::from_le_bytes(bytes))
-                .map_err(|_| Errno::INVAL);
+            return self.device.bar_write(at, width, u64::from_le_bytes(bytes)).map_err(|_| Errno::INVAL);
         }
         let offset = config_access(access)?;
         self.device.config_write(offset, data).map_err(|_| Errno::INVAL)
@@ -461,9 +436,7 @@ impl<D: Served> Session<'_, D> {
 
     fn client_reply(&mut self, header: &Header, body: &[u8]) {
         let now = Nanos::now();
-        let finding = self
-            .mediator
-            .reply(header, body, self.device, &mut self.maps, self.socket, &mut self.output, now);
+        let finding = self.mediator.reply(header, body, self.device, &mut self.maps, self.socket, &mut self.output, now);
         match finding {
             Ok(Finding::Nothing) => self.proof_due = self.maps.files_mut().any(|file| file.trust == Trust::Seen),
             Ok(Finding::NotShared) => match self.options.on_unshared {
@@ -515,10 +488,7 @@ impl<D: Served> Session<'_, D> {
 
     fn acknowledge(&mut self, header: &Header) {
         if !header.no_reply() {
-            if let Err(error) = self
-                .output
-                .send(self.socket, &header.reply(self.reply.len()), [&self.reply, &[]])
-            {
+            if let Err(error) = self.output.send(self.socket, &header.reply(self.reply.len()), [&self.reply, &[]]) {
                 self.broken(&error);
             }
         }
@@ -569,10 +539,7 @@ impl<D: Served> Session<'_, D> {
 
 fn bar_access(access: RegionAccess) -> Result<(BarAddress, Width), Errno> {
     let width = Width::from_bytes(u64::from(access.count)).ok_or(Errno::INVAL)?;
-    let at = BarAddress {
-        bar: u8::try_from(access.region).map_err(|_| Errno::INVAL)?,
-        offset: access.offset,
-    };
+    let at = BarAddress { bar: u8::try_from(access.region).map_err(|_| Errno::INVAL)?, offset: access.offset };
     Ok((at, width))
 }
 
@@ -585,8 +552,5 @@ fn config_access(access: RegionAccess) -> Result<u16, Errno> {
 }
 
 fn timespec(duration: Duration) -> Timespec {
-    Timespec {
-        tv_sec: i64::try_from(duration.as_secs()).unwrap_or(i64::MAX),
-        tv_nsec: i64::from(duration.subsec_nanos()),
-    }
+    Timespec { tv_sec: i64::try_from(duration.as_secs()).unwrap_or(i64::MAX), tv_nsec: i64::from(duration.subsec_nanos()) }
 }

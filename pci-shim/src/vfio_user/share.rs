@@ -102,11 +102,7 @@ fn store_evidence(before: &[u8], stored: &[u8], after: &[u8]) -> Evidence {
 }
 
 fn fetch_evidence(before: &[u8], fetched: &[u8], after: &[u8]) -> Evidence {
-    if before == after && fetched != after {
-        Evidence::Differs
-    } else {
-        Evidence::Nothing
-    }
+    if before == after && fetched != after { Evidence::Differs } else { Evidence::Nothing }
 }
 
 #[cfg(test)]

@@ -79,14 +79,7 @@ impl Default for Input {
 impl Input {
     /// Nothing received yet.
     pub fn new() -> Self {
-        Self {
-            buffer: vec![0; FIRST_BUFFER],
-            start: 0,
-            end: 0,
-            position: 0,
-            skip: 0,
-            batches: VecDeque::new(),
-        }
+        Self { buffer: vec![0; FIRST_BUFFER], start: 0, end: 0, position: 0, skip: 0, batches: VecDeque::new() }
     }
 
     /// One `recvmsg`. Call [`Input::next`] until it is empty before calling again.
@@ -123,11 +116,7 @@ impl Input {
                 fds.clear();
                 excess = true;
             }
-            self.batches.push_back(Batch {
-                end: self.position + (self.end - self.start) as u64,
-                fds,
-                excess,
-            });
+            self.batches.push_back(Batch { end: self.position + (self.end - self.start) as u64, fds, excess });
             // A sender that drips descriptors byte by byte only ever gets "too many" remembered once.
             if excess && self.batches.len() > MAX_MESSAGE_FDS {
                 self.batches.pop_back();
@@ -172,12 +161,7 @@ impl Input {
                     (fds, excess, begin)
                 };
                 let body = self.buffer.get(begin + HEADER_BYTES..begin + size)?;
-                Some(Incoming::Message {
-                    header,
-                    body,
-                    fds,
-                    excess_fds,
-                })
+                Some(Incoming::Message { header, body, fds, excess_fds })
             }
         }
     }
@@ -290,12 +274,7 @@ mod tests {
         while input.receive(socket.as_fd(), false).unwrap() == Received::Bytes {
             while let Some(incoming) = input.next() {
                 match incoming {
-                    Incoming::Message {
-                        header,
-                        body,
-                        fds,
-                        excess_fds,
-                    } => {
+                    Incoming::Message { header, body, fds, excess_fds } => {
                         assert!(body.iter().enumerate().all(|(i, b)| *b == i as u8 ^ header.message_id as u8));
                         seen.push((header.message_id, body.len(), fds.len(), excess_fds));
                     }

@@ -52,11 +52,8 @@ pub fn agree(major: u16, minor: u16, data: &[u8]) -> Result<(Agreement, Vec<u8>)
         ("pgsizes", json!(PAGE_BYTES)),
         ("write_multiple", json!(write_multiple)),
     ];
-    let named: Map<String, Value> = ours
-        .into_iter()
-        .filter(|(name, _)| offered.contains_key(*name))
-        .map(|(name, value)| (name.to_owned(), value))
-        .collect();
+    let named: Map<String, Value> =
+        ours.into_iter().filter(|(name, _)| offered.contains_key(*name)).map(|(name, value)| (name.to_owned(), value)).collect();
     let mut text = json!({ "capabilities": named }).to_string().into_bytes();
     text.push(0);
     let agreement = Agreement {
@@ -97,12 +94,8 @@ mod tests {
 
     #[test]
     fn a_reply_names_no_capability_that_the_client_did_not() {
-        let (agreement, text) = agree(
-            0,
-            9,
-            b"{\"capabilities\":{\"max_msg_fds\":16,\"twin_socket\":{\"supported\":true}}}\0",
-        )
-        .unwrap();
+        let (agreement, text) =
+            agree(0, 9, b"{\"capabilities\":{\"max_msg_fds\":16,\"twin_socket\":{\"supported\":true}}}\0").unwrap();
         assert_eq!(agreement.minor, MINOR);
         assert_eq!(text, b"{\"capabilities\":{\"max_msg_fds\":16}}\0");
     }
@@ -112,10 +105,7 @@ mod tests {
         assert_eq!(agree(0, 1, b"{}"), Err(Errno::INVAL));
         assert_eq!(agree(0, 1, b"{\0"), Err(Errno::INVAL));
         assert_eq!(agree(0, 1, b"[]\0"), Err(Errno::INVAL));
-        assert_eq!(
-            agree(0, 1, b"{\"capabilities\":{\"max_msg_fds\":\"x\"}}\0"),
-            Err(Errno::INVAL)
-        );
+        assert_eq!(agree(0, 1, b"{\"capabilities\":{\"max_msg_fds\":\"x\"}}\0"), Err(Errno::INVAL));
         assert!(agree(0, 0, b"").is_ok());
         assert_eq!(agree(1, 0, b"").unwrap_err(), Errno::PROTONOSUPPORT);
     }

@@ -133,12 +133,7 @@ impl Header {
 
     /// The header of a reply to this command with `body` bytes after it.
     pub fn reply(&self, body: usize) -> Self {
-        Self {
-            message_size: u32::try_from(HEADER_BYTES + body).unwrap_or(u32::MAX),
-            flags: FLAGS_REPLY,
-            error: 0,
-            ..*self
-        }
+        Self { message_size: u32::try_from(HEADER_BYTES + body).unwrap_or(u32::MAX), flags: FLAGS_REPLY, error: 0, ..*self }
     }
 
     /// The header of the reply that refuses this command; nothing follows it.
@@ -425,10 +420,6 @@ mod tests {
     fn a_command_number_is_one_of_the_specification_or_none() {
         let known: Vec<u16> = (0..=u16::MAX).filter(|n| Command::from_number(*n).is_some()).collect();
         assert_eq!(known, [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 15, 16, 17, 18]);
-        assert!(
-            known
-                .iter()
-                .all(|n| Command::from_number(*n).map(Command::number) == Some(*n))
-        );
+        assert!(known.iter().all(|n| Command::from_number(*n).map(Command::number) == Some(*n)));
     }
 }

@@ -12,9 +12,8 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use farbus_pci_shim::vfio_user::client::{Client, ClientMemory};
-use farbus_pci_shim::vfio_user::{
-    ClientInterrupts, Ended, MediatedAccess, MediatedKind, NoRegister, Options, Served, Server, StopHandle,
-};
+use farbus_pci_shim::vfio_user::{ClientInterrupts, Ended, NoRegister, Options, Served, Server, StopHandle};
+use farbus_pci_shim::{MediationKind, MediationRequest};
 use farbus_remote_dma::{
     Activity, AttachmentError, BarAddress, BarDescription, BarKind, DeviceDescription, InterruptMode, Iova, MapError,
     MediationAnswer, MsixLocation, ResetKind, Ticket, Width, Window, WindowMemory,
@@ -61,7 +60,7 @@ pub struct Scripted {
     interrupts: ClientInterrupts,
     state: Arc<Mutex<State>>,
     wake: Arc<OwnedFd>,
-    mediations: VecDeque<MediatedAccess>,
+    mediations: VecDeque<MediationRequest>,
     next_ticket: u32,
 }
 
@@ -97,16 +96,8 @@ impl Handle {
 
 pub fn description() -> DeviceDescription {
     let mut bars = [None; 6];
-    bars[0] = Some(BarDescription {
-        kind: BarKind::Memory64,
-        size: 16 << 10,
-        prefetchable: false,
-    });
-    bars[2] = Some(BarDescription {
-        kind: BarKind::Memory32,
-        size: 4 << 10,
-        prefetchable: false,
-    });
+    bars[0] = Some(BarDescription { kind: BarKind::Memory64, size: 16 << 10, prefetchable: false });
+    bars[2] = Some(BarDescription { kind: BarKind::Memory32, size: 4 << 10, prefetchable: false });
     DeviceDescription {
         name: "scripted".into(),
         vendor_id: 0x1b36,
@@ -118,13 +109,7 @@ pub fn description() -> DeviceDescription {
         bars,
         pin: true,
         msi_vectors: 4,
-        msix: Some(MsixLocation {
-            vectors: 65,
-            table_bar: 0,
-            table_offset: 0x2000,
-            pba_bar: 0,
-            pba_offset: 0x3000,
-        }),
+        msix: Some(MsixLocation { vectors: 65, table_bar: 0, table_offset: 0x2000, pba_bar: 0, pba_offset: 0x3000 }),
         dma_bits: 64,
         constants: vec![],
     }
@@ -150,22 +135,14 @@ impl Scripted {
         (device, Handle { state, wake })
     }
 
-    fn mediate(&mut self, iova: u64, kind: MediatedKind) {
+    fn mediate(&mut self, iova: u64, kind: MediationKind) {
         self.next_ticket += 1;
-        self.mediations.push_back(MediatedAccess {
-            ticket: Ticket(self.next_ticket),
-            iova: Iova(iova),
-            kind,
-        });
+        self.mediations.push_back(MediationRequest { ticket: Ticket(self.next_ticket), iova: Iova(iova), kind });
     }
 }
 
 fn range(state: &State, at: BarAddress, width: Width) -> Result<std::ops::Range<usize>, NoRegister> {
-    let inside = at.bar == 0
-        && at
-            .offset
-            .checked_add(width.bytes())
-            .is_some_and(|end| end <= state.bar0.len() as u64);
+    let inside = at.bar == 0 && at.offset.checked_add(width.bytes()).is_some_and(|end| end <= state.bar0.len() as u64);
     if !inside || !width.aligned(at.offset) {
         return Err(NoRegister);
     }
@@ -179,25 +156,14 @@ impl Served for Scripted {
 
     fn config_read(&mut self, offset: u16, into: &mut [u8]) -> Result<(), NoRegister> {
         let from = usize::from(offset);
-        into.copy_from_slice(
-            self.state
-                .lock()
-                .unwrap()
-                .config
-                .get(from..from + into.len())
-                .ok_or(NoRegister)?,
-        );
+        into.copy_from_slice(self.state.lock().unwrap().config.get(from..from + into.len()).ok_or(NoRegister)?);
         Ok(())
     }
 
     fn config_write(&mut self, offset: u16, bytes: &[u8]) -> Result<(), NoRegister> {
         let from = usize::from(offset);
         let mut state = self.state.lock().unwrap();
-        state
-            .config
-            .get_mut(from..from + bytes.len())
-            .ok_or(NoRegister)?
-            .copy_from_slice(bytes);
+        state.config.get_mut(from..from + bytes.len()).ok_or(NoRegister)?.copy_from_slice(bytes);
         Ok(())
     }
 
@@ -248,16 +214,13 @@ impl Served for Scripted {
         let mut state = self.state.lock().unwrap();
         state.proven += 1;
         for window in &mut state.windows {
-            if let WindowMemory::Mapped {
-                memory: mapped, proven, ..
-            } = &mut window.memory
-            {
+            if let WindowMemory::Mapped { memory: mapped, proven, .. } = &mut window.memory {
                 *proven |= Arc::ptr_eq(mapped, memory);
             }
         }
     }
 
-    fn next_mediation(&mut self) -> Option<MediatedAccess> {
+    fn next_mediation(&mut self) -> Option<MediationRequest> {
         self.mediations.pop_front()
     }
 
@@ -288,8 +251,8 @@ impl Served for Scripted {
         let busy = !steps.is_empty();
         for step in steps {
             match step {
-                Step::Fetch { iova, len } => self.mediate(iova, MediatedKind::Fetch { len }),
-                Step::Store { iova, bytes, polled } => self.mediate(iova, MediatedKind::Store { bytes, polled }),
+                Step::Fetch { iova, len } => self.mediate(iova, MediationKind::Fetch { len }),
+                Step::Store { iova, bytes, polled } => self.mediate(iova, MediationKind::Store { bytes, polled }),
                 Step::Raise(vector) => self.interrupts.message(vector),
                 Step::Pin(level) => self.interrupts.pin(level),
             }
@@ -330,13 +293,7 @@ pub fn serve(options: Options) -> Running {
     let stop = server.stop_handle();
     let (mut device, handle) = Scripted::new();
     let thread = std::thread::spawn(move || server.serve(&mut device, &options).unwrap());
-    Running {
-        path,
-        device: handle,
-        stop,
-        thread: Some(thread),
-        _directory: directory,
-    }
+    Running { path, device: handle, stop, thread: Some(thread), _directory: directory }
 }
 
 impl Running {
@@ -367,19 +324,12 @@ pub struct Guest {
 
 impl Guest {
     pub fn new(base: u64, len: usize) -> Self {
-        Self {
-            base,
-            bytes: vec![0; len],
-            writes: vec![],
-        }
+        Self { base, bytes: vec![0; len], writes: vec![] }
     }
 
     fn range(&self, iova: u64, len: usize) -> Result<std::ops::Range<usize>, Errno> {
         let from = iova.checked_sub(self.base).ok_or(Errno::NODEV)? as usize;
-        let end = from
-            .checked_add(len)
-            .filter(|end| *end <= self.bytes.len())
-            .ok_or(Errno::NODEV)?;
+        let end = from.checked_add(len).filter(|end| *end <= self.bytes.len()).ok_or(Errno::NODEV)?;
         Ok(from..end)
     }
 }
@@ -415,9 +365,7 @@ impl ClientMemory for SharedGuest {
 }
 
 pub fn eventfds(count: usize) -> Vec<OwnedFd> {
-    (0..count)
-        .map(|_| eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC).unwrap())
-        .collect()
+    (0..count).map(|_| eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC).unwrap()).collect()
 }
 
 pub fn signals(fd: &OwnedFd) -> u64 {

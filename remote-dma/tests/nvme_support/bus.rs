@@ -126,11 +126,7 @@ impl TestBus {
                     continue;
                 }
             };
-            let result = if fault {
-                Err(DmaFault::Unmapped { iova, len: 1 })
-            } else {
-                Ok(())
-            };
+            let result = if fault { Err(DmaFault::Unmapped { iova, len: 1 }) } else { Ok(()) };
             device.dma_done(tag, result, self);
         }
         true
@@ -165,30 +161,19 @@ impl TestBus {
         let access = if from_guest { Access::WRITE } else { Access::READ };
         let memory = self.memory_of(local, access).expect("a span of a region that is registered");
         if from_guest {
-            memory
-                .copy_from(local.offset(), &self.guest, iova.0, u64::from(local.len()))
-                .unwrap();
+            memory.copy_from(local.offset(), &self.guest, iova.0, u64::from(local.len())).unwrap();
         } else {
-            self.guest
-                .copy_from(iova.0, memory, local.offset(), u64::from(local.len()))
-                .unwrap();
+            self.guest.copy_from(iova.0, memory, local.offset(), u64::from(local.len())).unwrap();
         }
     }
 
     fn memory_of(&self, span: LocalSpan, access: Access) -> Option<&Arc<Memory>> {
-        self.regions
-            .iter()
-            .find(|(region, _)| region.span(span.offset(), span.len(), access) == Ok(span))
-            .map(|(_, memory)| memory)
+        self.regions.iter().find(|(region, _)| region.span(span.offset(), span.len(), access) == Ok(span)).map(|(_, memory)| memory)
     }
 
     fn check(&self, iova: Iova, len: u64) -> Result<(), DmaFault> {
         let unmapped = DmaFault::Unmapped { iova, len };
-        let end = iova
-            .0
-            .checked_add(len)
-            .filter(|end| *end <= self.guest.len())
-            .ok_or(unmapped)?;
+        let end = iova.0.checked_add(len).filter(|end| *end <= self.guest.len()).ok_or(unmapped)?;
         let hit = self.holes.iter().any(|hole| iova.0 < hole.end && hole.start < end);
         if hit { Err(unmapped) } else { Ok(()) }
     }
@@ -214,14 +199,7 @@ struct NameParts {
 
 fn region(index: u32, len: u64, access: Access) -> LocalRegion {
     const { assert!(size_of::<RegionParts>() == size_of::<LocalRegion>()) };
-    let parts = RegionParts {
-        _name: NameParts {
-            _index: index,
-            _generation: 0,
-        },
-        _len: len,
-        _access: access,
-    };
+    let parts = RegionParts { _name: NameParts { _index: index, _generation: 0 }, _len: len, _access: access };
     // SAFETY: same size, and plain integers and booleans in the same order; that the compiler laid both out alike is checked below by all
     // that the public interface shows.
     let region: LocalRegion = unsafe { std::mem::transmute(parts) };

@@ -44,12 +44,7 @@ impl Sqe {
     }
 
     pub fn io(opcode: u8, lba: u64, blocks: u32) -> Self {
-        Self {
-            opcode,
-            namespace: 1,
-            dwords: [lba as u32, (lba >> 32) as u32, blocks.wrapping_sub(1), 0, 0, 0],
-            ..Self::default()
-        }
+        Self { opcode, namespace: 1, dwords: [lba as u32, (lba >> 32) as u32, blocks.wrapping_sub(1), 0, 0, 0], ..Self::default() }
     }
 }
 
@@ -75,13 +70,7 @@ pub const PAGE: u64 = 4096;
 
 impl Driver {
     pub fn attached(nvme: Nvme, bus: TestBus) -> Self {
-        let mut driver = Self {
-            nvme,
-            bus,
-            queues: vec![Queue::default(); 65],
-            next_identifier: 0,
-            next_page: 0x10_0000,
-        };
+        let mut driver = Self { nvme, bus, queues: vec![Queue::default(); 65], next_identifier: 0, next_page: 0x10_0000 };
         driver.nvme.attach(&mut driver.bus).unwrap();
         driver.nvme.set_interrupt_mode(InterruptMode::Msix, &mut driver.bus);
         driver
@@ -105,8 +94,7 @@ impl Driver {
     }
 
     pub fn write_register(&mut self, offset: u64, width: Width, value: u64) {
-        self.nvme
-            .bar_write(BarAddress { bar: 0, offset }, width, value, &mut self.bus);
+        self.nvme.bar_write(BarAddress { bar: 0, offset }, width, value, &mut self.bus);
     }
 
     pub fn read_register(&mut self, offset: u64, width: Width) -> u64 {
@@ -121,13 +109,7 @@ impl Driver {
         let (sq, cq) = (self.pages(1), self.pages(1));
         self.bus.guest.write(cq, &[0; 4096]).unwrap();
         self.queues = vec![Queue::default(); 65];
-        self.queues[0] = Queue {
-            sq,
-            cq,
-            entries: 32,
-            phase: true,
-            ..Queue::default()
-        };
+        self.queues[0] = Queue { sq, cq, entries: 32, phase: true, ..Queue::default() };
         self.write_register(0x24, Width::B4, 0x001f_001f);
         self.write_register(0x28, Width::B8, sq);
         self.write_register(0x30, Width::B8, cq);
@@ -145,30 +127,13 @@ impl Driver {
         let bytes = u64::from(entries) * 64;
         let (sq, cq) = (self.pages(bytes.div_ceil(PAGE)), self.pages((bytes / 4).div_ceil(PAGE)));
         self.bus.guest.write(cq, &vec![0; entries as usize * 16]).unwrap();
-        self.queues[usize::from(queue)] = Queue {
-            sq,
-            cq,
-            entries,
-            phase: true,
-            ..Queue::default()
-        };
+        self.queues[usize::from(queue)] = Queue { sq, cq, entries, phase: true, ..Queue::default() };
         let id = u32::from(queue) | (entries - 1) << 16;
-        let made = self.admin(Sqe {
-            opcode: 5,
-            prp1: cq,
-            dwords: [id, u32::from(queue) << 16 | 3, 0, 0, 0, 0],
-            ..Sqe::default()
-        });
+        let made = self.admin(Sqe { opcode: 5, prp1: cq, dwords: [id, u32::from(queue) << 16 | 3, 0, 0, 0, 0], ..Sqe::default() });
         if made.status != 0 {
             return made.status;
         }
-        self.admin(Sqe {
-            opcode: 1,
-            prp1: sq,
-            dwords: [id, u32::from(queue) << 16 | 1, 0, 0, 0, 0],
-            ..Sqe::default()
-        })
-        .status
+        self.admin(Sqe { opcode: 1, prp1: sq, dwords: [id, u32::from(queue) << 16 | 1, 0, 0, 0, 0], ..Sqe::default() }).status
     }
 
     /// Writes an entry without ringing.
@@ -234,10 +199,7 @@ impl Driver {
                     && let Some(fd) = self.nvme.wake_fd()
                 {
                     let mut ready = [rustix::event::PollFd::new(&fd, rustix::event::PollFlags::IN)];
-                    let wait = rustix::event::Timespec {
-                        tv_sec: 0,
-                        tv_nsec: 20_000_000,
-                    };
+                    let wait = rustix::event::Timespec { tv_sec: 0, tv_nsec: 20_000_000 };
                     return rustix::event::poll(&mut ready, Some(&wait)).unwrap() > 0;
                 }
                 false
@@ -299,13 +261,7 @@ impl Driver {
 
     pub fn identify(&mut self, cns: u32, namespace: u32) -> (Entry, Vec<u8>) {
         let page = self.pages(1);
-        let entry = self.admin(Sqe {
-            opcode: 6,
-            namespace,
-            prp1: page,
-            dwords: [cns, 0, 0, 0, 0, 0],
-            ..Sqe::default()
-        });
+        let entry = self.admin(Sqe { opcode: 6, namespace, prp1: page, dwords: [cns, 0, 0, 0, 0, 0], ..Sqe::default() });
         (entry, self.guest_bytes(page, 4096))
     }
 

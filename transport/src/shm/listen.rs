@@ -109,17 +109,18 @@ impl Listener {
     /// Waits for a connection; its hello is not read yet.
     ///
     /// # Errors
-    /// What accept(2) answers; `WouldBlock` after [`Listener::set_nonblocking`].
+    /// What accept(2) answers; `WouldBlock` after [`Listener::nonblocking_socket`].
     pub fn accept(&self) -> io::Result<UnixStream> {
         self.listener.accept().map(|(stream, _)| stream)
     }
 
-    /// Whether `accept` returns at once where nobody waits.
+    /// The socket itself, for a runtime that accepts by itself (tokio's `UnixListener::from_std`): now non-blocking, for both.
     ///
     /// # Errors
     /// What the kernel answers.
-    pub fn set_nonblocking(&self, nonblocking: bool) -> io::Result<()> {
-        self.listener.set_nonblocking(nonblocking)
+    pub fn nonblocking_socket(&self) -> io::Result<UnixListener> {
+        self.listener.set_nonblocking(true)?;
+        self.listener.try_clone()
     }
 
     /// Makes a link of an accepted connection: checks who it is, exchanges hellos, shares the rings.

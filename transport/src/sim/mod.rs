@@ -17,7 +17,7 @@ use rustix::event::{EventfdFlags, eventfd};
 
 use crate::fabric::{Events, Fabric, Full, Grant, GrantError, Limits, Op, Regions, RegisterError, Signal};
 use crate::memory::{Mapped, Memory};
-use crate::span::{Access, LocalRegion, RemoteRegion, RemoteSpan};
+use crate::span::{Access, LocalRegion, LocalSpan, RemoteRegion, RemoteSpan};
 use crate::time::Nanos;
 pub use options::{SimOptions, Violation};
 pub use seed::Seed;
@@ -32,25 +32,11 @@ pub fn pair(seed: u64, options: SimOptions) -> (SimFabric, SimFabric, World) {
     let wakes = [(); 2].map(|()| options.descriptors.then(descriptor));
     let inner = Arc::new(Mutex::new(Inner::new(seed, options, wakes.clone())));
     let [left, right] = wakes;
-    let end = |side, wake| SimFabric {
-        inner: Arc::clone(&inner),
-        side,
-        limits,
-        wake,
-    };
-    (
-        end(0, left),
-        end(1, right),
-        World {
-            inner: Arc::clone(&inner),
-        },
-    )
+    let end = |side, wake| SimFabric { inner: Arc::clone(&inner), side, limits, wake };
+    (end(0, left), end(1, right), World { inner: Arc::clone(&inner) })
 }
 
-#[expect(
-    clippy::expect_used,
-    reason = "a simulation without descriptors cannot run, and nothing here is a peer's doing"
-)]
+#[expect(clippy::expect_used, reason = "a simulation without descriptors cannot run, and nothing here is a peer's doing")]
 fn descriptor() -> Arc<OwnedFd> {
     let made = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
     Arc::new(made.expect("the host has no descriptor left for a simulated fabric"))
@@ -128,6 +114,12 @@ impl Regions for SimFabric {
 
     fn local_memory(&self, region: &LocalRegion) -> Option<Arc<Memory>> {
         lock(&self.inner).sides[self.side].book.memory(region.name).cloned()
+    }
+
+    fn map_local(&self, span: LocalSpan) -> Option<Mapped> {
+        let inner = lock(&self.inner);
+        let memory = inner.sides[self.side].book.memory(span.name)?;
+        Mapped::new(Arc::clone(memory), span.offset, u64::from(span.len)).ok()
     }
 
     fn export(&mut self, region: &LocalRegion, access: Access) -> Result<Grant, GrantError> {

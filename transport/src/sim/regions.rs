@@ -19,10 +19,7 @@ pub(super) struct Table<T> {
 
 impl<T> Table<T> {
     pub(super) const fn new(limit: u32) -> Self {
-        Self {
-            slots: Vec::new(),
-            limit,
-        }
+        Self { slots: Vec::new(), limit }
     }
 
     fn insert(&mut self, value: T) -> Result<RegionName, u32> {
@@ -63,10 +60,7 @@ impl<T> Table<T> {
 }
 
 const fn name(index: usize, generation: u32) -> RegionName {
-    RegionName {
-        index: index as u32,
-        generation,
-    }
+    RegionName { index: index as u32, generation }
 }
 
 #[derive(Debug)]
@@ -118,10 +112,7 @@ impl Book {
             return Err(MemoryError::ReadOnly.into());
         }
         let len = memory.len();
-        let name = self
-            .registered
-            .insert(Registered { memory, access })
-            .map_err(|limit| RegisterError::TooMany { limit })?;
+        let name = self.registered.insert(Registered { memory, access }).map_err(|limit| RegisterError::TooMany { limit })?;
         Ok(LocalRegion { name, len, access })
     }
 
@@ -142,27 +133,13 @@ impl Book {
     pub(super) fn export(&mut self, region: &LocalRegion, access: Access) -> Result<Grant, GrantError> {
         let registered = self.registered.find(region.name).ok_or(GrantError::NotRegistered)?;
         if !registered.access.allows(access) && !self.breaks(Violation::WidenExports) {
-            return Err(GrantError::Widened {
-                asked: access,
-                allowed: registered.access,
-            });
+            return Err(GrantError::Widened { asked: access, allowed: registered.access });
         }
         let len = registered.memory.len();
-        let exported = Exported {
-            region: region.name,
-            len,
-            access,
-        };
-        let name = self
-            .exported
-            .insert(exported)
-            .map_err(|limit| GrantError::TooMany { limit })?;
+        let exported = Exported { region: region.name, len, access };
+        let name = self.exported.insert(exported).map_err(|limit| GrantError::TooMany { limit })?;
         let key = u64::from(name.generation) << 32 | u64::from(name.index);
-        Ok(Grant {
-            key: key ^ self.scramble,
-            len,
-            access,
-        })
+        Ok(Grant { key: key ^ self.scramble, len, access })
     }
 
     fn exported(&self, key: u64) -> Option<&Exported> {
@@ -175,27 +152,14 @@ impl Book {
         let exported = peer.exported(grant.key).ok_or(GrantError::Missing { key: grant.key })?;
         if !self.breaks(Violation::TrustGrants) {
             if grant.len > exported.len {
-                return Err(GrantError::TooLong {
-                    granted: grant.len,
-                    actual: exported.len,
-                });
+                return Err(GrantError::TooLong { granted: grant.len, actual: exported.len });
             }
             if !exported.access.allows(grant.access) {
-                return Err(GrantError::Widened {
-                    asked: grant.access,
-                    allowed: exported.access,
-                });
+                return Err(GrantError::Widened { asked: grant.access, allowed: exported.access });
             }
         }
-        let name = self
-            .imported
-            .insert(grant.key)
-            .map_err(|limit| GrantError::TooMany { limit })?;
-        Ok(RemoteRegion {
-            name,
-            len: grant.len,
-            access: grant.access,
-        })
+        let name = self.imported.insert(grant.key).map_err(|limit| GrantError::TooMany { limit })?;
+        Ok(RemoteRegion { name, len: grant.len, access: grant.access })
     }
 
     pub(super) fn release(&mut self, region: &RemoteRegion) {
@@ -213,12 +177,7 @@ impl Book {
 
     /// The memory of `peer` behind a span, if grant and region still stand.
     pub(super) fn remote(&self, span: &RemoteSpan, peer: &Self) -> Result<Arc<Memory>, OpError> {
-        let ghost = || {
-            self.ghost_imports
-                .iter()
-                .find(|(ghost, _)| *ghost == span.name)
-                .map(|(_, key)| key)
-        };
+        let ghost = || self.ghost_imports.iter().find(|(ghost, _)| *ghost == span.name).map(|(_, key)| key);
         let key = self.imported.find(span.name).or_else(ghost).ok_or(OpError::Revoked)?;
         let exported = peer.exported(*key).ok_or(OpError::Revoked)?;
         peer.memory(exported.region).cloned().ok_or(OpError::Revoked)

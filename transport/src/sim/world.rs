@@ -80,14 +80,7 @@ pub(super) struct Side {
 #[derive(Debug)]
 enum What {
     /// Some bytes of an operation move.
-    Piece {
-        side: SideIndex,
-        number: u64,
-        local: LocalSpan,
-        remote: RemoteSpan,
-        into_remote: bool,
-        captured: Option<Arc<Memory>>,
-    },
+    Piece { side: SideIndex, number: u64, local: LocalSpan, remote: RemoteSpan, into_remote: bool, captured: Option<Arc<Memory>> },
     /// An operation takes effect at the peer.
     Arrive { side: SideIndex, number: u64, op: Carried },
     /// This side learns that its operation is done.
@@ -228,13 +221,7 @@ impl Inner {
                 None => return Err(Full),
             }
         }
-        this.outstanding.push_back(Outstanding {
-            signal,
-            op: carried,
-            sent: false,
-            done: false,
-            result,
-        });
+        this.outstanding.push_back(Outstanding { signal, op: carried, sent: false, done: false, result });
         if self.seed.chance(self.options.eager_permille) {
             self.flush(side);
         }
@@ -248,20 +235,12 @@ impl Inner {
             Op::Read { from, into } => {
                 let (from_len, into_len) = self.check_lengths(from.len, into.len)?;
                 self.check_access(from.access, into.access)?;
-                Ok(Carried::Read {
-                    from: RemoteSpan { len: from_len, ..from },
-                    into: LocalSpan { len: into_len, ..into },
-                })
+                Ok(Carried::Read { from: RemoteSpan { len: from_len, ..from }, into: LocalSpan { len: into_len, ..into } })
             }
             Op::Send { message } => {
                 let limit = self.limits.max_message;
-                let too_long = OpError::TooLong {
-                    len: u32::try_from(message.len()).unwrap_or(u32::MAX),
-                    limit,
-                };
-                let cut = message
-                    .get(..limit as usize)
-                    .filter(|_| self.breaks(Violation::CutLongMessage));
+                let too_long = OpError::TooLong { len: u32::try_from(message.len()).unwrap_or(u32::MAX), limit };
+                let cut = message.get(..limit as usize).filter(|_| self.breaks(Violation::CutLongMessage));
                 let shortened = message.split_last().filter(|_| self.breaks(Violation::ShortenMessage));
                 let bytes = cut.or(shortened.map(|(_, rest)| rest)).unwrap_or(message);
                 Message::new(bytes).map(Carried::Send).ok_or(too_long)
@@ -272,11 +251,7 @@ impl Inner {
     fn carry_write(&self, from: LocalSpan, to: RemoteSpan, notify: Option<u32>) -> Result<Carried, OpError> {
         let (from_len, to_len) = self.check_lengths(from.len, to.len)?;
         self.check_access(from.access, to.access)?;
-        Ok(Carried::Write {
-            from: LocalSpan { len: from_len, ..from },
-            to: RemoteSpan { len: to_len, ..to },
-            notify,
-        })
+        Ok(Carried::Write { from: LocalSpan { len: from_len, ..from }, to: RemoteSpan { len: to_len, ..to }, notify })
     }
 
     fn check_lengths(&self, from: u32, to: u32) -> Result<(u32, u32), OpError> {
@@ -290,11 +265,7 @@ impl Inner {
 
     fn check_access(&self, source: Access, target: Access) -> Result<(), OpError> {
         let fits = source.allows(Access::READ) && target.allows(Access::WRITE);
-        if fits || self.breaks(Violation::IgnoreAccess) {
-            Ok(())
-        } else {
-            Err(OpError::Denied)
-        }
+        if fits || self.breaks(Violation::IgnoreAccess) { Ok(()) } else { Err(OpError::Denied) }
     }
 
     pub(super) fn flush(&mut self, side: SideIndex) {
@@ -346,11 +317,7 @@ impl Inner {
 
     fn notice_gone(&mut self, side: SideIndex) {
         let (min, max) = self.options.detection_ns;
-        let after = if self.options.descriptors {
-            0
-        } else {
-            self.seed.between(min, max)
-        };
+        let after = if self.options.descriptors { 0 } else { self.seed.between(min, max) };
         self.put(Nanos(self.now.0 + after), What::Gone { side });
     }
 
@@ -485,11 +452,7 @@ impl Inner {
                         continue;
                     };
                     // Bytes are sampled when all earlier writes are there; later ones may be there too.
-                    let at = if self.breaks(Violation::ReadPassesWrite) {
-                        self.now
-                    } else {
-                        self.across(side).max(floor)
-                    };
+                    let at = if self.breaks(Violation::ReadPassesWrite) { self.now } else { self.across(side).max(floor) };
                     arrive = arrive.max(at);
                     self.put_piece(at, side, number, (local, remote), false);
                 }
@@ -507,17 +470,7 @@ impl Inner {
         let (local, remote) = spans;
         let keeps = self.breaks(Violation::WriteAfterRevoke) && into_remote;
         let captured = self.remote_memory(side, &remote).ok().filter(|_| keeps);
-        self.put(
-            at,
-            What::Piece {
-                side,
-                number,
-                local,
-                remote,
-                into_remote,
-                captured,
-            },
-        );
+        self.put(at, What::Piece { side, number, local, remote, into_remote, captured });
     }
 
     /// When a piece lands: any time, but never before bytes of an earlier write to the same place.
@@ -526,11 +479,7 @@ impl Inner {
         let Ok(memory) = self.remote_memory(side, remote) else {
             return at;
         };
-        let (memory, start, end) = (
-            Arc::as_ptr(&memory) as usize,
-            remote.offset,
-            remote.offset + u64::from(remote.len),
-        );
+        let (memory, start, end) = (Arc::as_ptr(&memory) as usize, remote.offset, remote.offset + u64::from(remote.len));
         let now = self.now;
         let landings = &mut self.sides[side].landings;
         landings.retain(|landing| landing.at >= now);
@@ -565,14 +514,7 @@ impl Inner {
             What::Cut => self.cut(),
             What::Gone { side } => self.end(side, CloseReason::PeerGone),
             _ if self.cut => {}
-            What::Piece {
-                side,
-                number,
-                local,
-                remote,
-                into_remote,
-                captured,
-            } => {
+            What::Piece { side, number, local, remote, into_remote, captured } => {
                 let moved = self.move_bytes(side, &local, &remote, into_remote, captured);
                 if let Err(error) = moved {
                     self.fail(side, number, error);

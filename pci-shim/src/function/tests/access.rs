@@ -13,13 +13,7 @@ fn an_access_that_hardware_cannot_make_is_refused_before_it_reaches_the_device()
         (BarAddress { bar: 255, offset: 0 }, Width::B1),
         (BarAddress { bar: 0, offset: 0x4000 }, Width::B1),
         (BarAddress { bar: 0, offset: 0x3ffe }, Width::B4),
-        (
-            BarAddress {
-                bar: 0,
-                offset: u64::MAX,
-            },
-            Width::B8,
-        ),
+        (BarAddress { bar: 0, offset: u64::MAX }, Width::B8),
         (BarAddress { bar: 0, offset: 0x1002 }, Width::B4),
         (BarAddress { bar: 0, offset: 0x1004 }, Width::B8),
         (BarAddress { bar: 3, offset: 0 }, Width::B8),
@@ -49,10 +43,7 @@ fn the_table_and_constants_never_cost_a_round_trip() {
     assert_eq!(bench.script.calls(), []);
     let after = bench.function.counters();
     assert_eq!(after.bar_reads_local - before.bar_reads_local, 6);
-    assert_eq!(
-        (after.bar_reads_remote, after.bar_writes_local - before.bar_writes_local),
-        (0, 1)
-    );
+    assert_eq!((after.bar_reads_remote, after.bar_writes_local - before.bar_writes_local), (0, 1));
 }
 
 #[test]
@@ -100,11 +91,7 @@ fn a_bar_that_is_off_answers_all_ones_and_notes_the_unsupported_request() {
     bench.config(COMMAND, 0x0002);
     assert_eq!(bench.read(0, Width::B8), CAP);
     let port = BarAddress { bar: 3, offset: 0 };
-    assert_eq!(
-        bench.function.bar_read(port, Width::B2),
-        Ok(0xffff),
-        "i/o is enabled by another bit"
-    );
+    assert_eq!(bench.function.bar_read(port, Width::B2), Ok(0xffff), "i/o is enabled by another bit");
 }
 
 #[test]
@@ -123,9 +110,8 @@ fn writes_reach_the_device_in_the_order_of_the_guests_stores() {
         bench.write(0x1018, Width::B4, tail);
         bench.write(0x101c, Width::B4, tail);
     }
-    let expected: Vec<Call> = (0..100)
-        .flat_map(|tail| [0x1018, 0x101c].map(|offset| Call::Write(at(offset), Width::B4, tail)))
-        .collect();
+    let expected: Vec<Call> =
+        (0..100).flat_map(|tail| [0x1018, 0x101c].map(|offset| Call::Write(at(offset), Width::B4, tail))).collect();
     assert_eq!(bench.script.calls(), expected);
     let named = bench.function.register(at(0x1018));
     assert_eq!(named, Some(RegisterName::SubmissionTail { queue: 3 }));

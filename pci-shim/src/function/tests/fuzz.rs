@@ -26,13 +26,7 @@ fn width() -> impl Strategy<Value = Width> {
 }
 
 fn at() -> impl Strategy<Value = BarAddress> {
-    let offset = prop_oneof![
-        0..0x40u64,
-        0x1000..0x1100u64,
-        TABLE..TABLE + 0x420,
-        PENDING..PENDING + 0x20,
-        any::<u64>()
-    ];
+    let offset = prop_oneof![0..0x40u64, 0x1000..0x1100u64, TABLE..TABLE + 0x420, PENDING..PENDING + 0x20, any::<u64>()];
     (0..8u8, offset).prop_map(|(bar, offset)| BarAddress { bar, offset })
 }
 
@@ -45,11 +39,7 @@ fn step() -> impl Strategy<Value = Step> {
         (0..4u8).prop_map(|state| Step::ConfigWrite(0x44, vec![state])),
         Just(Step::ConfigWrite(0x89, vec![0x80])),
     ];
-    let mode = prop_oneof![
-        Just(InterruptMode::Pin),
-        any::<u8>().prop_map(InterruptMode::Msi),
-        Just(InterruptMode::Msix)
-    ];
+    let mode = prop_oneof![Just(InterruptMode::Pin), any::<u8>().prop_map(InterruptMode::Msi), Just(InterruptMode::Msix)];
     let page = || (0..0x4000u64).prop_map(Iova);
     let say = prop_oneof![
         (0..70u16).prop_map(Say::Vector),

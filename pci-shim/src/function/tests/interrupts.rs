@@ -204,11 +204,7 @@ fn a_client_that_owns_the_table_hears_every_vector_of_the_device() {
     bench.function.set_client_interrupts(InterruptMode::Pin);
     assert_eq!(bench.told(), [Told::Pin(true)]);
     bench.config(COMMAND, 0x0400);
-    assert_eq!(
-        bench.told(),
-        [Told::Pin(false)],
-        "the interrupt disable bit holds for clients too"
-    );
+    assert_eq!(bench.told(), [Told::Pin(false)], "the interrupt disable bit holds for clients too");
     bench.config(MSIX_CONTROL, 0x8000);
     assert_eq!(bench.config_read(MSIX_CONTROL), 0x8040, "stored for the client to read");
     let calls = bench.script.calls();

@@ -26,9 +26,7 @@ fn seen_by_the_guest(answers_first: bool) -> u8 {
     };
     look(&mut bench, &memory);
     while let Some(request) = bench.function.next_mediation() {
-        let MediationKind::Store { bytes, polled: true } = request.kind else {
-            panic!("a polled store was asked for")
-        };
+        let MediationKind::Store { bytes, polled: true } = request.kind else { panic!("a polled store was asked for") };
         if answers_first {
             bench.function.answer(request.ticket, MediationAnswer::Stored);
             look(&mut bench, &memory);
@@ -56,11 +54,7 @@ fn an_unmapped_range_is_not_touched_by_stores_that_were_asked_for_before() {
     bench.poll();
     bench.script.say([store(3, 0x1ff0, 3)]);
     bench.function.unmap(Iova(0x1000), 0x1000).unwrap();
-    let expected = [
-        Call::Unmap(Iova(0x1000), 0x1000),
-        Call::Fault(Ticket(1)),
-        Call::Fault(Ticket(3)),
-    ];
+    let expected = [Call::Unmap(Iova(0x1000), 0x1000), Call::Fault(Ticket(1)), Call::Fault(Ticket(3))];
     assert_eq!(bench.script.calls(), expected);
     assert_eq!(bench.function.next_mediation().map(|request| request.ticket), Some(Ticket(2)));
     assert_eq!(bench.function.next_mediation(), None);
@@ -91,20 +85,13 @@ impl Bytes {
         let start = at.0 as usize;
         let len_bytes = len as u64;
         let range = bytes.get_mut(start..start + len);
-        range.map(use_it).ok_or(GuestMemoryError {
-            at: at.0,
-            len: len_bytes,
-        })
+        range.map(use_it).ok_or(GuestMemoryError { at: at.0, len: len_bytes })
     }
 }
 
 impl GuestMemory for Bytes {
     fn regions(&self) -> Vec<GuestRegion> {
-        vec![GuestRegion {
-            start: GuestAddress(0),
-            len: 0x2000,
-            memory: None,
-        }]
+        vec![GuestRegion { start: GuestAddress(0), len: 0x2000, memory: None }]
     }
 
     fn read(&self, at: GuestAddress, into: &mut [u8]) -> Result<(), GuestMemoryError> {
@@ -127,12 +114,7 @@ fn an_embedded_function_makes_the_devices_stores_before_a_register_read_reveals_
     embedded.config_write(COMMAND, &[0x06, 0]).unwrap();
     script.calls();
     let fetch = |ticket, at, len| Say::Fetch(Ticket(ticket), Iova(at), len);
-    script.say([
-        fetch(1, 0x10, 4),
-        store(2, 0x1000, 9),
-        fetch(3, 0x2000, 1),
-        store(4, 0x1ff8, 1),
-    ]);
+    script.say([fetch(1, 0x10, 4), store(2, 0x1000, 9), fetch(3, 0x2000, 1), store(4, 0x1ff8, 1)]);
     let at = BarAddress { bar: 0, offset: 0x1c };
     embedded.bar_read(at, Width::B4).unwrap();
     assert_eq!(memory.0.lock().unwrap()[0x1000..0x1010], [9; 16]);

@@ -86,9 +86,5 @@ impl Bench {
 }
 
 fn message(vector: u16) -> Told {
-    Told::Message(MessageInterrupt {
-        vector,
-        address: 0xfee0_0000,
-        data: 0x4000 + u32::from(vector),
-    })
+    Told::Message(MessageInterrupt { vector, address: 0xfee0_0000, data: 0x4000 + u32::from(vector) })
 }

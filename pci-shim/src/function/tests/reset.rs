@@ -12,13 +12,7 @@ fn store(ticket: u32, at: u64) -> Say {
 fn nothing_of_before_a_function_level_reset_reaches_the_guest_after_it() {
     let mut bench = Bench::running();
     bench.mask(7, true);
-    bench.script.say([
-        Say::Vector(7),
-        store(1, 0x1000),
-        store(2, 0x2000),
-        Say::Vector(3),
-        Say::Pin(true),
-    ]);
+    bench.script.say([Say::Vector(7), store(1, 0x1000), store(2, 0x2000), Say::Vector(3), Say::Pin(true)]);
     bench.poll();
     let taken = bench.function.next_mediation().unwrap();
     assert_eq!(taken.ticket, Ticket(1));
@@ -51,9 +45,7 @@ fn without_a_reset_the_same_stores_and_vectors_do_arrive() {
     // The twin of the test above: were its silence due to something else, this would be silent too.
     let mut bench = Bench::running();
     bench.mask(7, true);
-    bench
-        .script
-        .say([Say::Vector(7), store(1, 0x1000), store(2, 0x2000), Say::Vector(3)]);
+    bench.script.say([Say::Vector(7), store(1, 0x1000), store(2, 0x2000), Say::Vector(3)]);
     bench.poll();
     while let Some(request) = bench.function.next_mediation() {
         bench.function.answer(request.ticket, MediationAnswer::Stored);
@@ -73,11 +65,7 @@ fn a_reset_puts_registers_masks_and_the_pin_back() {
     bench.config(0x88, 0x8000);
     assert_eq!(bench.told(), [Told::Pin(true), Told::Pin(false)]);
     assert_eq!(bench.config_read(0x06) & 8, 0);
-    assert_eq!(
-        bench.config_read(0x88),
-        0x2810,
-        "the payload size of the resetting write holds, nothing else"
-    );
+    assert_eq!(bench.config_read(0x88), 0x2810, "the payload size of the resetting write holds, nothing else");
     assert_eq!((bench.config_read(0x3c), bench.config_read(0x12)), (0x0100, 0));
     bench.config(COMMAND, 0x0002);
     assert_eq!(bench.read(TABLE + 12, Width::B4), 1, "all vectors are masked");

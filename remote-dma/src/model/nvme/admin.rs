@@ -59,11 +59,7 @@ impl Nvme {
         while at < len {
             let part = (len - at).min(PAGE_BYTES as u32);
             let bytes = if at == 0 { page } else { &[0; PAGE_BYTES] };
-            if self
-                .scratch
-                .write(buffer, at, bytes.get(..part as usize).unwrap_or_default())
-                .is_err()
-            {
+            if self.scratch.write(buffer, at, bytes.get(..part as usize).unwrap_or_default()).is_err() {
                 return slot.refuse(Status::INTERNAL_ERROR);
             }
             at += part;
@@ -80,15 +76,8 @@ impl Nvme {
         };
         let command = slot.command;
         let (queue, last) = ((command.dword10 & 0xffff) as u16, command.dword10 >> 16);
-        let (contiguous, interrupts, vector) = (
-            command.dword11 & 1 != 0,
-            command.dword11 & 2 != 0,
-            (command.dword11 >> 16) as u16,
-        );
-        let Some(completion) = self
-            .completion
-            .get_mut(usize::from(queue))
-            .filter(|completion| queue != 0 && !completion.exists())
+        let (contiguous, interrupts, vector) = (command.dword11 & 1 != 0, command.dword11 & 2 != 0, (command.dword11 >> 16) as u16);
+        let Some(completion) = self.completion.get_mut(usize::from(queue)).filter(|completion| queue != 0 && !completion.exists())
         else {
             return slot.refuse(Status::INVALID_QUEUE_IDENTIFIER);
         };
@@ -112,21 +101,14 @@ impl Nvme {
         let command = slot.command;
         let (queue, last) = ((command.dword10 & 0xffff) as u16, command.dword10 >> 16);
         let (contiguous, completions) = (command.dword11 & 1 != 0, (command.dword11 >> 16) as u16);
-        let Some(submission) = self
-            .submission
-            .get_mut(usize::from(queue))
-            .filter(|submission| queue != 0 && !submission.exists())
+        let Some(submission) = self.submission.get_mut(usize::from(queue)).filter(|submission| queue != 0 && !submission.exists())
         else {
             return slot.refuse(Status::INVALID_QUEUE_IDENTIFIER);
         };
         if completions == 0 || completions >= QUEUE_COUNT {
             return slot.refuse(Status::INVALID_QUEUE_IDENTIFIER);
         }
-        let Some(completion) = self
-            .completion
-            .get_mut(usize::from(completions))
-            .filter(|completion| completion.exists())
-        else {
+        let Some(completion) = self.completion.get_mut(usize::from(completions)).filter(|completion| completion.exists()) else {
             return slot.refuse(Status::COMPLETION_QUEUE_INVALID);
         };
         if let Err(status) = check_queue(last, entry_shift, 6, contiguous, command.prp1, page) {
@@ -143,10 +125,7 @@ impl Nvme {
             return Flow::Parked;
         };
         let queue = (slot.command.dword10 & 0xffff) as u16;
-        let Some(completion) = self
-            .completion
-            .get_mut(usize::from(queue))
-            .filter(|completion| queue != 0 && completion.exists())
+        let Some(completion) = self.completion.get_mut(usize::from(queue)).filter(|completion| queue != 0 && completion.exists())
         else {
             return slot.refuse(Status::INVALID_QUEUE_IDENTIFIER);
         };

@@ -186,12 +186,8 @@ impl Completion {
             self.queue_head as u32 | (self.queue as u32) << 16,
             self.identifier as u32 | (phase as u32) << 16 | (self.status.0 as u32) << 17,
         ];
-        let [[a, b, c, d], [e, f, g, h], [i, j, k, l], [m, n, o, p]] = [
-            words[0].to_le_bytes(),
-            words[1].to_le_bytes(),
-            words[2].to_le_bytes(),
-            words[3].to_le_bytes(),
-        ];
+        let [[a, b, c, d], [e, f, g, h], [i, j, k, l], [m, n, o, p]] =
+            [words[0].to_le_bytes(), words[1].to_le_bytes(), words[2].to_le_bytes(), words[3].to_le_bytes()];
         [a, b, c, d, e, f, g, h, i, j, k, l, m, n, o, p]
     }
 }
@@ -256,21 +252,12 @@ mod tests {
 
     #[test]
     fn a_completion_carries_phase_and_status_in_its_last_word() {
-        let completion = Completion {
-            result: 0x1122_3344,
-            queue_head: 9,
-            queue: 3,
-            identifier: 7,
-            status: Status::SUCCESS,
-        };
+        let completion = Completion { result: 0x1122_3344, queue_head: 9, queue: 3, identifier: 7, status: Status::SUCCESS };
         let bytes = completion.encode(true);
         assert_eq!(&bytes[..4], &[0x44, 0x33, 0x22, 0x11]);
         assert_eq!(&bytes[8..12], &[9, 0, 3, 0]);
         assert_eq!(&bytes[12..], &0x0001_0007_u32.to_le_bytes());
-        let refused = Completion {
-            status: Status::LBA_OUT_OF_RANGE,
-            ..completion
-        };
+        let refused = Completion { status: Status::LBA_OUT_OF_RANGE, ..completion };
         assert_eq!(&refused.encode(false)[14..], &(0x4080_u16 << 1).to_le_bytes());
     }
 }

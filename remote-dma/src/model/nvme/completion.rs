@@ -174,11 +174,8 @@ impl Nvme {
             }
         }
         loop {
-            let timed = self
-                .slots
-                .iter()
-                .find(|(_, slot)| slot.queue == queue && slot.phase == Phase::Timer)
-                .map(|(index, _)| index);
+            let timed =
+                self.slots.iter().find(|(_, slot)| slot.queue == queue && slot.phase == Phase::Timer).map(|(index, _)| index);
             let Some(index) = timed else { return };
             self.timers.retain(|Reverse((_, timed))| *timed != index);
             self.complete(index, bus);

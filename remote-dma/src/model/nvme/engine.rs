@@ -95,18 +95,12 @@ impl Nvme {
     /// Starts one fetch of `queue`; answers how many commands it is for, 0 where no slot is free.
     fn fetch(&mut self, queue: u16, limit: u32, bus: &mut dyn Bus) -> u32 {
         let free = self.slots.available().saturating_sub(self.slots_reserved);
-        let free = if queue == 0 {
-            free
-        } else {
-            free.saturating_sub(ADMIN_RESERVE)
-        };
+        let free = if queue == 0 { free } else { free.saturating_sub(ADMIN_RESERVE) };
         let Some(submission) = self.submission.get_mut(usize::from(queue)) else {
             return 0;
         };
-        let blocked = self
-            .completion
-            .get(usize::from(submission.completions))
-            .is_none_or(|completion| completion.waiting.is_some());
+        let blocked =
+            self.completion.get(usize::from(submission.completions)).is_none_or(|completion| completion.waiting.is_some());
         let pending = submission.contiguous();
         if !submission.exists() || pending == 0 || blocked || submission.deleter.is_some() {
             self.ready &= !(1 << queue);
@@ -220,12 +214,10 @@ impl Nvme {
                 Ok(Step::Range { iova, len }) => {
                     let access = if slot.to_guest { Access::READ } else { Access::WRITE };
                     let span = match slot.local {
-                        Local::Image => self
-                            .image
-                            .and_then(|image| image.span(slot.offset + u64::from(slot.moved), len, access).ok()),
-                        Local::Buffer => slot
-                            .buffer
-                            .and_then(|buffer| self.scratch.span(buffer, slot.moved, len, access)),
+                        Local::Image => {
+                            self.image.and_then(|image| image.span(slot.offset + u64::from(slot.moved), len, access).ok())
+                        }
+                        Local::Buffer => slot.buffer.and_then(|buffer| self.scratch.span(buffer, slot.moved, len, access)),
                     };
                     let Some(span) = span else {
                         slot.status = Status::INTERNAL_ERROR;
@@ -480,11 +472,7 @@ impl Nvme {
             }
             self.timers.pop();
             // An abort may have completed it already, and the slot may be another command's.
-            if self
-                .slots
-                .get(index)
-                .is_some_and(|slot| slot.phase == Phase::Timer && slot.due == due)
-            {
+            if self.slots.get(index).is_some_and(|slot| slot.phase == Phase::Timer && slot.due == due) {
                 worked = true;
                 self.complete(index, bus);
             }

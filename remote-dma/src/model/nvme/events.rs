@@ -20,21 +20,9 @@ pub(super) struct Event {
     log_page: u8,
 }
 
-pub(super) const INVALID_DOORBELL_REGISTER: Event = Event {
-    kind: 0,
-    information: 0,
-    log_page: 0x01,
-};
-pub(super) const INVALID_DOORBELL_VALUE: Event = Event {
-    kind: 0,
-    information: 1,
-    log_page: 0x01,
-};
-pub(super) const TEMPERATURE: Event = Event {
-    kind: 1,
-    information: 1,
-    log_page: 0x02,
-};
+pub(super) const INVALID_DOORBELL_REGISTER: Event = Event { kind: 0, information: 0, log_page: 0x01 };
+pub(super) const INVALID_DOORBELL_VALUE: Event = Event { kind: 0, information: 1, log_page: 0x01 };
+pub(super) const TEMPERATURE: Event = Event { kind: 1, information: 1, log_page: 0x02 };
 
 /// Requests that wait and events that nobody asked for yet.
 #[derive(Debug, Default)]

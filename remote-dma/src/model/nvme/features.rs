@@ -144,11 +144,7 @@ const fn threshold(value: u32) -> Result<Threshold, Status> {
 
 const fn vector(value: u32) -> Result<u16, Status> {
     let vector = value as u16;
-    if vector < VECTORS {
-        Ok(vector)
-    } else {
-        Err(Status::INVALID_FIELD)
-    }
+    if vector < VECTORS { Ok(vector) } else { Err(Status::INVALID_FIELD) }
 }
 
 impl Nvme {

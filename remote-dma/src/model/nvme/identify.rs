@@ -56,9 +56,7 @@ fn hash(seed: u64, serial: &[u8], image: u64) -> u64 {
     serial
         .iter()
         .chain(&image.to_le_bytes())
-        .fold(0xcbf2_9ce4_8422_2325 ^ seed, |hash, byte| {
-            (hash ^ u64::from(*byte)).wrapping_mul(0x0000_0100_0000_01b3)
-        })
+        .fold(0xcbf2_9ce4_8422_2325 ^ seed, |hash, byte| (hash ^ u64::from(*byte)).wrapping_mul(0x0000_0100_0000_01b3))
 }
 
 /// A page that is filled field by field, by the offsets of the specification's figures.
@@ -151,10 +149,7 @@ impl Nvme {
         page.put(92, &(1_u32 << 8).to_le_bytes());
         page.put(111, &[1]);
         // OACS 0; ACL 3 and AERL 3 (zero-based); FRMW: one slot, read only; LPA: effects log, extended data for Get Log Page; ELPE.
-        page.put(
-            256,
-            &[0, 0, 3, MAX_REQUESTS as u8 - 1, 0b011, 0b110, ERROR_ENTRIES as u8 - 1, 0],
-        );
+        page.put(256, &[0, 0, 3, MAX_REQUESTS as u8 - 1, 0b011, 0b110, ERROR_ENTRIES as u8 - 1, 0]);
         page.put(266, &WARNING_KELVIN.to_le_bytes());
         page.put(268, &CRITICAL_KELVIN.to_le_bytes());
         // TNVMCAP, 16 bytes.
@@ -187,9 +182,6 @@ mod tests {
         let named = Identity::new(1, Some("disk\u{7}-of-a-guest-with-a-long-name"));
         assert_eq!(&named.serial, b"disk-of-a-guest-with");
         let name = named.subsystem_name();
-        assert!(
-            name.starts_with("nqn.2014-08.org.nvmexpress:uuid:") && name.len() == 32 + 36,
-            "{name}"
-        );
+        assert!(name.starts_with("nqn.2014-08.org.nvmexpress:uuid:") && name.len() == 32 + 36, "{name}");
     }
 }

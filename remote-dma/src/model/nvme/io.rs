@@ -196,9 +196,7 @@ impl Nvme {
         let count = (slot.command.dword10 & 0xff) + 1;
         while slot.ranges_done < count {
             let mut range = [0; RANGE_BYTES as usize];
-            let read = slot
-                .buffer
-                .map(|buffer| self.scratch.read(buffer, slot.ranges_done * RANGE_BYTES, &mut range));
+            let read = slot.buffer.map(|buffer| self.scratch.read(buffer, slot.ranges_done * RANGE_BYTES, &mut range));
             let Some(Ok(())) = read else {
                 return slot.refuse(Status::INTERNAL_ERROR);
             };
@@ -240,10 +238,7 @@ impl Nvme {
             }
             io::DATASET_MANAGEMENT => {
                 let blocks = self.range_blocks(index);
-                let kind = JobKind::Zero {
-                    deallocate: true,
-                    durable: durable_writes,
-                };
+                let kind = JobKind::Zero { deallocate: true, durable: durable_writes };
                 (kind, blocks * BLOCK_BYTES)
             }
             _ => (JobKind::Flush, 0),
@@ -371,10 +366,8 @@ impl Nvme {
 /// Checks what can be checked without the guest's memory; first byte and bytes to move.
 #[inline]
 fn judge(command: &Command, size: u64, read_only: bool) -> Result<(u64, u32), Status> {
-    let known = matches!(
-        command.opcode,
-        io::READ | io::WRITE | io::COMPARE | io::FLUSH | io::WRITE_ZEROES | io::DATASET_MANAGEMENT
-    );
+    let known =
+        matches!(command.opcode, io::READ | io::WRITE | io::COMPARE | io::FLUSH | io::WRITE_ZEROES | io::DATASET_MANAGEMENT);
     if !known {
         return Err(Status::INVALID_OPCODE);
     }

@@ -34,10 +34,7 @@ pub(super) struct ErrorLog {
 
 impl Default for ErrorLog {
     fn default() -> Self {
-        Self {
-            entries: [ErrorEntry::default(); ERROR_ENTRIES],
-            count: 0,
-        }
+        Self { entries: [ErrorEntry::default(); ERROR_ENTRIES], count: 0 }
     }
 }
 

@@ -125,10 +125,7 @@ pub struct Nvme {
     /// Bytes moved in this call.
     call_bytes: u64,
 
-    #[expect(
-        clippy::vec_box,
-        reason = "a job is handed to the workers and back: 8 bytes move, not the job"
-    )]
+    #[expect(clippy::vec_box, reason = "a job is handed to the workers and back: 8 bytes move, not the job")]
     jobs: Vec<Box<Job>>,
     jobs_running: usize,
     /// DMAs pending, and slots taken for entries that are being fetched.
@@ -245,11 +242,7 @@ fn description(name: String) -> DeviceDescription {
         revision: 2,
         class_code: 0x01_0802,
         bars: [
-            Some(BarDescription {
-                kind: BarKind::Memory64,
-                size: registers::BAR_BYTES,
-                prefetchable: false,
-            }),
+            Some(BarDescription { kind: BarKind::Memory64, size: registers::BAR_BYTES, prefetchable: false }),
             None,
             None,
             None,
@@ -266,11 +259,7 @@ fn description(name: String) -> DeviceDescription {
             pba_offset: registers::MSIX_PENDING,
         }),
         dma_bits: 64,
-        constants: vec![Constant {
-            bar: 0,
-            offset: registers::offset::CAP,
-            bytes: constants,
-        }],
+        constants: vec![Constant { bar: 0, offset: registers::offset::CAP, bytes: constants }],
     }
 }
 

@@ -66,13 +66,7 @@ enum Place {
 impl Cursor {
     /// A walk over `len` bytes in memory pages of `page` bytes (a power of two, at least 4,096).
     pub const fn new(prp1: u64, prp2: u64, len: u32, page: u32) -> Self {
-        Self {
-            prp1,
-            prp2,
-            page,
-            left: len,
-            place: Place::First,
-        }
+        Self { prp1, prp2, page, left: len, place: Place::First }
     }
 
     /// Bytes not yet named.
@@ -98,11 +92,7 @@ impl Cursor {
                 let room = self.page - (self.prp1 & mask) as u32;
                 let len = self.left.min(room);
                 self.left -= len;
-                self.place = if self.left <= self.page {
-                    Place::Second
-                } else {
-                    Place::Fetch(self.prp2)
-                };
+                self.place = if self.left <= self.page { Place::Second } else { Place::Fetch(self.prp2) };
                 // Two pages that lie side by side are one range.
                 if self.left > 0 && self.place == Place::Second && self.prp1.checked_add(u64::from(len)) == Some(self.prp2) {
                     let rest = std::mem::take(&mut self.left);
@@ -123,10 +113,7 @@ impl Cursor {
                 let room = (self.page - (list & mask) as u32) / 8;
                 let entries = self.left.div_ceil(self.page).min(room);
                 self.place = Place::List { next: 0, entries };
-                Ok(Step::List {
-                    iova: Iova(list),
-                    entries,
-                })
+                Ok(Step::List { iova: Iova(list), entries })
             }
             Place::List { mut next, entries } => {
                 let mut run: Option<(u64, u32)> = None;
@@ -193,10 +180,7 @@ pub fn walk<E>(
     let mut cursor = Cursor::new(prp1, prp2, len, page);
     let mut list = vec![0_u64; (page / 8) as usize];
     loop {
-        match cursor
-            .step(|index| list.get(index as usize).copied().unwrap_or_default())
-            .map_err(WalkError::Prp)?
-        {
+        match cursor.step(|index| list.get(index as usize).copied().unwrap_or_default()).map_err(WalkError::Prp)? {
             Step::Done => return Ok(()),
             Step::Range { iova, len } => visit(iova, len),
             Step::List { iova, entries } => {
@@ -325,18 +309,9 @@ mod tests {
     #[test]
     fn offsets_that_the_specification_forbids_are_refused() {
         let none = HashMap::new();
-        assert!(matches!(
-            visited(0x1002, 0, 512, &none),
-            Err(WalkError::Prp(PrpError::Offset { entry: 0x1002 }))
-        ));
-        assert!(matches!(
-            visited(0x1000, 0x2004, 8192, &none),
-            Err(WalkError::Prp(PrpError::Offset { entry: 0x2004 }))
-        ));
-        assert!(matches!(
-            visited(0x1000, 0x2004, 12288, &none),
-            Err(WalkError::Prp(PrpError::Offset { entry: 0x2004 }))
-        ));
+        assert!(matches!(visited(0x1002, 0, 512, &none), Err(WalkError::Prp(PrpError::Offset { entry: 0x1002 }))));
+        assert!(matches!(visited(0x1000, 0x2004, 8192, &none), Err(WalkError::Prp(PrpError::Offset { entry: 0x2004 }))));
+        assert!(matches!(visited(0x1000, 0x2004, 12288, &none), Err(WalkError::Prp(PrpError::Offset { entry: 0x2004 }))));
         assert_eq!(visited(u64::MAX - 3, 0, 8, &none), Ok(vec![u64::MAX - 3, 0]));
     }
 }

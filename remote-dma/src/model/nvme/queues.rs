@@ -34,16 +34,7 @@ impl SubmissionQueue {
     pub(super) const ABSENT: Self = Self::new(Iova(0), 0, 0);
 
     pub(super) const fn new(base: Iova, entries: u32, completions: u16) -> Self {
-        Self {
-            base,
-            entries,
-            head: 0,
-            tail: 0,
-            fetching: 0,
-            active: 0,
-            completions,
-            deleter: None,
-        }
+        Self { base, entries, head: 0, tail: 0, fetching: 0, active: 0, completions, deleter: None }
     }
 
     pub(super) const fn exists(&self) -> bool {
@@ -52,31 +43,19 @@ impl SubmissionQueue {
 
     /// Commands written and not consumed.
     pub(super) const fn pending(&self) -> u32 {
-        if self.tail >= self.head {
-            self.tail - self.head
-        } else {
-            self.tail + self.entries - self.head
-        }
+        if self.tail >= self.head { self.tail - self.head } else { self.tail + self.entries - self.head }
     }
 
     /// Commands that can be fetched with one DMA.
     pub(super) const fn contiguous(&self) -> u32 {
-        if self.tail >= self.head {
-            self.tail - self.head
-        } else {
-            self.entries - self.head
-        }
+        if self.tail >= self.head { self.tail - self.head } else { self.entries - self.head }
     }
 
     pub(super) const fn ring(&mut self, tail: u32) -> Result<(), InvalidDoorbell> {
         if tail >= self.entries {
             return Err(InvalidDoorbell);
         }
-        let added = if tail >= self.tail {
-            tail - self.tail
-        } else {
-            tail + self.entries - self.tail
-        };
+        let added = if tail >= self.tail { tail - self.tail } else { tail + self.entries - self.tail };
         // One slot always stays empty (section 4.1.2).
         if added > self.entries - 1 - self.pending() {
             return Err(InvalidDoorbell);
@@ -120,16 +99,7 @@ impl CompletionQueue {
     pub(super) const ABSENT: Self = Self::new(Iova(0), 0, None);
 
     pub(super) const fn new(base: Iova, entries: u32, vector: Option<u16>) -> Self {
-        Self {
-            base,
-            entries,
-            head: 0,
-            tail: 0,
-            phase: true,
-            vector,
-            users: 0,
-            waiting: None,
-        }
+        Self { base, entries, head: 0, tail: 0, phase: true, vector, users: 0, waiting: None }
     }
 
     pub(super) const fn exists(&self) -> bool {
@@ -138,11 +108,7 @@ impl CompletionQueue {
 
     /// Entries posted and not taken.
     pub(super) const fn unread(&self) -> u32 {
-        if self.tail >= self.head {
-            self.tail - self.head
-        } else {
-            self.tail + self.entries - self.head
-        }
+        if self.tail >= self.head { self.tail - self.head } else { self.tail + self.entries - self.head }
     }
 
     pub(super) const fn full(&self) -> bool {
@@ -153,11 +119,7 @@ impl CompletionQueue {
         if head >= self.entries {
             return Err(InvalidDoorbell);
         }
-        let taken = if head >= self.head {
-            head - self.head
-        } else {
-            head + self.entries - self.head
-        };
+        let taken = if head >= self.head { head - self.head } else { head + self.entries - self.head };
         if taken > self.unread() {
             return Err(InvalidDoorbell);
         }

@@ -135,11 +135,7 @@ mod tests {
 
     #[test]
     fn registers_read_the_same_in_every_width() {
-        let registers = Registers {
-            admin_submission: 0x1122_3344_5566_7000,
-            ready: true,
-            ..Registers::default()
-        };
+        let registers = Registers { admin_submission: 0x1122_3344_5566_7000, ready: true, ..Registers::default() };
         assert_eq!(registers.read(0x28, Width::B8), 0x1122_3344_5566_7000);
         assert_eq!(registers.read(0x2c, Width::B4), 0x1122_3344);
         assert_eq!(registers.read(0x29, Width::B1), 0x70);

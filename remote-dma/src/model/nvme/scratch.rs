@@ -16,18 +16,9 @@ pub(super) const FETCH_ENTRIES: u32 = 32;
 const ENTRIES_BYTES: u64 = (QUEUE_COUNT as u64 * FETCH_ENTRIES as u64 * SQE_BYTES as u64).next_multiple_of(4096);
 const CLASSES: [Class; 3] = [
     // A list names at most MAX_TRANSFER_BYTES / 4 KiB + 1 pages, 8 bytes each.
-    Class {
-        bytes: 4 << 10,
-        count: 256,
-    },
-    Class {
-        bytes: 16 << 10,
-        count: 256,
-    },
-    Class {
-        bytes: MAX_TRANSFER_BYTES,
-        count: 16,
-    },
+    Class { bytes: 4 << 10, count: 256 },
+    Class { bytes: 16 << 10, count: 256 },
+    Class { bytes: MAX_TRANSFER_BYTES, count: 16 },
 ];
 const _: () = assert!((MAX_TRANSFER_BYTES / 4096 + 1) * 8 <= 4 << 10);
 
@@ -57,20 +48,13 @@ impl Scratch {
         let mut offset = ENTRIES_BYTES;
         let mut class = 0;
         let free = CLASSES.map(|Class { bytes, count }| {
-            let buffers = (0..u64::from(count)).map(|index| Buffer {
-                class,
-                offset: offset + index * u64::from(bytes),
-            });
+            let buffers = (0..u64::from(count)).map(|index| Buffer { class, offset: offset + index * u64::from(bytes) });
             let buffers = buffers.rev().collect();
             offset += u64::from(count) * u64::from(bytes);
             class += 1;
             buffers
         });
-        Ok(Self {
-            memory: Memory::memfd("farbus-nvme", offset)?,
-            region: None,
-            free,
-        })
+        Ok(Self { memory: Memory::memfd("farbus-nvme", offset)?, region: None, free })
     }
 
     pub(super) const fn memory(&self) -> &Arc<Memory> {
@@ -109,9 +93,7 @@ impl Scratch {
     /// Where the entries of queue `queue` are fetched to.
     #[inline]
     pub(super) fn entries_span(&self, queue: u16, count: u32) -> Option<LocalSpan> {
-        self.region?
-            .span(Self::entry_offset(queue, 0), count * SQE_BYTES, Access::WRITE)
-            .ok()
+        self.region?.span(Self::entry_offset(queue, 0), count * SQE_BYTES, Access::WRITE).ok()
     }
 
     /// A copy of a fetched entry.

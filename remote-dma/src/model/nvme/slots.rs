@@ -149,10 +149,7 @@ pub(super) struct Slots {
 
 impl Slots {
     pub(super) fn new() -> Self {
-        Self {
-            slots: (0..SLOTS).map(|_| Slot::empty()).collect(),
-            free: (0..SLOTS).rev().collect(),
-        }
+        Self { slots: (0..SLOTS).map(|_| Slot::empty()).collect(), free: (0..SLOTS).rev().collect() }
     }
 
     pub(super) const fn available(&self) -> u32 {

@@ -31,13 +31,7 @@ impl FileMedia {
     /// # Errors
     /// [`MediaError`] says what is wrong with it and what to do.
     pub fn open(path: &Path, read_only: bool) -> Result<Self, MediaError> {
-        let host = |what| {
-            move |source| MediaError::Host {
-                what,
-                path: path.to_owned(),
-                source,
-            }
-        };
+        let host = |what| move |source| MediaError::Host { what, path: path.to_owned(), source };
         // Looked at before it is opened, because opening a pipe for writing waits for its reader.
         let metadata = std::fs::metadata(path).map_err(|source| match source.kind() {
             io::ErrorKind::NotFound => MediaError::Missing { path: path.to_owned() },
@@ -50,29 +44,16 @@ impl FileMedia {
         if !kind.is_file() && !kind.is_block_device() {
             return Err(MediaError::Kind { path: path.to_owned() });
         }
-        let file = OpenOptions::new()
-            .read(true)
-            .write(!read_only)
-            .custom_flags(libc::O_NONBLOCK)
-            .open(path)
-            .map_err(host("open"))?;
-        let lock = if read_only {
-            FlockOperation::NonBlockingLockShared
-        } else {
-            FlockOperation::NonBlockingLockExclusive
-        };
+        let file =
+            OpenOptions::new().read(true).write(!read_only).custom_flags(libc::O_NONBLOCK).open(path).map_err(host("open"))?;
+        let lock = if read_only { FlockOperation::NonBlockingLockShared } else { FlockOperation::NonBlockingLockExclusive };
         rustix::fs::flock(&file, lock).map_err(|errno| match errno {
             rustix::io::Errno::WOULDBLOCK => MediaError::Locked { path: path.to_owned() },
             _ => host("lock")(errno.into()),
         })?;
         let len = checked_len(path, size(&file).map_err(host("measure"))?)?;
         let identity = metadata.dev() << 48 ^ metadata.rdev() << 32 ^ metadata.ino();
-        Ok(Self {
-            len,
-            identity,
-            read_only,
-            workers: Workers::start(Arc::new(file)).map_err(host("start workers for"))?,
-        })
+        Ok(Self { len, identity, read_only, workers: Workers::start(Arc::new(file)).map_err(host("start workers for"))? })
     }
 }
 

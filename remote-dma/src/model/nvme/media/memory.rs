@@ -67,17 +67,12 @@ impl MemoryMedia {
 
 /// `from..to` in pieces of at most `PIECE_BYTES`.
 fn pieces(from: u64, to: u64) -> impl Iterator<Item = (u64, usize)> {
-    (from..to)
-        .step_by(PIECE_BYTES)
-        .map(move |at| (at, (to - at).min(PIECE_BYTES as u64) as usize))
+    (from..to).step_by(PIECE_BYTES).map(move |at| (at, (to - at).min(PIECE_BYTES as u64) as usize))
 }
 
 fn compare_piece(image: &Memory, job: &Job, at: u64, len: usize) -> Result<(), JobError> {
     let (mut ours, mut theirs) = ([0; PIECE_BYTES], [0; PIECE_BYTES]);
-    let (ours, theirs) = (
-        ours.get_mut(..len).unwrap_or_default(),
-        theirs.get_mut(..len).unwrap_or_default(),
-    );
+    let (ours, theirs) = (ours.get_mut(..len).unwrap_or_default(), theirs.get_mut(..len).unwrap_or_default());
     image.read(job.offset + at, ours).map_err(|_| JobError::Failed)?;
     // The controller compares from one buffer of its own, so the first one has all bytes.
     let (memory, start) = job.buffers.first().map(|buffer| buffer.parts()).ok_or(JobError::Failed)?;

@@ -85,10 +85,7 @@ pub(super) fn checked_len(path: &Path, len: u64) -> Result<u64, MediaError> {
         return Err(MediaError::Empty { path: path.to_owned() });
     }
     if !len.is_multiple_of(BLOCK_BYTES) {
-        return Err(MediaError::Unaligned {
-            path: path.to_owned(),
-            len,
-        });
+        return Err(MediaError::Unaligned { path: path.to_owned(), len });
     }
     Ok(len)
 }
@@ -153,11 +150,7 @@ impl Job {
     /// A job with room for the pages of the longest transfer, so that using it never allocates.
     pub(super) fn with_room() -> Self {
         let pages = super::MAX_TRANSFER_BYTES as usize / 4096 + 1;
-        Self {
-            buffers: Vec::with_capacity(pages),
-            ranges: Vec::with_capacity(pages),
-            ..Self::default()
-        }
+        Self { buffers: Vec::with_capacity(pages), ranges: Vec::with_capacity(pages), ..Self::default() }
     }
 
     /// Lets go of all memory.

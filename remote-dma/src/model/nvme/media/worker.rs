@@ -57,11 +57,7 @@ impl Workers {
             work: rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::SEMAPHORE)?,
             wake: rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
         });
-        let mut pool = Self {
-            shared,
-            threads: Vec::with_capacity(WORKERS),
-            drain: false,
-        };
+        let mut pool = Self { shared, threads: Vec::with_capacity(WORKERS), drain: false };
         for index in 0..WORKERS {
             let shared = Arc::clone(&pool.shared);
             let thread = std::thread::Builder::new().name(format!("farbus-media-{index}"));
@@ -137,10 +133,7 @@ fn finish(shared: &Shared, job: Box<Job>) {
 }
 
 fn run(shared: &Shared) {
-    let mut room = Room {
-        vectors: Vec::with_capacity(MAX_VECTORS),
-        piece: vec![0; PIECE_BYTES],
-    };
+    let mut room = Room { vectors: Vec::with_capacity(MAX_VECTORS), piece: vec![0; PIECE_BYTES] };
     while !shared.ended.load(Ordering::Relaxed) {
         let Some(mut job) = shared.jobs.pop() else {
             sleep(shared);
@@ -218,10 +211,8 @@ enum Direction {
 /// `preadv2` or `pwritev2` until all bytes of the buffers are moved: the kernel may stop early.
 fn vectored(file: &File, job: &Job, room: &mut Room, direction: Direction) -> io::Result<()> {
     room.vectors.clear();
-    room.vectors.extend(job.buffers.iter().map(|buffer| libc::iovec {
-        iov_base: buffer.as_ptr().cast(),
-        iov_len: buffer.len() as usize,
-    }));
+    room.vectors
+        .extend(job.buffers.iter().map(|buffer| libc::iovec { iov_base: buffer.as_ptr().cast(), iov_len: buffer.len() as usize }));
     let mut offset = libc::off_t::try_from(job.offset).map_err(|_| io::ErrorKind::InvalidInput)?;
     let mut done = 0;
     loop {
@@ -270,11 +261,7 @@ fn zero(file: &File, job: &Job, room: &mut Room, deallocate: bool) -> io::Result
     if job.len == 0 {
         return Ok(());
     }
-    let how = if deallocate {
-        FallocateFlags::PUNCH_HOLE
-    } else {
-        FallocateFlags::ZERO_RANGE
-    };
+    let how = if deallocate { FallocateFlags::PUNCH_HOLE } else { FallocateFlags::ZERO_RANGE };
     match rustix::fs::fallocate(file, how | FallocateFlags::KEEP_SIZE, job.offset, job.len) {
         Err(rustix::io::Errno::OPNOTSUPP | rustix::io::Errno::NOSYS | rustix::io::Errno::INVAL) => {
             use std::os::unix::fs::FileExt;
@@ -297,10 +284,7 @@ fn compare(file: &File, job: &Job, room: &mut Room) -> Result<(), Failure> {
         let (memory, start) = buffer.parts();
         for from in (0..buffer.len()).step_by(theirs.len()) {
             let len = (buffer.len() - from).min(theirs.len() as u64) as usize;
-            let (ours, theirs) = (
-                room.piece.get_mut(..len).unwrap_or_default(),
-                theirs.get_mut(..len).unwrap_or_default(),
-            );
+            let (ours, theirs) = (room.piece.get_mut(..len).unwrap_or_default(), theirs.get_mut(..len).unwrap_or_default());
             file.read_exact_at(ours, at)?;
             memory.read(start + from, theirs).map_err(io::Error::other)?;
             if ours != theirs {

@@ -1,0 +1,4 @@
+//! placeholder
+pub fn run(_: &crate::cli::BenchArgs) -> anyhow::Result<()> {
+    anyhow::bail!("not yet")
+}
