@@ -73,13 +73,20 @@ fn step() -> impl Strategy<Value = Step> {
     ]
 }
 
-/// What must hold after every step, whatever it was.
-fn check(bench: &mut Bench, level: &mut bool) {
-    let told = bench.told();
-    for told in &told {
-        if let Told::Pin(asserted) = told {
-            assert_ne!(asserted, level, "a level that did not change was told");
-            *level = *asserted;
+/// What must hold after every step, whatever it was; how many messages it told. `steady` where the step wrote no register.
+fn check(bench: &mut Bench, level: &mut bool, steady: bool) -> u64 {
+    let mut messages = 0;
+    for told in bench.told() {
+        match told {
+            Told::Pin(asserted) => {
+                assert_ne!(asserted, *level, "a level that did not change was told");
+                *level = asserted;
+            }
+            Told::Message(irq) => {
+                messages += 1;
+                let owned = bench.function.front.owner == InterruptOwner::Function;
+                assert!(!steady || !owned || may_be_told(bench, irq), "{irq:?} is masked");
+            }
         }
     }
     if bench.function.config().interrupt_disabled() {
@@ -88,6 +95,23 @@ fn check(bench: &mut Bench, level: &mut bool) {
     let mut status = [0; 2];
     bench.function.config_read(0x06, &mut status).unwrap();
     assert!(!*level || status[0] & 8 != 0, "a pin is up without its status bit");
+    messages
+}
+
+/// Whether every mask is open for a message, and it is the one that the guest programmed.
+fn may_be_told(bench: &Bench, irq: MessageInterrupt) -> bool {
+    let front = &bench.function.front;
+    let (msix, msi) = (front.space.msix(), front.space.msi());
+    let open = if msix.enabled {
+        let table = front.msix.as_ref().unwrap();
+        let entry = u64::from(irq.vector) * 16;
+        let programmed = (table.read_table(entry, Width::B8), table.read_table(entry + 8, Width::B8));
+        // The upper half of the second word is the mask bit.
+        !msix.masked && programmed == (irq.address, u64::from(irq.data))
+    } else {
+        msi.enabled && msi.mask >> irq.vector & 1 == 0 && irq.vector < u16::from(msi.vectors) && irq.address == msi.address
+    };
+    open && front.space.bus_master()
 }
 
 proptest! {
@@ -100,7 +124,10 @@ proptest! {
         let owner = if client { InterruptOwner::Client } else { InterruptOwner::Function };
         let mut bench = Bench::new(owner);
         let (mut level, mut handed_out) = (false, Vec::new());
+        let (mut raised, mut messages) = (0, 0);
         for step in steps {
+            let steady = !matches!(step, Step::ConfigWrite(..) | Step::Write(..) | Step::Mask(..));
+            raised += u64::from(matches!(step, Step::Say(Say::Vector(_))));
             match step {
                 Step::ConfigWrite(offset, bytes) => {
                     let inside = usize::from(offset) + bytes.len() <= 4096;
@@ -131,9 +158,10 @@ proptest! {
                 Step::Client(mode) => bench.function.set_client_interrupts(mode),
                 Step::Poll => bench.poll(),
             }
-            check(&mut bench, &mut level);
+            messages += check(&mut bench, &mut level, steady);
+            prop_assert!(messages <= raised, "a message that nobody raised");
         }
-        // The attachment heard each change once: bus mastering alternates, and so do modes.
+        // The attachment heard each change of bus mastering once.
         let calls = bench.script.calls();
         let masters: Vec<bool> = calls.iter().filter_map(|call| match call {
             Call::BusMaster(enabled) => Some(*enabled),
