@@ -18,7 +18,6 @@ enum Step {
     Answer(usize),
     Unmap(u64, u64),
     Client(InterruptMode),
-    Poll,
 }
 
 fn width() -> impl Strategy<Value = Width> {
@@ -38,13 +37,17 @@ fn at() -> impl Strategy<Value = BarAddress> {
 
 fn step() -> impl Strategy<Value = Step> {
     let offset = prop_oneof![0..0xc0u16, any::<u16>()];
+    // Bus mastering and MSI-X are mostly on, so that messages do flow.
+    let command =
+        (any::<bool>(), 0..8u8).prop_map(|(disable, off)| vec![if off == 0 { 0x03 } else { 0x07 }, u8::from(disable) << 2]);
     let interesting = prop_oneof![
-        (0..8u16).prop_map(|command| Step::ConfigWrite(COMMAND, command.to_le_bytes().into())),
-        (0..4u8).prop_map(|bits| Step::ConfigWrite(MSIX_CONTROL + 1, vec![bits << 6])),
-        (0..128u8).prop_map(|bits| Step::ConfigWrite(MSI_CONTROL, vec![bits])),
-        (0..4u8).prop_map(|state| Step::ConfigWrite(0x44, vec![state])),
-        Just(Step::ConfigWrite(0x89, vec![0x80])),
+        4 => command.prop_map(|command| Step::ConfigWrite(COMMAND, command)),
+        3 => (0..6u8).prop_map(|bits| Step::ConfigWrite(MSIX_CONTROL + 1, vec![[0, 0, 0x80, 0x80, 0xc0, 0x40][usize::from(bits)]])),
+        2 => (0..128u8).prop_map(|bits| Step::ConfigWrite(MSI_CONTROL, vec![bits | 1])),
+        2 => any::<u8>().prop_map(|masks| Step::ConfigWrite(0x60, vec![masks])),
+        1 => (0..4u8).prop_map(|state| Step::ConfigWrite(0x44, vec![state])),
     ];
+    let reset = Just(Step::ConfigWrite(0x89, vec![0x80]));
     let mode = prop_oneof![
         Just(InterruptMode::Pin),
         any::<u8>().prop_map(InterruptMode::Msi),
@@ -52,24 +55,25 @@ fn step() -> impl Strategy<Value = Step> {
     ];
     let page = || (0..0x4000u64).prop_map(Iova);
     let say = prop_oneof![
-        (0..70u16).prop_map(Say::Vector),
-        any::<bool>().prop_map(Say::Pin),
-        (0..50u32, page(), 0..20u32).prop_map(|(ticket, iova, len)| Say::Fetch(Ticket(ticket), iova, len)),
-        (0..50u32, page(), 0..20usize).prop_map(|(ticket, iova, len)| Say::Store(Ticket(ticket), iova, vec![1; len])),
+        4 => (0..12u16).prop_map(Say::Vector),
+        1 => (0..70u16).prop_map(Say::Vector),
+        2 => any::<bool>().prop_map(Say::Pin),
+        1 => (0..50u32, page(), 0..20u32).prop_map(|(ticket, iova, len)| Say::Fetch(Ticket(ticket), iova, len)),
+        1 => (0..50u32, page(), 0..20usize).prop_map(|(ticket, iova, len)| Say::Store(Ticket(ticket), iova, vec![1; len])),
     ];
     prop_oneof![
-        (offset, prop::collection::vec(any::<u8>(), 0..12)).prop_map(|(offset, bytes)| Step::ConfigWrite(offset, bytes)),
-        interesting,
-        (any::<u16>(), 0..300usize).prop_map(|(offset, len)| Step::ConfigRead(offset, len)),
-        (at(), width()).prop_map(|(at, width)| Step::Read(at, width)),
-        (at(), width(), any::<u64>()).prop_map(|(at, width, value)| Step::Write(at, width, value)),
-        (0..65u64, any::<bool>()).prop_map(|(vector, masked)| Step::Mask(vector, masked)),
-        say.prop_map(Step::Say),
-        Just(Step::Take),
-        (0..8usize).prop_map(Step::Answer),
-        (0..0x4000u64, 0..0x3000u64).prop_map(|(start, len)| Step::Unmap(start, len)),
-        mode.prop_map(Step::Client),
-        Just(Step::Poll),
+        1 => (offset, prop::collection::vec(any::<u8>(), 0..12)).prop_map(|(offset, bytes)| Step::ConfigWrite(offset, bytes)),
+        12 => interesting,
+        1 => reset,
+        1 => (any::<u16>(), 0..300usize).prop_map(|(offset, len)| Step::ConfigRead(offset, len)),
+        2 => (at(), width()).prop_map(|(at, width)| Step::Read(at, width)),
+        2 => (at(), width(), any::<u64>()).prop_map(|(at, width, value)| Step::Write(at, width, value)),
+        8 => (0..12u64, any::<bool>()).prop_map(|(vector, masked)| Step::Mask(vector, masked)),
+        16 => say.prop_map(Step::Say),
+        4 => Just(Step::Take),
+        4 => (0..8usize).prop_map(Step::Answer),
+        1 => (0..0x4000u64, 0..0x3000u64).prop_map(|(start, len)| Step::Unmap(start, len)),
+        1 => mode.prop_map(Step::Client),
     ]
 }
 
@@ -118,11 +122,12 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(400))]
     #[test]
     fn nothing_that_guest_device_or_owner_do_breaks_the_function(
-        client in any::<bool>(),
+        client in prop::bool::weighted(0.2),
+        running in any::<bool>(),
         steps in prop::collection::vec(step(), 0..120),
     ) {
         let owner = if client { InterruptOwner::Client } else { InterruptOwner::Function };
-        let mut bench = Bench::new(owner);
+        let mut bench = if running && !client { Bench::running() } else { Bench::new(owner) };
         let (mut level, mut handed_out) = (false, Vec::new());
         let (mut raised, mut messages) = (0, 0);
         for step in steps {
@@ -147,7 +152,10 @@ proptest! {
                     prop_assert_eq!(bench.function.bar_write(at, width, value).is_ok(), known);
                 }
                 Step::Mask(vector, masked) => bench.mask(vector, masked),
-                Step::Say(say) => bench.script.say([say]),
+                Step::Say(say) => {
+                    bench.script.say([say]);
+                    bench.poll();
+                }
                 Step::Take => handed_out.extend(bench.function.next_mediation()),
                 Step::Answer(index) if index < handed_out.len() => {
                     let answer = if index % 2 == 0 { MediationAnswer::Stored } else { MediationAnswer::Fault };
@@ -156,7 +164,6 @@ proptest! {
                 Step::Answer(_) => bench.function.answer(Ticket(99), MediationAnswer::Fetched(&[1])),
                 Step::Unmap(start, len) => bench.function.unmap(Iova(start), len).unwrap(),
                 Step::Client(mode) => bench.function.set_client_interrupts(mode),
-                Step::Poll => bench.poll(),
             }
             messages += check(&mut bench, &mut level, steady);
             prop_assert!(messages <= raised, "a message that nobody raised");
