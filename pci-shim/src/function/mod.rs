@@ -145,7 +145,8 @@ impl<S: IrqSink> Function<S> {
     }
 
     /// Reads a register. All ones where the device is gone or late, and, where the function decodes, while the BAR is not decoded. Stores
-    /// that are still to be taken by [`Function::next_mediation`] come before the answer: make them before the guest's CPU runs on.
+    /// that are still to be taken by [`Function::next_mediation`] come before the answer: make them before the guest's CPU runs on. What
+    /// is answered here (MSI-X, constants, what the profile knows) waits for nothing: only a read that reaches the device flushes writes.
     ///
     /// # Errors
     /// Any [`AccessError`] but that of configuration space.
