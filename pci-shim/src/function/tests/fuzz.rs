@@ -96,6 +96,12 @@ fn check(bench: &mut Bench, level: &mut bool, steady: bool) -> u64 {
     if bench.function.config().interrupt_disabled() {
         assert!(!*level, "a disabled pin is up");
     }
+    let kept = bench.function.decoded;
+    assert_eq!(
+        kept,
+        bench.function.front.decoded(),
+        "the decoded bars are not those of the registers"
+    );
     let mut status = [0; 2];
     bench.function.config_read(0x06, &mut status).unwrap();
     assert!(!*level || status[0] & 8 != 0, "a pin is up without its status bit");
