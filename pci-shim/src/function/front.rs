@@ -3,7 +3,7 @@
 //! In the middle of `bar_read` the attachment says `interrupt(3)`; the front finds a store that the owner has not made yet, keeps the vector,
 //! and tells the guest when the store is answered.
 
-use farbus_remote_dma::device::DescriptionError;
+use farbus_remote_dma::device::{BAR_COUNT, DescriptionError};
 use farbus_remote_dma::{DeviceDescription, Host, InterruptMode, Mediation, ResetKind, Ticket};
 
 use super::options::{Counters, InterruptOwner};
@@ -63,6 +63,14 @@ impl<S: IrqSink> Front<S> {
             (false, true) => InterruptMode::Msi(msi.vectors),
             (false, false) => InterruptMode::Pin,
         }
+    }
+
+    /// A bit for each BAR whose accesses are carried out: all where the client decodes.
+    pub(super) fn decoded(&self) -> u8 {
+        if self.owner == InterruptOwner::Client {
+            return u8::MAX;
+        }
+        (0..BAR_COUNT as u8).fold(0, |bits, bar| bits | u8::from(self.space.decodes(bar)) << bar)
     }
 
     /// After anything that may have opened or closed a mask: tells the guest what it may hear now, once.

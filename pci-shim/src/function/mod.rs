@@ -45,6 +45,8 @@ pub struct Function<S: IrqSink> {
     /// What the attachment was told last.
     bus_master: bool,
     mode: InterruptMode,
+    /// A bit for each BAR whose accesses are carried out, kept beside the registers because every access asks.
+    decoded: u8,
     gone: bool,
 }
 
@@ -64,8 +66,10 @@ impl<S: IrqSink> Function<S> {
             front,
             bus_master: false,
             mode: InterruptMode::Pin,
+            decoded: 0,
             gone: false,
         };
+        function.decoded = function.front.decoded();
         // The device may have been used before.
         function.attachment.set_bus_master(false, &mut function.front);
         function.attachment.set_interrupt_mode(InterruptMode::Pin, &mut function.front);
@@ -143,7 +147,8 @@ impl<S: IrqSink> Function<S> {
     }
 
     /// Reads a register. All ones where the device is gone or late, and, where the function decodes, while the BAR is not decoded. Stores
-    /// that are still to be taken by [`Function::next_mediation`] come before the answer: make them before the guest's CPU runs on.
+    /// that are still to be taken by [`Function::next_mediation`] come before the answer: make them before the guest's CPU runs on. What
+    /// is answered here (MSI-X, constants, what the profile knows) waits for nothing: only a read that reaches the device flushes writes.
     ///
     /// # Errors
     /// Any [`AccessError`] but that of configuration space.
@@ -265,6 +270,7 @@ impl<S: IrqSink> Function<S> {
         self.front.restart(kind);
         // Said again even if it is the same: the device may have forgotten.
         self.mode = self.front.mode();
+        self.decoded = self.front.decoded();
         self.attachment.set_interrupt_mode(self.mode, &mut self.front);
         self.settle();
         reset
@@ -322,13 +328,15 @@ impl<S: IrqSink> Function<S> {
         value.map(|value| if self.gone().is_some() { width.all_ones() } else { value })
     }
 
+    /// `bar` has been checked: it is one of six.
     fn decodes(&self, bar: u8) -> bool {
-        self.front.owner == InterruptOwner::Client || self.front.space.decodes(bar)
+        self.decoded >> bar & 1 != 0
     }
 
     /// Tells the attachment and the guest what changed in the registers. Bus mastering is taken before anything else and given last.
     fn follow(&mut self) {
         let (bus_master, mode) = (self.front.space.bus_master(), self.front.mode());
+        self.decoded = self.front.decoded();
         if self.bus_master && !bus_master {
             self.attachment.set_bus_master(false, &mut self.front);
         }
