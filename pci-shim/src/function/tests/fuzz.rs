@@ -41,16 +41,8 @@ fn step() -> impl Strategy<Value = Step> {
         2 => any::<u8>().prop_map(|masks| Step::ConfigWrite(0x60, vec![masks])),
         1 => (0..4u8).prop_map(|state| Step::ConfigWrite(0x44, vec![state])),
     ];
-<<<<<<< HEAD
-    let mode = prop_oneof![Just(InterruptMode::Pin), any::<u8>().prop_map(InterruptMode::Msi), Just(InterruptMode::Msix)];
-=======
     let reset = Just(Step::ConfigWrite(0x89, vec![0x80]));
-    let mode = prop_oneof![
-        Just(InterruptMode::Pin),
-        any::<u8>().prop_map(InterruptMode::Msi),
-        Just(InterruptMode::Msix)
-    ];
->>>>>>> function
+    let mode = prop_oneof![Just(InterruptMode::Pin), any::<u8>().prop_map(InterruptMode::Msi), Just(InterruptMode::Msix)];
     let page = || (0..0x4000u64).prop_map(Iova);
     let say = prop_oneof![
         4 => (0..12u16).prop_map(Say::Vector),
@@ -95,11 +87,7 @@ fn check(bench: &mut Bench, level: &mut bool, steady: bool) -> u64 {
         assert!(!*level, "a disabled pin is up");
     }
     let kept = bench.function.decoded;
-    assert_eq!(
-        kept,
-        bench.function.front.decoded(),
-        "the decoded bars are not those of the registers"
-    );
+    assert_eq!(kept, bench.function.front.decoded(), "the decoded bars are not those of the registers");
     let mut status = [0; 2];
     bench.function.config_read(0x06, &mut status).unwrap();
     assert!(!*level || status[0] & 8 != 0, "a pin is up without its status bit");
