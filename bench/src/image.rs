@@ -207,7 +207,10 @@ mod tests {
         std::os::unix::fs::symlink("/", folder.path().join("loop")).unwrap();
         let mut image = tempfile::tempfile().unwrap();
         let mut last = 0;
-        let packed = pack(&mut image, bytes, &[folder.path().to_owned()], |progress| last = progress.done).unwrap();
+        let packed = pack(&mut image, bytes, &[folder.path().to_owned()], |progress| {
+            last = progress.done
+        })
+        .unwrap();
         assert_eq!(last, bytes);
         let mut found = Vec::new();
         image.seek(SeekFrom::Start(0)).unwrap();

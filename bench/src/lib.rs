@@ -8,5 +8,5 @@ pub mod driver;
 pub mod image;
 pub mod measure;
 pub mod report;
-//M pub mod suite;
+pub mod suite;
 pub mod workload;

@@ -146,7 +146,10 @@ mod tests {
         let second = dma.allocate(PAGE_BYTES).unwrap();
         assert_eq!(first.iova(), Iova(0x1_0000_0000));
         assert_eq!(second.iova(), Iova(0x1_0000_1000));
-        assert!(matches!(dma.allocate(PAGE_BYTES + 1), Err(DriverError::DmaMemory { left: 4096, .. })));
+        assert!(matches!(
+            dma.allocate(PAGE_BYTES + 1),
+            Err(DriverError::DmaMemory { left: 4096, .. })
+        ));
         assert!(first.write(0, b"ab").is_err(), "the second byte is not the buffer's");
         second.write(PAGE_BYTES - 2, b"ab").unwrap();
         let tail = second.slice(PAGE_BYTES - 2, 2).unwrap();

@@ -29,7 +29,8 @@ pub use prp::{ENTRIES_PER_PAGE, PrpError, Prps, build as build_prps, list_pages}
 pub use queue::Completion;
 use queue::QueuePair;
 pub use registers::{
-    ACQ, ALL_ONES, AQA, ASQ, CAP, CC, CC_ENABLE, CC_ENTRY_SIZES, CC_SHUTDOWN_NORMAL, CSTS, Capabilities, DOORBELLS, Registers, Status, VS,
+    ACQ, ALL_ONES, AQA, ASQ, CAP, CC, CC_ENABLE, CC_ENTRY_SIZES, CC_SHUTDOWN_NORMAL, CSTS, Capabilities, DOORBELLS, Registers,
+    Status, VS,
 };
 
 /// What the driver asks of the controller.
@@ -301,11 +302,19 @@ impl<R: Registers> Driver<R> {
             return Err(limit("bytes of a transfer", bytes, self.max_transfer));
         }
         if !bytes.is_multiple_of(self.namespace.block_bytes) {
-            return Err(limit("bytes of a transfer, in whole blocks", bytes, self.namespace.block_bytes));
+            return Err(limit(
+                "bytes of a transfer, in whole blocks",
+                bytes,
+                self.namespace.block_bytes,
+            ));
         }
         let blocks = bytes / self.namespace.block_bytes;
         if block.checked_add(blocks).is_none_or(|end| end > self.namespace.blocks) {
-            return Err(limit("blocks of the namespace", block.saturating_add(blocks), self.namespace.blocks));
+            return Err(limit(
+                "blocks of the namespace",
+                block.saturating_add(blocks),
+                self.namespace.blocks,
+            ));
         }
         if blocks > 1 << 16 {
             return Err(limit("blocks of a transfer", blocks, 1 << 16));

@@ -181,7 +181,10 @@ mod tests {
         assert!(matches!(refuse(0x1002, 4096, 1), Err(PrpError::Range { .. })));
         assert!(matches!(refuse(0x1000, 0, 1), Err(PrpError::Range { .. })));
         assert!(matches!(refuse(u64::MAX - 3, 4096, 1), Err(PrpError::Range { .. })));
-        assert!(matches!(refuse(0x1000, 3 * 4096, 0), Err(PrpError::Lists { needed: 1, pages: 0, .. })));
+        assert!(matches!(
+            refuse(0x1000, 3 * 4096, 0),
+            Err(PrpError::Lists { needed: 1, pages: 0, .. })
+        ));
         assert!(refuse(0x1000, 2 * 4096, 0).is_ok());
     }
 }

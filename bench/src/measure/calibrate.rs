@@ -8,9 +8,9 @@ use std::time::Instant;
 
 use farbus_transport::Memory;
 
+use super::CalibrationError;
 use super::latencies::{Latencies, Stopwatch};
 use super::pin::{pin_to, two_cores};
-use super::CalibrationError;
 
 /// Copies timed together, because one of 4 KiB is shorter than a look at the clock is exact.
 const COPIES_PER_LOOK: u64 = 32;

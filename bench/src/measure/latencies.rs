@@ -22,7 +22,10 @@ impl Default for Latencies {
 
 impl Latencies {
     /// Empty, with three significant digits.
-    #[expect(clippy::expect_used, reason = "the bounds are constants that the library accepts, as the tests show")]
+    #[expect(
+        clippy::expect_used,
+        reason = "the bounds are constants that the library accepts, as the tests show"
+    )]
     pub fn new() -> Self {
         Self(Histogram::new_with_bounds(1, LONGEST_NS, 3).expect("valid bounds"))
     }
@@ -36,7 +39,8 @@ impl Latencies {
     /// Adds all of `other`.
     pub fn add(&mut self, other: &Self) {
         for value in other.0.iter_recorded() {
-            self.0.saturating_record_n(value.value_iterated_to(), value.count_since_last_iteration());
+            self.0
+                .saturating_record_n(value.value_iterated_to(), value.count_since_last_iteration());
         }
     }
 

@@ -120,7 +120,11 @@ mod tests {
             }
         };
         let pairs = interleave(1, side('n'), side('r')).unwrap();
-        assert_eq!(order.borrow().as_str(), "nrrnnrrnnr", "at least five rounds, the order reversed each time");
+        assert_eq!(
+            order.borrow().as_str(),
+            "nrrnnrrnnr",
+            "at least five rounds, the order reversed each time"
+        );
         let ratios = pairs.ratios(|figure| *figure, |figure| *figure);
         assert!(ratios.figures().iter().all(|ratio| (ratio - 1.1).abs() < 1e-9));
         assert!(interleave(1, |_| Err::<(), _>("broken"), |_| Ok::<(), _>(())).is_err());

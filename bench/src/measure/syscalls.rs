@@ -141,21 +141,26 @@ mod trap {
         };
         // SAFETY: `action` has the kernel's layout and outlives the call; the handler touches const thread-locals and its own frame only.
         let answer = unsafe { libc::syscall(libc::SYS_rt_sigaction, libc::SIGSYS, &raw const action, 0, 8) };
-        if answer == 0 { Ok(()) } else { Err(std::io::Error::last_os_error()) }
+        if answer == 0 {
+            Ok(())
+        } else {
+            Err(std::io::Error::last_os_error())
+        }
     }
 
     pub(super) fn dispatch(on: bool) -> Result<(), std::io::Error> {
         let start = farbus_bench_sigreturn as *const () as usize;
         let len = farbus_bench_sigreturn_end as *const () as usize - start;
+        let (mode, start, len) = if on { (1_usize, start, len) } else { (0, 0, 0) };
+        let selector = SELECTOR.with(AtomicU8::as_ptr);
+        let selector = if on { selector } else { std::ptr::null_mut() };
         // SAFETY: the selector lives as long as the thread, and dispatch belongs to the thread.
-        let answer = SELECTOR.with(|selector| unsafe {
-            if on {
-                libc::prctl(PR_SET_SYSCALL_USER_DISPATCH, 1_usize, start, len, selector.as_ptr())
-            } else {
-                libc::prctl(PR_SET_SYSCALL_USER_DISPATCH, 0_usize, 0_usize, 0_usize, 0_usize)
-            }
-        });
-        if answer == 0 { Ok(()) } else { Err(std::io::Error::last_os_error()) }
+        let answer = unsafe { libc::prctl(PR_SET_SYSCALL_USER_DISPATCH, mode, start, len, selector) };
+        if answer == 0 {
+            Ok(())
+        } else {
+            Err(std::io::Error::last_os_error())
+        }
     }
 
     extern "C" fn on_sigsys(_signal: i32, _info: *mut libc::siginfo_t, context: *mut libc::c_void) {
@@ -169,9 +174,18 @@ mod trap {
             FUTEX.with(|futex| futex.fetch_add(1, Ordering::Relaxed));
         }
         registers[libc::REG_RAX as usize] = match number {
-            libc::SYS_clone | libc::SYS_clone3 | libc::SYS_fork | libc::SYS_vfork | libc::SYS_rt_sigreturn => -i64::from(libc::ENOSYS),
+            libc::SYS_clone | libc::SYS_clone3 | libc::SYS_fork | libc::SYS_vfork | libc::SYS_rt_sigreturn => {
+                -i64::from(libc::ENOSYS)
+            }
             _ => {
-                let arguments = [libc::REG_RDI, libc::REG_RSI, libc::REG_RDX, libc::REG_R10, libc::REG_R8, libc::REG_R9];
+                let arguments = [
+                    libc::REG_RDI,
+                    libc::REG_RSI,
+                    libc::REG_RDX,
+                    libc::REG_R10,
+                    libc::REG_R8,
+                    libc::REG_R9,
+                ];
                 raw(number, arguments.map(|register| registers[register as usize]))
             }
         };
@@ -263,7 +277,10 @@ mod tests {
         })
         .unwrap();
         assert_eq!(counts.total, 0, "the clock of this machine is read without the kernel");
-        assert!(matches!(count_syscalls(|| count_syscalls(|| ())).unwrap().0, Err(SyscallError::Nested)));
+        assert!(matches!(
+            count_syscalls(|| count_syscalls(|| ())).unwrap().0,
+            Err(SyscallError::Nested)
+        ));
         let panicked = std::panic::catch_unwind(|| count_syscalls(|| std::panic::resume_unwind(Box::new(()))));
         assert!(panicked.is_err());
         assert_eq!(count_syscalls(|| ()).unwrap().1.total, 0);

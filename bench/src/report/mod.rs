@@ -153,6 +153,13 @@ impl Row {
         }
     }
 
+    /// A row that has no reference: a count that must be zero. A figure that is not zero is never rounded to it.
+    pub fn exact(case: &str, unit: &str, value: f64, reference: &str, target: Target) -> Self {
+        let mut row = Self::measured(case, unit, value, (reference, f64::NAN), f64::NAN, target);
+        row.value = value.is_finite().then_some(value);
+        row
+    }
+
     /// A row that could not be measured, and why.
     pub fn missing(case: &str, unit: &str, reference: &str, target: Target, why: String) -> Self {
         Self {
@@ -232,6 +239,10 @@ mod tests {
         assert_eq!(meets(f64::NAN, Target::AtLeast(0.95)), Some(false), "no figure must not pass");
         assert_eq!(meets(0.0, Target::Zero), Some(true));
         let missing = Row::missing("x", "ns", "y", Target::Zero, "no second core".to_owned());
-        assert!(serde_json::to_string(&missing).unwrap().contains(r#""meets":null,"note":"no second core""#));
+        assert!(
+            serde_json::to_string(&missing)
+                .unwrap()
+                .contains(r#""meets":null,"note":"no second core""#)
+        );
     }
 }

@@ -49,7 +49,7 @@ const GRID: RGBColor = RGBColor(0xe2, 0xe2, 0xe2);
 const TEXT: RGBColor = RGBColor(0x22, 0x22, 0x22);
 const FONT: &str = "sans-serif";
 /// Percentiles that are labelled.
-const TICKS: [f64; 5] = [0.0, 90.0, 99.0, 99.9, 99.99];
+const TICKS: [f64; 6] = [0.0, 50.0, 90.0, 99.0, 99.9, 99.99];
 
 type Panel<'a> = DrawingArea<SVGBackend<'a>, Shift>;
 
@@ -88,7 +88,8 @@ fn draw_head(head: &Panel<'_>, title: &str) -> Result<(), String> {
     head.draw(&Text::new(title.to_owned(), (16, 10), style)).map_err(text)?;
     for (at, (name, color)) in [("native", NATIVE), ("remote", REMOTE)].into_iter().enumerate() {
         let x = 16 + 110 * at as i32;
-        head.draw(&PathElement::new(vec![(x, 48), (x + 28, 48)], color.stroke_width(3))).map_err(text)?;
+        head.draw(&PathElement::new(vec![(x, 48), (x + 28, 48)], color.stroke_width(3)))
+            .map_err(text)?;
         let style = (FONT, 14).into_font().color(&TEXT).pos(Pos::new(HPos::Left, VPos::Center));
         head.draw(&Text::new(name, (x + 36, 48), style)).map_err(text)?;
     }
@@ -99,7 +100,11 @@ fn draw_head(head: &Panel<'_>, title: &str) -> Result<(), String> {
 
 fn draw_panel(panel: &Panel<'_>, distribution: &Distribution) -> Result<(), String> {
     let (native, remote) = (curve(&distribution.native), curve(&distribution.remote));
-    let right = [&native, &remote].into_iter().flatten().map(|point| point.0).fold(2.0, f64::max);
+    let right = [&native, &remote]
+        .into_iter()
+        .flatten()
+        .map(|point| point.0)
+        .fold(2.0, f64::max);
     let latencies = || [&native, &remote].into_iter().flatten().map(|point| point.1);
     // A whole step of 1, 2, 5 on both sides, so that at least two labels stand beside the axis.
     let low = steps(latencies().fold(f64::INFINITY, f64::min), Step::Down);
@@ -118,7 +123,13 @@ fn draw_panel(panel: &Panel<'_>, distribution: &Distribution) -> Result<(), Stri
         if x <= right {
             let line = vec![(x, low), (x, high)];
             chart.draw_series(LineSeries::new(line, GRID)).map_err(text)?;
-            label(panel, chart.backend_coord(&(x, low)), &percentile.to_string(), Pos::new(HPos::Center, VPos::Top), (0, 6))?;
+            label(
+                panel,
+                chart.backend_coord(&(x, low)),
+                &percentile.to_string(),
+                Pos::new(HPos::Center, VPos::Top),
+                (0, 6),
+            )?;
         }
     }
     let mut latency = low;
@@ -130,7 +141,9 @@ fn draw_panel(panel: &Panel<'_>, distribution: &Distribution) -> Result<(), Stri
         latency = steps(latency * 1.01, Step::Up);
     }
     for (points, color) in [(native, NATIVE), (remote, REMOTE)] {
-        chart.draw_series(LineSeries::new(points, color.stroke_width(2))).map_err(text)?;
+        chart
+            .draw_series(LineSeries::new(points, color.stroke_width(2)))
+            .map_err(text)?;
     }
     Ok(())
 }
@@ -215,7 +228,15 @@ mod tests {
         if let Some(keep) = std::env::var_os("FARBUS_KEEP_PICTURE") {
             std::fs::copy(&path, keep).unwrap();
         }
-        for words in ["native", "remote", "randread-4k-qd1", "write-128k", "99.9", "1.0 us", "farbus over shm"] {
+        for words in [
+            "native",
+            "remote",
+            "randread-4k-qd1",
+            "write-128k",
+            "99.9",
+            "1.0 us",
+            "farbus over shm",
+        ] {
             assert!(svg.contains(words), "{words}");
         }
         assert!(svg.len() < 1 << 20);

@@ -141,7 +141,9 @@ pub enum WorkloadError {
         wanted: Vec<u8>,
     },
     /// The device and the original do not fit.
-    #[error("the device has {device} bytes where the original file has {original}; both must be equal and a multiple of {UNIT_BYTES}")]
+    #[error(
+        "the device has {device} bytes where the original file has {original}; both must be equal and a multiple of {UNIT_BYTES}"
+    )]
     Size {
         /// Bytes of the namespace.
         device: u64,
@@ -194,7 +196,12 @@ impl Workload {
     ///
     /// # Errors
     /// [`WorkloadError::Size`], or no room for the buffers (5 MiB).
-    pub fn new<R: Registers>(driver: &mut Driver<R>, queue: QueueIndex, contents: Contents, seed: u64) -> Result<Self, WorkloadError> {
+    pub fn new<R: Registers>(
+        driver: &mut Driver<R>,
+        queue: QueueIndex,
+        contents: Contents,
+        seed: u64,
+    ) -> Result<Self, WorkloadError> {
         let device = driver.namespace().bytes();
         if device != contents.len() || device == 0 || !device.is_multiple_of(UNIT_BYTES) {
             let original = contents.len();
@@ -208,9 +215,8 @@ impl Workload {
                 allowed: room as u64,
             }));
         }
-        let mut buffers = |bytes, count: usize| -> Result<Vec<DmaBuffer>, DriverError> {
-            (0..count).map(|_| driver.allocate(bytes)).collect()
-        };
+        let mut buffers =
+            |bytes, count: usize| -> Result<Vec<DmaBuffer>, DriverError> { (0..count).map(|_| driver.allocate(bytes)).collect() };
         Ok(Self {
             queue,
             contents,

@@ -93,7 +93,11 @@ impl Workload {
         if case.bytes > allowed {
             let asked = case.bytes;
             let what = "bytes of a transfer";
-            return Err(WorkloadError::Driver(crate::driver::DriverError::Limit { what, asked, allowed }));
+            return Err(WorkloadError::Driver(crate::driver::DriverError::Limit {
+                what,
+                asked,
+                allowed,
+            }));
         }
         Ok(())
     }

@@ -34,14 +34,14 @@ impl Workload {
         let (mut found, mut wanted) = (vec![0; LARGE_BYTES as usize], vec![0; LARGE_BYTES as usize]);
         let (mut slots, mut next, mut done) = ([None; IN_FLIGHT], 0, 0);
         while done < total {
-            for slot in 0..IN_FLIGHT {
-                if slots[slot].is_some() || next == total {
+            for (slot, pending) in slots.iter_mut().enumerate() {
+                if pending.is_some() || next == total {
                     continue;
                 }
                 let (buffer, len) = self.piece(driver, slot, next)?;
                 let block = next / driver.namespace().block_bytes;
                 driver.submit(self.queue, &Io::Read { block, into: &buffer }, slot as u64)?;
-                slots[slot] = Some((next, len));
+                *pending = Some((next, len));
                 next += len;
             }
             driver.ring(self.queue)?;
@@ -71,7 +71,11 @@ impl Workload {
     ///
     /// # Errors
     /// [`WorkloadError`].
-    pub fn restore<R: Registers>(&mut self, driver: &mut Driver<R>, mut progress: impl FnMut(Progress)) -> Result<(), WorkloadError> {
+    pub fn restore<R: Registers>(
+        &mut self,
+        driver: &mut Driver<R>,
+        mut progress: impl FnMut(Progress),
+    ) -> Result<(), WorkloadError> {
         let total = self.contents.len();
         let mut bytes = vec![0; LARGE_BYTES as usize];
         let mut at = 0;
@@ -110,7 +114,11 @@ impl Workload {
         if found == wanted {
             return Ok(());
         }
-        let differs = found.iter().zip(wanted.iter()).position(|(found, wanted)| found != wanted).unwrap_or(0);
+        let differs = found
+            .iter()
+            .zip(wanted.iter())
+            .position(|(found, wanted)| found != wanted)
+            .unwrap_or(0);
         let sample = |bytes: &[u8]| bytes.iter().skip(differs).take(8).copied().collect();
         Err(WorkloadError::WrongData {
             at: at + differs as u64,
@@ -143,4 +151,3 @@ fn reap<R: Registers>(
         None => Ok(()),
     }
 }
-
