@@ -104,10 +104,7 @@ mod tests {
     #[test]
     fn only_the_four_widths_of_the_bus_exist() {
         for count in 0..100 {
-            assert_eq!(
-                Width::from_bytes(count).map(Width::bytes),
-                [1, 2, 4, 8].contains(&count).then_some(count)
-            );
+            assert_eq!(Width::from_bytes(count).map(Width::bytes), [1, 2, 4, 8].contains(&count).then_some(count));
         }
         assert_eq!(Width::B2.truncate(0x1_2345), 0x2345);
         assert!(!Width::B4.aligned(0x1002));

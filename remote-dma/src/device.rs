@@ -134,8 +134,7 @@ impl DeviceDescription {
 
     /// Whether `len` bytes from `offset` lie in `bar`.
     pub fn contains(&self, bar: u8, offset: u64, len: u64) -> bool {
-        self.bar_size(bar)
-            .is_some_and(|size| offset.checked_add(len).is_some_and(|end| end <= size))
+        self.bar_size(bar).is_some_and(|size| offset.checked_add(len).is_some_and(|end| end <= size))
     }
 
     /// Checks every range that the fields' documentation states.
@@ -159,31 +158,16 @@ impl DeviceDescription {
                 BarKind::Memory32 => 1 << 31,
                 BarKind::Memory64 => MAX_BAR_SIZE,
             };
-            require(
-                bar.size.is_power_of_two() && (smallest..=largest).contains(&bar.size),
-                "a bar size that cannot be decoded",
-            )?;
+            require(bar.size.is_power_of_two() && (smallest..=largest).contains(&bar.size), "a bar size that cannot be decoded")?;
             if bar.kind == BarKind::Memory64 {
-                require(
-                    self.bars.get(index + 1).is_some_and(Option::is_none),
-                    "a 64-bit bar without room for its upper half",
-                )?;
+                require(self.bars.get(index + 1).is_some_and(Option::is_none), "a 64-bit bar without room for its upper half")?;
             }
         }
         if let Some(msix) = &self.msix {
-            require(
-                (1..=MAX_MSIX_VECTORS).contains(&msix.vectors),
-                "msi-x vectors outside 1 to 2048",
-            )?;
-            require(
-                msix.table_offset % 8 == 0 && msix.pba_offset % 8 == 0,
-                "an msi-x table that is not aligned to 8 bytes",
-            )?;
+            require((1..=MAX_MSIX_VECTORS).contains(&msix.vectors), "msi-x vectors outside 1 to 2048")?;
+            require(msix.table_offset % 8 == 0 && msix.pba_offset % 8 == 0, "an msi-x table that is not aligned to 8 bytes")?;
             let (table_len, pba_len) = (u64::from(msix.vectors) * 16, u64::from(msix.vectors).div_ceil(64) * 8);
-            require(
-                self.contains(msix.table_bar, u64::from(msix.table_offset), table_len),
-                "an msi-x table outside its bar",
-            )?;
+            require(self.contains(msix.table_bar, u64::from(msix.table_offset), table_len), "an msi-x table outside its bar")?;
             require(
                 self.contains(msix.pba_bar, u64::from(msix.pba_offset), pba_len),
                 "an msi-x pending-bit array outside its bar",
@@ -197,10 +181,7 @@ impl DeviceDescription {
             "more than 4096 constant bytes",
         )?;
         for constant in &self.constants {
-            require(
-                self.contains(constant.bar, constant.offset, constant.bytes.len() as u64),
-                "constant bytes outside their bar",
-            )?;
+            require(self.contains(constant.bar, constant.offset, constant.bytes.len() as u64), "constant bytes outside their bar")?;
         }
         Ok(())
     }

@@ -25,10 +25,7 @@ impl DirtyLog {
     /// [`MemoryError`] where the bitmap cannot be allocated.
     pub fn new(len: u64) -> Result<Self, MemoryError> {
         let pages = len.div_ceil(PAGE_BYTES);
-        Ok(Self {
-            bits: Memory::memfd("farbus-dirty-log", Self::bitmap_bytes(len))?,
-            pages,
-        })
+        Ok(Self { bits: Memory::memfd("farbus-dirty-log", Self::bitmap_bytes(len))?, pages })
     }
 
     /// A log over bits that exist already: a grant of the peer's, say.
@@ -37,10 +34,7 @@ impl DirtyLog {
     /// [`MemoryError::OutOfBounds`] where the bitmap is too short for `len` bytes of memory.
     pub fn over(bits: Arc<Memory>, len: u64) -> Result<Self, MemoryError> {
         bits.at(0, Self::bitmap_bytes(len))?;
-        Ok(Self {
-            bits,
-            pages: len.div_ceil(PAGE_BYTES),
-        })
+        Ok(Self { bits, pages: len.div_ceil(PAGE_BYTES) })
     }
 
     /// Bytes of bitmap for `len` bytes of memory: a multiple of 8, at least 8.
@@ -87,11 +81,8 @@ impl DirtyLog {
 
     /// Whether any page is marked.
     pub fn is_clean(&self) -> bool {
-        (0..self.pages.div_ceil(64)).all(|index| {
-            self.bits
-                .atomic_u64(index * 8)
-                .is_ok_and(|word| word.load(Ordering::Acquire) == 0)
-        })
+        (0..self.pages.div_ceil(64))
+            .all(|index| self.bits.atomic_u64(index * 8).is_ok_and(|word| word.load(Ordering::Acquire) == 0))
     }
 }
 

@@ -63,21 +63,14 @@ impl SliceMemory {
     }
 
     fn offset(&self, at: GuestAddress, len: usize) -> Result<u64, GuestMemoryError> {
-        at.0.checked_sub(self.start.0).ok_or(GuestMemoryError {
-            at: at.0,
-            len: len as u64,
-        })
+        at.0.checked_sub(self.start.0).ok_or(GuestMemoryError { at: at.0, len: len as u64 })
     }
 }
 
 impl GuestMemory for SliceMemory {
     fn regions(&self) -> Vec<GuestRegion> {
         let memory = self.memory.file().is_some().then(|| (Arc::clone(&self.memory), 0));
-        vec![GuestRegion {
-            start: self.start,
-            len: self.memory.len(),
-            memory,
-        }]
+        vec![GuestRegion { start: self.start, len: self.memory.len(), memory }]
     }
 
     fn read(&self, at: GuestAddress, into: &mut [u8]) -> Result<(), GuestMemoryError> {
@@ -87,10 +80,7 @@ impl GuestMemory for SliceMemory {
     }
 
     fn write(&self, at: GuestAddress, from: &[u8]) -> Result<(), GuestMemoryError> {
-        let fault = |_| GuestMemoryError {
-            at: at.0,
-            len: from.len() as u64,
-        };
+        let fault = |_| GuestMemoryError { at: at.0, len: from.len() as u64 };
         let offset = self.offset(at, from.len())?;
         if from.len().is_multiple_of(4) && offset.is_multiple_of(4) && !from.is_empty() {
             return self.memory.store_last_word_last(offset, from).map_err(fault);

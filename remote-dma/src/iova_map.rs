@@ -43,10 +43,7 @@ pub struct Piece<'a, T> {
 
 impl<T> Default for IovaMap<T> {
     fn default() -> Self {
-        Self {
-            entries: Vec::new(),
-            hit: Cell::new(0),
-        }
+        Self { entries: Vec::new(), hit: Cell::new(0) }
     }
 }
 
@@ -56,23 +53,10 @@ impl<T> IovaMap<T> {
     /// # Errors
     /// [`MapError::Range`], [`MapError::Overlap`], [`MapError::TooMany`]; nothing was added.
     pub fn insert(&mut self, iova: Iova, len: u64, access: Access, target: T) -> Result<(), MapError> {
+        self.check_insert(iova, len)?;
         let last = last_of(iova, len)?;
-        if self.entries.len() >= MAX_WINDOWS {
-            return Err(MapError::TooMany { limit: MAX_WINDOWS });
-        }
         let at = self.entries.partition_point(|entry| entry.last < iova.0);
-        if self.entries.get(at).is_some_and(|next| next.start <= last) {
-            return Err(MapError::Overlap { iova, len });
-        }
-        self.entries.insert(
-            at,
-            Entry {
-                start: iova.0,
-                last,
-                access,
-                target,
-            },
-        );
+        self.entries.insert(at, Entry { start: iova.0, last, access, target });
         Ok(())
     }
 
@@ -92,19 +76,21 @@ impl<T> IovaMap<T> {
         }
     }
 
+    /// How many windows [`IovaMap::remove`] of this range would remove.
+    ///
+    /// # Errors
+    /// What it would fail with.
+    pub fn check_remove(&self, iova: Iova, len: u64) -> Result<usize, MapError> {
+        self.range(iova, len).map(|range| range.len())
+    }
+
     /// Removes every window inside the range and hands their targets out.
     ///
     /// # Errors
     /// [`MapError::Range`]; [`MapError::Overlap`] where a window is only partly inside: nothing was removed.
     pub fn remove(&mut self, iova: Iova, len: u64) -> Result<Vec<T>, MapError> {
-        let last = last_of(iova, len)?;
-        let from = self.entries.partition_point(|entry| entry.last < iova.0);
-        let to = self.entries.partition_point(|entry| entry.start <= last);
-        let inside = self.entries.get(from..to).unwrap_or_default();
-        if inside.iter().any(|entry| entry.start < iova.0 || entry.last > last) {
-            return Err(MapError::Overlap { iova, len });
-        }
-        Ok(self.entries.drain(from..to.max(from)).map(|entry| entry.target).collect())
+        let range = self.range(iova, len)?;
+        Ok(self.entries.drain(range).map(|entry| entry.target).collect())
     }
 
     /// The part of `iova + len` that lies in the window at `iova`: all of it, or up to that window's end.
@@ -118,11 +104,7 @@ impl<T> IovaMap<T> {
             return Err(DmaFault::Denied { iova, len });
         }
         let room = (entry.last - iova.0).saturating_add(1);
-        Ok(Piece {
-            target: &entry.target,
-            offset: iova.0 - entry.start,
-            len: len.min(room),
-        })
+        Ok(Piece { target: &entry.target, offset: iova.0 - entry.start, len: len.min(room) })
     }
 
     /// Checks that all of `iova + len` is mapped with `needed`, over any number of adjacent windows, before anything of it is touched.
@@ -165,6 +147,18 @@ impl<T> IovaMap<T> {
         self.entries.is_empty()
     }
 
+    /// The indexes of the windows inside a range that splits none.
+    fn range(&self, iova: Iova, len: u64) -> Result<std::ops::Range<usize>, MapError> {
+        let last = last_of(iova, len)?;
+        let from = self.entries.partition_point(|entry| entry.last < iova.0);
+        let to = self.entries.partition_point(|entry| entry.start <= last).max(from);
+        let inside = self.entries.get(from..to).unwrap_or_default();
+        if inside.iter().any(|entry| entry.start < iova.0 || entry.last > last) {
+            return Err(MapError::Overlap { iova, len });
+        }
+        Ok(from..to)
+    }
+
     fn entry_at(&self, address: u64) -> Option<&Entry<T>> {
         let covers = |entry: &&Entry<T>| entry.start <= address && address <= entry.last;
         if let Some(entry) = self.entries.get(self.hit.get()).filter(covers) {
@@ -177,9 +171,7 @@ impl<T> IovaMap<T> {
 }
 
 fn last_of(iova: Iova, len: u64) -> Result<u64, MapError> {
-    len.checked_sub(1)
-        .and_then(|rest| iova.0.checked_add(rest))
-        .ok_or(MapError::Range { iova, len })
+    len.checked_sub(1).and_then(|rest| iova.0.checked_add(rest)).ok_or(MapError::Range { iova, len })
 }
 
 #[cfg(test)]

@@ -9,12 +9,14 @@ pub mod backend;
 pub mod borrower;
 pub mod device;
 pub mod dirty_log;
+mod endpoint;
 pub mod guest_memory;
 pub mod iova_map;
 pub mod lender;
 pub mod message;
 pub mod model;
 pub mod native;
+pub mod wait;
 
 pub use address::{BarAddress, GuestAddress, Iova, Width};
 pub use attachment::{

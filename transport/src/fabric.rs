@@ -96,6 +96,9 @@ pub enum OpError {
         /// Bytes of the target.
         to: u32,
     },
+    /// A span is used for what it was not made for: a span made for reading as the target of a write, say.
+    #[error("the span was not made for this access")]
+    Denied,
     /// The message is longer than the fabric carries.
     #[error("a message of {len} bytes is over the limit of {limit}")]
     TooLong {
@@ -136,10 +139,7 @@ pub struct Message {
 impl Message {
     /// A message of `bytes`; `None` where they are more than [`MAX_MESSAGE`].
     pub fn new(bytes: &[u8]) -> Option<Self> {
-        let mut message = Self {
-            len: u8::try_from(bytes.len()).ok()?,
-            bytes: [0; MAX_MESSAGE],
-        };
+        let mut message = Self { len: u8::try_from(bytes.len()).ok()?, bytes: [0; MAX_MESSAGE] };
         message.bytes.get_mut(..bytes.len())?.copy_from_slice(bytes);
         Some(message)
     }
@@ -183,9 +183,7 @@ impl Events {
 
     /// Empty, with all room reserved.
     pub fn new() -> Self {
-        Self {
-            items: Vec::with_capacity(Self::CAPACITY),
-        }
+        Self { items: Vec::with_capacity(Self::CAPACITY) }
     }
 
     /// Forgets all events.
@@ -304,6 +302,9 @@ pub trait Regions {
 
     /// The memory behind a region of ours; `None` once it is deregistered.
     fn local_memory(&self, region: &LocalRegion) -> Option<Arc<Memory>>;
+
+    /// A span of ours as mapped memory; `None` once its region is deregistered.
+    fn map_local(&self, span: LocalSpan) -> Option<Mapped>;
 
     /// Lets the peer reach `region` with at most `access`.
     ///

@@ -6,13 +6,17 @@
 //! Two fabrics implement the seam today: [`shm`] (two processes of one host, the embedded default) and [`sim`] (virtual time from one
 //! seed). Wrappers in [`wrap`] inject faults and record traces, and are fabrics themselves.
 
+pub mod barrier;
 pub mod fabric;
 pub mod link;
+pub mod local;
 pub mod memory;
 pub mod ring;
 pub mod shm;
 pub mod sim;
 pub mod span;
+mod sync;
+mod table;
 pub mod time;
 pub mod wrap;
 

@@ -56,10 +56,7 @@ pub enum MemoryError {
 }
 
 fn host(what: &'static str) -> impl FnOnce(rustix::io::Errno) -> MemoryError {
-    move |errno| MemoryError::Host {
-        what,
-        source: errno.into(),
-    }
+    move |errno| MemoryError::Host { what, source: errno.into() }
 }
 
 enum Backing {
@@ -104,30 +101,18 @@ impl Memory {
     pub fn map_file(fd: OwnedFd, offset: u64, len: u64, writable: bool) -> Result<Arc<Self>, MemoryError> {
         let stat = rustix::fs::fstat(&fd).map_err(host("stat a descriptor"))?;
         let actual = u64::try_from(stat.st_size).unwrap_or(0);
-        let claimed = offset.checked_add(len).unwrap_or(u64::MAX);
+        let claimed = offset.saturating_add(len);
         if claimed > actual {
             return Err(MemoryError::FileTooShort { claimed, actual });
         }
         let size = usize::try_from(len).unwrap_or(usize::MAX);
-        let prot = if writable {
-            ProtFlags::READ | ProtFlags::WRITE
-        } else {
-            ProtFlags::READ
-        };
+        let prot = if writable { ProtFlags::READ | ProtFlags::WRITE } else { ProtFlags::READ };
         // SAFETY: a new mapping at an address that the kernel chooses aliases nothing of ours.
         let base = unsafe { rustix::mm::mmap(std::ptr::null_mut(), size, prot, MapFlags::SHARED, &fd, offset) }
             .map_err(host("map memory"))?;
-        let base = NonNull::new(base.cast()).ok_or(MemoryError::Host {
-            what: "map memory",
-            source: std::io::ErrorKind::OutOfMemory.into(),
-        })?;
-        Ok(Arc::new(Self {
-            base,
-            len: size,
-            writable,
-            backing: Backing::Mapped,
-            file: Some((fd, offset)),
-        }))
+        let base = NonNull::new(base.cast())
+            .ok_or(MemoryError::Host { what: "map memory", source: std::io::ErrorKind::OutOfMemory.into() })?;
+        Ok(Arc::new(Self { base, len: size, writable, backing: Backing::Mapped, file: Some((fd, offset)) }))
     }
 
     /// Memory that someone else mapped (a VMM's guest memory, say), optionally with the descriptor and offset behind it.
@@ -136,13 +121,7 @@ impl Memory {
     /// `base` must be valid for reads and writes of `len` bytes until the last clone of the result is dropped, and must be
     /// accessed by others only in ways that tolerate concurrent writes (as guest memory is).
     pub unsafe fn borrowed(base: NonNull<u8>, len: usize, file: Option<(OwnedFd, u64)>) -> Arc<Self> {
-        Arc::new(Self {
-            base,
-            len,
-            writable: true,
-            backing: Backing::Borrowed,
-            file,
-        })
+        Arc::new(Self { base, len, writable: true, backing: Backing::Borrowed, file })
     }
 
     /// Length in bytes.
@@ -238,11 +217,8 @@ impl Memory {
     /// # Errors
     /// As [`Memory::atomic_u32`]; [`MemoryError::Misaligned`] also for a length that is no multiple of 4.
     pub fn store_last_word_last(&self, offset: u64, bytes: &[u8]) -> Result<(), MemoryError> {
-        let Some((head, last)) = bytes.split_last_chunk::<4>().filter(|_| bytes.len() % 4 == 0) else {
-            return Err(MemoryError::Misaligned {
-                offset: bytes.len() as u64,
-                align: 4,
-            });
+        let Some((head, last)) = bytes.split_last_chunk::<4>().filter(|_| bytes.len().is_multiple_of(4)) else {
+            return Err(MemoryError::Misaligned { offset: bytes.len() as u64, align: 4 });
         };
         let flag = self.atomic_u32(offset.saturating_add(head.len() as u64))?;
         self.write(offset, head)?;
@@ -255,17 +231,19 @@ impl Memory {
     /// # Errors
     /// [`MemoryError::OutOfBounds`].
     pub fn at(&self, offset: u64, len: u64) -> Result<NonNull<u8>, MemoryError> {
-        let outside = || MemoryError::OutOfBounds {
-            offset,
-            len,
-            mapped: self.len as u64,
-        };
+        let outside = || MemoryError::OutOfBounds { offset, len, mapped: self.len as u64 };
         let end = offset.checked_add(len).ok_or_else(outside)?;
         if end > self.len as u64 {
             return Err(outside());
         }
         // SAFETY: offset <= len of one mapping, as just checked.
         Ok(unsafe { self.base.add(offset as usize) })
+    }
+
+    /// The first byte; for the rings, which check their range once.
+    #[inline]
+    pub(crate) fn base(&self) -> NonNull<u8> {
+        self.base
     }
 
     fn at_for_writing(&self, offset: u64, len: u64) -> Result<NonNull<u8>, MemoryError> {
@@ -289,11 +267,7 @@ impl Drop for Memory {
 impl std::fmt::Debug for Memory {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let fd = self.file.as_ref().map(|(fd, _)| fd.as_raw_fd());
-        f.debug_struct("Memory")
-            .field("len", &self.len)
-            .field("writable", &self.writable)
-            .field("fd", &fd)
-            .finish_non_exhaustive()
+        f.debug_struct("Memory").field("len", &self.len).field("writable", &self.writable).field("fd", &fd).finish_non_exhaustive()
     }
 }
 
@@ -303,6 +277,8 @@ pub struct Mapped {
     memory: Arc<Memory>,
     offset: u64,
     len: u64,
+    /// Held only for its count, which whoever waits for all such accesses to end watches.
+    _guard: Option<Arc<()>>,
 }
 
 impl Mapped {
@@ -312,7 +288,13 @@ impl Mapped {
     /// [`MemoryError::OutOfBounds`].
     pub fn new(memory: Arc<Memory>, offset: u64, len: u64) -> Result<Self, MemoryError> {
         memory.at(offset, len)?;
-        Ok(Self { memory, offset, len })
+        Ok(Self { memory, offset, len, _guard: None })
+    }
+
+    /// The same piece, holding `guard` until the last clone is dropped.
+    #[must_use]
+    pub fn guarded(self, guard: Arc<()>) -> Self {
+        Self { _guard: Some(guard), ..self }
     }
 
     /// Length in bytes.
@@ -328,9 +310,7 @@ impl Mapped {
     /// First byte. Valid for `len()` bytes as long as this value lives; others may write the bytes at any time.
     pub fn as_ptr(&self) -> *mut u8 {
         // `new` checked the range, so the address exists.
-        self.memory
-            .at(self.offset, self.len)
-            .map_or(std::ptr::null_mut(), NonNull::as_ptr)
+        self.memory.at(self.offset, self.len).map_or(std::ptr::null_mut(), NonNull::as_ptr)
     }
 
     /// The memory and the offset of the first byte in it.
@@ -369,13 +349,7 @@ mod tests {
     fn a_descriptor_that_is_too_short_is_refused_before_it_can_fault() {
         let memory = Memory::memfd("test", 4096).unwrap();
         let fd = memory.file().unwrap().0.try_clone_to_owned().unwrap();
-        assert!(matches!(
-            Memory::map_file(fd, 0, 8192, true),
-            Err(MemoryError::FileTooShort {
-                claimed: 8192,
-                actual: 4096
-            })
-        ));
+        assert!(matches!(Memory::map_file(fd, 0, 8192, true), Err(MemoryError::FileTooShort { claimed: 8192, actual: 4096 })));
         assert!(memory.sealed());
     }
 }

@@ -16,20 +16,11 @@ pub struct Access {
 
 impl Access {
     /// Nothing is allowed.
-    pub const NONE: Self = Self {
-        read: false,
-        write: false,
-    };
+    pub const NONE: Self = Self { read: false, write: false };
     /// Reading only.
-    pub const READ: Self = Self {
-        read: true,
-        write: false,
-    };
+    pub const READ: Self = Self { read: true, write: false };
     /// Writing only.
-    pub const WRITE: Self = Self {
-        read: false,
-        write: true,
-    };
+    pub const WRITE: Self = Self { read: false, write: true };
     /// Reading and writing.
     pub const READ_WRITE: Self = Self { read: true, write: true };
 
@@ -48,10 +39,7 @@ impl Access {
         if bits > 3 {
             return None;
         }
-        Some(Self {
-            read: bits & 1 != 0,
-            write: bits & 2 != 0,
-        })
+        Some(Self { read: bits & 1 != 0, write: bits & 2 != 0 })
     }
 }
 
@@ -118,24 +106,12 @@ macro_rules! region_and_span {
             pub fn span(&self, offset: u64, len: u32, needed: Access) -> Result<$span, SpanError> {
                 let inside = offset.checked_add(u64::from(len)).is_some_and(|end| end <= self.len);
                 if !inside {
-                    return Err(SpanError::OutOfBounds {
-                        offset,
-                        len: u64::from(len),
-                        region_len: self.len,
-                    });
+                    return Err(SpanError::OutOfBounds { offset, len: u64::from(len), region_len: self.len });
                 }
                 if !self.access.allows(needed) {
-                    return Err(SpanError::Denied {
-                        needed,
-                        allowed: self.access,
-                    });
+                    return Err(SpanError::Denied { needed, allowed: self.access });
                 }
-                Ok($span {
-                    name: self.name,
-                    offset,
-                    len,
-                    access: needed,
-                })
+                Ok($span { name: self.name, offset, len, access: needed })
             }
         }
 
@@ -166,11 +142,7 @@ macro_rules! region_and_span {
 
             /// The part of `len` bytes that starts `from` bytes into this span; `None` where it would leave the span.
             pub fn part(&self, from: u32, len: u32) -> Option<Self> {
-                (from.checked_add(len)? <= self.len).then(|| Self {
-                    offset: self.offset + u64::from(from),
-                    len,
-                    ..*self
-                })
+                (from.checked_add(len)? <= self.len).then(|| Self { offset: self.offset + u64::from(from), len, ..*self })
             }
         }
     };
@@ -184,11 +156,7 @@ mod tests {
     use super::*;
 
     fn region(len: u64, access: Access) -> RemoteRegion {
-        RemoteRegion {
-            name: RegionName { index: 0, generation: 0 },
-            len,
-            access,
-        }
+        RemoteRegion { name: RegionName { index: 0, generation: 0 }, len, access }
     }
 
     #[test]
@@ -196,23 +164,14 @@ mod tests {
         let region = region(0x1000, Access::READ);
         assert!(region.span(0xfff, 1, Access::READ).is_ok());
         for (offset, len) in [(0xfff, 2), (0x1000, 1), (u64::MAX, 1), (u64::MAX, u32::MAX)] {
-            assert!(
-                matches!(region.span(offset, len, Access::READ), Err(SpanError::OutOfBounds { .. })),
-                "{offset:#x} + {len:#x}"
-            );
+            assert!(matches!(region.span(offset, len, Access::READ), Err(SpanError::OutOfBounds { .. })), "{offset:#x} + {len:#x}");
         }
     }
 
     #[test]
     fn a_span_never_widens_permission() {
         let refused = region(16, Access::READ).span(0, 16, Access::WRITE);
-        assert_eq!(
-            refused,
-            Err(SpanError::Denied {
-                needed: Access::WRITE,
-                allowed: Access::READ
-            })
-        );
+        assert_eq!(refused, Err(SpanError::Denied { needed: Access::WRITE, allowed: Access::READ }));
     }
 
     #[test]

@@ -1,1 +1,478 @@
-//! placeholder
+//! The shared-memory fabric: two processes of one host, or two threads, whose rings and granted memory are mapped into both.
+//!
+//! A write of 4 KiB is one memcpy into the peer's mapping, done when `post` returns; a message is one cache line in the peer's ring; a system
+//! call is made only to wake a peer that sleeps. A lender may also hand mapped guest memory to the kernel or to an IOMMU (`map_remote`).
+
+mod lines;
+mod listen;
+mod socket;
+
+pub use listen::{Connection, HELLO_LIMIT, ListenError, Listener, connect};
+
+use std::collections::VecDeque;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+
+use rustix::event::{EventfdFlags, epoll};
+
+use self::lines::{RING_BYTES, SLOTS, SharedLines};
+use self::socket::GrantSocket;
+use crate::barrier;
+use crate::fabric::{
+    CloseReason, Event, Events, Fabric, Full, Grant, GrantError, Limits, MAX_MESSAGE, Message, Op, OpError, Regions, RegisterError,
+    Signal,
+};
+use crate::local::LocalRegions;
+use crate::memory::{Mapped, Memory, MemoryError};
+use crate::ring::{Consumer, Fencing, Producer, RingError, Taken};
+use crate::span::{Access, LocalRegion, LocalSpan, RemoteRegion, RemoteSpan};
+use crate::table::{MAX_REGIONS, Table};
+use crate::time::Nanos;
+
+/// Slot kinds in a ring.
+mod kind {
+    pub(super) const MESSAGE: u8 = 1;
+    pub(super) const NOTIFY: u8 = 2;
+    pub(super) const GOODBYE: u8 = 3;
+}
+
+/// Empty polls between two looks at whether the peer still lives.
+const POLLS_PER_LIVENESS_CHECK: u32 = 1 << 20;
+
+const LIMITS: Limits =
+    Limits { max_message: MAX_MESSAGE as u32, max_op_len: 1 << 30, queue_depth: SLOTS, immediate: true, peer_mappable: true };
+
+/// Which of the two rings this side fills.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Side {
+    /// Makes the rings.
+    Lender,
+    /// Is given them.
+    Borrower,
+}
+
+/// Choices of one end.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct ShmOptions {
+    /// Import memory that is not sealed against shrinking (a file on hugetlbfs, say). Whoever can shrink it can crash this process.
+    pub accept_unsealed: bool,
+}
+
+/// One end of a shared-memory link.
+pub struct ShmFabric {
+    tx: Producer<SharedLines>,
+    rx: Consumer<SharedLines>,
+    ready: VecDeque<Event>,
+    locals: LocalRegions,
+    remotes: Table<Arc<Memory>>,
+    closed: Option<CloseReason>,
+    close_reported: bool,
+    peer_left: bool,
+    asleep: bool,
+    empty_polls: u32,
+    next_key: u64,
+    options: ShmOptions,
+    own_wake: OwnedFd,
+    peer_wake: OwnedFd,
+    wait: OwnedFd,
+    socket: GrantSocket,
+}
+
+impl ShmFabric {
+    /// Both ends in this process: for tests, and for measuring what two threads can reach.
+    ///
+    /// # Errors
+    /// What the kernel answers.
+    pub fn pair(options: ShmOptions) -> io::Result<(Self, Self)> {
+        let (lender, borrower) = UnixStream::pair()?;
+        let borrower = std::thread::spawn(move || Self::establish(borrower, Side::Borrower, options));
+        let lender = Self::establish(lender, Side::Lender, options);
+        let borrower = borrower.join().map_err(|_| io::Error::other("the borrower's end could not be made"))?;
+        Ok((lender?, borrower?))
+    }
+
+    /// Makes the rings (lender) or receives them (borrower) over `stream`, after the hello. Blocks for at most a few seconds.
+    ///
+    /// # Errors
+    /// What the kernel answers; `InvalidData` where the peer sent something else than rings.
+    pub fn establish(stream: UnixStream, side: Side, options: ShmOptions) -> io::Result<Self> {
+        let mut socket = GrantSocket::new(stream)?;
+        let asymmetric = barrier::register();
+        let invalid = |error: MemoryError| io::Error::new(io::ErrorKind::InvalidData, error);
+        let (rings, own_wake, peer_wake, peer_asymmetric) = match side {
+            Side::Lender => {
+                let rings = Memory::memfd("farbus-rings", 2 * RING_BYTES).map_err(io::Error::other)?;
+                let wake = || rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
+                let (own, peer) = (wake()?, wake()?);
+                let (fd, _) = rings.file().ok_or(io::ErrorKind::InvalidData)?;
+                socket.send_setup(&[fd, own.as_fd(), peer.as_fd()], asymmetric)?;
+                let (_, peer_asymmetric) = socket.receive_setup(0)?;
+                (rings, own, peer, peer_asymmetric)
+            }
+            Side::Borrower => {
+                let (fds, peer_asymmetric) = socket.receive_setup(3)?;
+                let [rings, peer, own] = <[OwnedFd; 3]>::try_from(fds).map_err(|_| io::ErrorKind::InvalidData)?;
+                let rings = Memory::map_file(rings, 0, 2 * RING_BYTES, true).map_err(invalid)?;
+                if !rings.sealed() {
+                    return Err(io::Error::new(io::ErrorKind::InvalidData, "the peer's rings are not sealed"));
+                }
+                // A wake-up that blocks would let a hostile peer stop us by filling the counter.
+                rustix::fs::fcntl_setfl(&own, rustix::fs::OFlags::NONBLOCK)?;
+                rustix::fs::fcntl_setfl(&peer, rustix::fs::OFlags::NONBLOCK)?;
+                socket.send_setup(&[], asymmetric)?;
+                (rings, own, peer, peer_asymmetric)
+            }
+        };
+        let fencing = if asymmetric && peer_asymmetric { Fencing::Sleeper } else { Fencing::Both };
+        let (tx_at, rx_at) = if side == Side::Lender { (0, RING_BYTES) } else { (RING_BYTES, 0) };
+        let tx = Producer::new(SharedLines::new(Arc::clone(&rings), tx_at).map_err(invalid)?, fencing);
+        let rx = Consumer::new(SharedLines::new(rings, rx_at).map_err(invalid)?, fencing);
+        let wait = epoll::create(epoll::CreateFlags::CLOEXEC)?;
+        epoll::add(&wait, &own_wake, epoll::EventData::new_u64(0), epoll::EventFlags::IN)?;
+        epoll::add(&wait, &socket, epoll::EventData::new_u64(1), epoll::EventFlags::RDHUP)?;
+        Ok(Self {
+            tx,
+            rx,
+            ready: VecDeque::with_capacity(SLOTS as usize + 1),
+            locals: LocalRegions::default(),
+            remotes: Table::default(),
+            closed: None,
+            close_reported: false,
+            peer_left: false,
+            asleep: false,
+            empty_polls: 0,
+            next_key: 1,
+            options,
+            own_wake,
+            peer_wake,
+            wait,
+            socket,
+        })
+    }
+
+    fn fail(&mut self, error: RingError) {
+        let what = match error {
+            RingError::Length(_) => "a ring slot with a wild length",
+            RingError::Consumed { .. } => "a ring index that cannot be true",
+        };
+        self.closed.get_or_insert(CloseReason::Protocol(what));
+    }
+
+    fn push(&mut self, kind: u8, bytes: &[u8]) -> Result<(), Full> {
+        match self.tx.push(kind, bytes) {
+            Ok(true) => Ok(()),
+            Ok(false) => Err(Full),
+            Err(error) => {
+                self.fail(error);
+                Ok(())
+            }
+        }
+    }
+
+    fn has_room(&mut self) -> bool {
+        self.tx.has_room().unwrap_or(false) && self.ready.len() < SLOTS as usize
+    }
+
+    /// The one copy of a one-sided operation.
+    #[inline]
+    fn copy(&mut self, local: LocalSpan, remote: RemoteSpan, to_remote: bool) -> Result<(), OpError> {
+        let (from, to) = if to_remote { (local.len, remote.len) } else { (remote.len, local.len) };
+        if from != to || from > LIMITS.max_op_len {
+            return Err(OpError::Mismatch { from, to });
+        }
+        let (ours, at) = self.locals.resolve(local).ok_or(OpError::Revoked)?;
+        let theirs = self.remotes.find(remote.name).ok_or(OpError::Revoked)?;
+        let len = u64::from(from);
+        let copied =
+            if to_remote { theirs.copy_from(remote.offset, ours, at, len) } else { ours.copy_from(at, theirs, remote.offset, len) };
+        copied.map_err(|_| OpError::Revoked)
+    }
+
+    #[inline]
+    fn finish(&mut self, signal: Signal, result: Result<(), OpError>) {
+        let event = match (signal, result) {
+            (Signal::No, Ok(())) => return,
+            (Signal::Yes(id), Ok(())) => Event::Done(id),
+            (Signal::Yes(id), Err(error)) => Event::Failed(Some(id), error),
+            (Signal::No, Err(error)) => Event::Failed(None, error),
+        };
+        self.ready.push_back(event);
+    }
+
+    fn wake_up(&mut self) {
+        self.asleep = false;
+        self.rx.disarm();
+        let mut count = [0; 8];
+        if let Err(errno) = rustix::io::read(&self.own_wake, &mut count)
+            && errno != rustix::io::Errno::AGAIN
+        {
+            tracing::warn!(%errno, "a wake-up could not be read");
+        }
+        self.peer_left |= !self.socket.peer_is_there();
+    }
+
+    fn accept(&mut self, taken: Taken, out: &mut Events) {
+        let bytes = taken.bytes.get(..usize::from(taken.len)).unwrap_or_default();
+        match taken.kind {
+            kind::MESSAGE => {
+                if let Some(message) = Message::new(bytes) {
+                    out.push(Event::Message(message));
+                }
+            }
+            kind::NOTIFY => match bytes.first_chunk::<4>() {
+                Some(notify) => {
+                    out.push(Event::Notify(u32::from_le_bytes(*notify)));
+                }
+                None => self.closed = Some(CloseReason::Protocol("a notification of less than four bytes")),
+            },
+            kind::GOODBYE => self.closed = Some(CloseReason::PeerClosed),
+            _ => self.closed = Some(CloseReason::Protocol("a ring slot of unknown kind")),
+        }
+    }
+}
+
+impl Regions for ShmFabric {
+    fn register(&mut self, memory: Arc<Memory>, access: Access) -> Result<LocalRegion, RegisterError> {
+        self.locals.register(memory, access)
+    }
+
+    fn deregister(&mut self, region: LocalRegion) {
+        self.locals.deregister(region);
+    }
+
+    fn local_memory(&self, region: &LocalRegion) -> Option<Arc<Memory>> {
+        self.locals.memory(region)
+    }
+
+    fn map_local(&self, span: LocalSpan) -> Option<Mapped> {
+        self.locals.map(span)
+    }
+
+    fn export(&mut self, region: &LocalRegion, access: Access) -> Result<Grant, GrantError> {
+        let memory = self.locals.memory(region).ok_or(GrantError::NotRegistered)?;
+        if !region.access.allows(access) {
+            return Err(GrantError::Widened { asked: access, allowed: region.access });
+        }
+        let (fd, offset) = memory.file().ok_or(GrantError::NoDescriptor)?;
+        let grant = Grant { key: self.next_key, len: region.len, access };
+        self.socket.send_grant(&grant, fd, offset).map_err(|_| GrantError::Closed)?;
+        self.next_key += 1;
+        Ok(grant)
+    }
+
+    fn import(&mut self, grant: &Grant) -> Result<RemoteRegion, GrantError> {
+        if self.closed.is_some() {
+            return Err(GrantError::Closed);
+        }
+        let (fd, offset) = self.socket.receive_grant(grant)?;
+        let memory = Memory::map_file(fd, offset, grant.len, grant.access.write).map_err(|error| match error {
+            MemoryError::FileTooShort { actual, .. } => GrantError::TooLong { granted: grant.len, actual },
+            other => GrantError::Memory(other),
+        })?;
+        if !memory.sealed() && !self.options.accept_unsealed {
+            return Err(GrantError::NotSealed);
+        }
+        let name = self.remotes.insert(memory).ok_or(GrantError::TooMany { limit: MAX_REGIONS })?;
+        Ok(RemoteRegion { name, len: grant.len, access: grant.access })
+    }
+
+    fn release(&mut self, region: RemoteRegion) {
+        self.remotes.remove(region.name);
+    }
+
+    fn map_remote(&self, span: RemoteSpan) -> Option<Mapped> {
+        let memory = self.remotes.find(span.name)?;
+        Mapped::new(Arc::clone(memory), span.offset, u64::from(span.len)).ok()
+    }
+}
+
+impl Fabric for ShmFabric {
+    fn limits(&self) -> &Limits {
+        &LIMITS
+    }
+
+    #[inline]
+    fn post(&mut self, signal: Signal, op: Op<'_>) -> Result<(), Full> {
+        if self.closed.is_some() {
+            if self.ready.len() >= SLOTS as usize {
+                return Err(Full);
+            }
+            self.finish(signal, Err(OpError::Closed));
+            return Ok(());
+        }
+        if !self.has_room() {
+            return Err(Full);
+        }
+        let result = match op {
+            Op::Write { from, to } => self.copy(from, to, true),
+            Op::Read { from, into } => self.copy(into, from, false),
+            Op::WriteNotify { from, to, notify } => match self.copy(from, to, true) {
+                Ok(()) => {
+                    self.push(kind::NOTIFY, &notify.to_le_bytes())?;
+                    Ok(())
+                }
+                failed => failed,
+            },
+            Op::Send { message } if message.len() > MAX_MESSAGE => {
+                Err(OpError::TooLong { len: u32::try_from(message.len()).unwrap_or(u32::MAX), limit: LIMITS.max_message })
+            }
+            Op::Send { message } => {
+                self.push(kind::MESSAGE, message)?;
+                Ok(())
+            }
+        };
+        self.finish(signal, result);
+        Ok(())
+    }
+
+    #[inline]
+    fn flush(&mut self) {
+        if self.tx.must_wake()
+            && let Err(errno) = rustix::io::write(&self.peer_wake, &1_u64.to_ne_bytes())
+            && errno != rustix::io::Errno::AGAIN
+        {
+            // A full counter (EAGAIN) is a wake-up already; anything else means that the peer cannot be woken any more.
+            tracing::warn!(%errno, "the peer could not be woken");
+            self.peer_left = true;
+        }
+    }
+
+    fn poll(&mut self, _now: Nanos, out: &mut Events) {
+        if self.asleep {
+            self.wake_up();
+        }
+        while out.has_room() {
+            let Some(event) = self.ready.pop_front() else { break };
+            out.push(event);
+        }
+        let before = out.room();
+        while self.closed.is_none() && out.has_room() {
+            match self.rx.take() {
+                Ok(Some(taken)) => self.accept(taken, out),
+                Ok(None) => {
+                    if self.peer_left {
+                        self.closed = Some(CloseReason::PeerGone);
+                    }
+                    break;
+                }
+                Err(error) => self.fail(error),
+            }
+        }
+        if out.room() != before {
+            self.empty_polls = 0;
+        } else {
+            self.empty_polls += 1;
+            if self.empty_polls >= POLLS_PER_LIVENESS_CHECK {
+                self.empty_polls = 0;
+                self.peer_left |= !self.socket.peer_is_there();
+            }
+        }
+        if let Some(reason) = self.closed
+            && !self.close_reported
+            && self.ready.is_empty()
+            && out.push(Event::Closed(reason))
+        {
+            self.close_reported = true;
+        }
+    }
+
+    fn arm(&mut self) -> bool {
+        if !self.ready.is_empty() || (self.closed.is_some() && !self.close_reported) || self.peer_left && self.closed.is_none() {
+            return false;
+        }
+        let mut ordered = true;
+        let empty = self.rx.arm(|| ordered = barrier::global());
+        self.asleep = empty && ordered;
+        if empty && !ordered {
+            self.rx.disarm();
+        }
+        self.asleep
+    }
+
+    fn wake_fd(&self) -> Option<BorrowedFd<'_>> {
+        Some(self.wait.as_fd())
+    }
+
+    fn close(&mut self) {
+        if self.closed.is_none() {
+            // A peer whose ring is full hears of it by the socket instead.
+            if self.tx.push(kind::GOODBYE, &[]) == Ok(true) {
+                self.flush();
+            }
+            self.closed = Some(CloseReason::Local);
+        }
+        self.socket.shut_down();
+    }
+}
+
+impl Drop for ShmFabric {
+    fn drop(&mut self) {
+        self.close();
+    }
+}
+
+impl std::fmt::Debug for ShmFabric {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("ShmFabric").field("closed", &self.closed).field("asleep", &self.asleep).finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::fabric::OpId;
+
+    fn drain(fabric: &mut ShmFabric) -> Vec<Event> {
+        let mut events = Events::new();
+        fabric.poll(Nanos::now(), &mut events);
+        events.as_slice().to_vec()
+    }
+
+    #[test]
+    fn a_write_is_there_before_the_message_that_follows_it() {
+        let (mut lender, mut borrower) = ShmFabric::pair(ShmOptions::default()).unwrap();
+        let guest = Memory::memfd("guest", 8192).unwrap();
+        let region = borrower.register(Arc::clone(&guest), Access::READ_WRITE).unwrap();
+        let grant = borrower.export(&region, Access::READ_WRITE).unwrap();
+        let remote = lender.import(&grant).unwrap();
+        let device = Memory::memfd("device", 4096).unwrap();
+        device.write(0, b"data").unwrap();
+        let from = lender.register(device, Access::READ_WRITE).unwrap().span(0, 4, Access::READ).unwrap();
+        let to = remote.span(4096, 4, Access::WRITE).unwrap();
+        lender.post(Signal::No, Op::Write { from, to }).unwrap();
+        lender.post(Signal::No, Op::Send { message: b"done" }).unwrap();
+        lender.flush();
+        assert_eq!(drain(&mut borrower), [Event::Message(Message::new(b"done").unwrap())]);
+        let mut seen = [0; 4];
+        guest.read(4096, &mut seen).unwrap();
+        assert_eq!(&seen, b"data");
+        lender.release(remote);
+        lender.post(Signal::Yes(OpId(7)), Op::Write { from, to }).unwrap();
+        assert_eq!(drain(&mut lender), [Event::Failed(Some(OpId(7)), OpError::Revoked)]);
+    }
+
+    #[test]
+    fn a_peer_that_dies_is_noticed_by_a_sleeper() {
+        let (lender, mut borrower) = ShmFabric::pair(ShmOptions::default()).unwrap();
+        assert!(borrower.arm());
+        drop(lender);
+        let mut fds = [rustix::event::PollFd::new(&borrower.wait, rustix::event::PollFlags::IN)];
+        assert_eq!(rustix::event::poll(&mut fds, None), Ok(1));
+        assert_eq!(drain(&mut borrower), [Event::Closed(CloseReason::PeerClosed)]);
+        assert!(drain(&mut borrower).is_empty());
+    }
+
+    #[test]
+    fn unsealed_memory_is_refused_unless_allowed() {
+        for accept_unsealed in [false, true] {
+            let (mut lender, mut borrower) = ShmFabric::pair(ShmOptions { accept_unsealed }).unwrap();
+            let file = tempfile::tempfile().unwrap();
+            file.set_len(4096).unwrap();
+            let region = borrower.register(Memory::map_file(file.into(), 0, 4096, true).unwrap(), Access::READ).unwrap();
+            let grant = borrower.export(&region, Access::READ).unwrap();
+            assert_eq!(lender.import(&grant).is_ok(), accept_unsealed);
+        }
+    }
+}

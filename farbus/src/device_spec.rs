@@ -1,0 +1,111 @@
+//! What `--device` names, and how it is opened.
+//!
+//! `nvme:disk.img,ro,latency=80us` is a read-only NVMe controller over disk.img whose commands take at least 80 us.
+
+use std::path::PathBuf;
+use std::str::FromStr;
+
+use anyhow::Context;
+use farbus_remote_dma::Backend;
+use farbus_remote_dma::model::edu::Edu;
+use farbus_remote_dma::model::nvme::{Nvme, NvmeOptions};
+use thiserror::Error;
+
+use crate::cli::parse_duration;
+
+/// A device that can be lent.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum DeviceSpec {
+    /// An NVMe controller over a file or block device.
+    Nvme {
+        /// The image.
+        path: PathBuf,
+        /// How it is lent.
+        options: NvmeOptions,
+    },
+    /// QEMU's edu device.
+    Edu,
+}
+
+/// Why a text names no device.
+#[derive(Clone, Debug, Error, PartialEq, Eq)]
+pub enum SpecError {
+    /// No such kind.
+    #[error("{0:?} is no device: use nvme:FILE[,ro][,latency=80us][,serial=TEXT] or edu")]
+    Kind(String),
+    /// The image is missing.
+    #[error("nvme: needs an image, as in nvme:disk.img")]
+    NoImage,
+    /// No such option.
+    #[error("{0:?} is no option of nvme: use ro, latency=TIME or serial=TEXT")]
+    Option(String),
+    /// The option's value is wrong.
+    #[error("{option}: {why}")]
+    Value {
+        /// The option.
+        option: &'static str,
+        /// What is wrong with it.
+        why: String,
+    },
+}
+
+impl FromStr for DeviceSpec {
+    type Err = SpecError;
+
+    fn from_str(text: &str) -> Result<Self, SpecError> {
+        if text == "edu" {
+            return Ok(Self::Edu);
+        }
+        let Some(("nvme", rest)) = text.split_once(':') else { return Err(SpecError::Kind(text.to_owned())) };
+        let mut parts = rest.split(',');
+        let path = parts.next().filter(|path| !path.is_empty()).ok_or(SpecError::NoImage)?;
+        let mut options = NvmeOptions::default();
+        for part in parts {
+            match part.split_once('=') {
+                None if part == "ro" => options.read_only = true,
+                Some(("latency", value)) => {
+                    options.latency = parse_duration(value).map_err(|why| SpecError::Value { option: "latency", why })?;
+                }
+                Some(("serial", value)) if (1..=20).contains(&value.len()) && value.bytes().all(|byte| byte.is_ascii_graphic()) => {
+                    options.serial = Some(value.to_owned());
+                }
+                Some(("serial", _)) => {
+                    return Err(SpecError::Value { option: "serial", why: "at most 20 printable characters".to_owned() });
+                }
+                _ => return Err(SpecError::Option(part.to_owned())),
+            }
+        }
+        Ok(Self::Nvme { path: path.into(), options })
+    }
+}
+
+impl DeviceSpec {
+    /// Opens the device.
+    pub fn open(&self) -> anyhow::Result<Box<dyn Backend>> {
+        match self {
+            Self::Edu => Ok(Box::new(Edu::new().context("cannot make the edu device")?)),
+            Self::Nvme { path, options } => {
+                let nvme = Nvme::open(path, options.clone()).with_context(|| format!("cannot lend {}", path.display()))?;
+                Ok(Box::new(nvme))
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::time::Duration;
+
+    #[test]
+    fn specs_parse_or_say_what_is_allowed() {
+        let slow = NvmeOptions { read_only: true, latency: Duration::from_micros(80), ..NvmeOptions::default() };
+        assert_eq!("nvme:a.img,ro,latency=80us".parse(), Ok(DeviceSpec::Nvme { path: "a.img".into(), options: slow }));
+        assert_eq!("edu".parse(), Ok(DeviceSpec::Edu));
+        assert_eq!("nvme:".parse::<DeviceSpec>(), Err(SpecError::NoImage));
+        for wrong in ["", "floppy:a", "nvme", "nvme:a,rw", "nvme:a,latency=80", "nvme:a,serial=", "edu:x"] {
+            let parsed = wrong.parse::<DeviceSpec>();
+            assert!(parsed.is_err(), "{wrong}: {parsed:?}");
+        }
+    }
+}

@@ -1,0 +1,156 @@
+//! `farbus lend`: one device, one borrower after the other.
+//!
+//! tokio waits for connections and signals; a thread of its own carries each session, gives the device back when the borrower has left,
+//! fenced and reset, and a second borrower who comes meanwhile is told that the device is lent.
+
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+
+use anyhow::{Context, anyhow};
+use farbus_bench::measure::pin_to_core;
+use farbus_remote_dma::Backend;
+use farbus_remote_dma::lender::{LenderSession, PollOptions};
+use farbus_remote_dma::wait::Waker;
+use farbus_transport::CloseReason;
+use farbus_transport::link::hello::{Hello, Role, SPOKEN};
+use farbus_transport::shm::{Listener, ShmOptions};
+use serde_json::json;
+use tokio::io::unix::AsyncFd;
+use tokio::sync::mpsc;
+
+use crate::cli::LendArgs;
+use crate::link_address::LinkAddress;
+use crate::output::Events;
+use crate::signals::EndSignals;
+
+/// Set in the hello of a lender whose device is lent to somebody else.
+pub const FEATURE_BUSY: u64 = 1;
+
+/// What a session's thread hands back.
+struct Returned {
+    backend: Box<dyn Backend>,
+    ended: Result<CloseReason, String>,
+}
+
+/// Lends until a signal comes (or, with `--once`, until the first borrower has left).
+pub fn run(args: LendArgs) -> anyhow::Result<()> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().context("cannot start the control plane")?;
+    let backend = args.device.open()?;
+    runtime.block_on(lend(args, backend))
+}
+
+async fn lend(args: LendArgs, backend: Box<dyn Backend>) -> anyhow::Result<()> {
+    let events = Events::new(args.json);
+    let mut signals = EndSignals::new().context("cannot wait for signals")?;
+    let LinkAddress::Shm(path) = &args.listen;
+    let listener = Listener::bind(path).context("cannot lend there: choose another path or end the process that uses it")?;
+    listener.set_nonblocking(true).context("cannot wait for borrowers")?;
+    let listener = Arc::new(AsyncFd::new(listener).context("cannot wait for borrowers")?);
+    let name = backend.description().name.clone();
+    let address = args.listen.to_string();
+    events.say("listening", json!({ "address": address, "device": name }), &format!("lending {name} at {address}"));
+
+    let description = backend.description().encode()?;
+    let (give_back, mut returned) = mpsc::unbounded_channel::<Returned>();
+    let mut idle = Some(backend);
+    let stop = Waker::new().context("cannot make a wake-up")?;
+    let ended_by = loop {
+        tokio::select! {
+            signal = signals.next() => break signal,
+            accepted = accept(&listener) => {
+                let stream = accepted.context("cannot accept a borrower")?;
+                match idle.take() {
+                    Some(backend) => {
+                        let hello = Hello { versions: SPOKEN, role: Role::Lender, features: 0, epoch: 0, description: description.clone() };
+                        let session = Session { listener: Arc::clone(&listener), hello, stop: stop.clone(), args_spin: args.spin,
+                            accept_unsealed: args.accept_unsealed, core: args.core, events };
+                        let give_back = give_back.clone();
+                        std::thread::Builder::new().name("farbus-lender".into()).spawn(move || {
+                            // The receiver lives as long as the command.
+                            if give_back.send(session.serve(stream, backend)).is_err() {
+                                tracing::debug!("a session ended after the command");
+                            }
+                        }).context("cannot start a session's thread")?;
+                    }
+                    None => refuse(Arc::clone(&listener), stream),
+                }
+            }
+            Some(back) = returned.recv() => {
+                let reason = match &back.ended {
+                    Ok(reason) => reason.to_string(),
+                    Err(why) => why.clone(),
+                };
+                let served = back.ended.is_ok();
+                events.say("returned", json!({ "reason": reason }), &format!("the device is back: {reason}"));
+                idle = Some(back.backend);
+                if args.once && served {
+                    break "the first borrower left";
+                }
+            }
+        }
+    };
+    stop.set();
+    if idle.is_none() && returned.recv().await.is_none() {
+        return Err(anyhow!("the session ended without giving the device back"));
+    }
+    events.say("ended", json!({ "reason": ended_by }), &format!("ended: {ended_by}"));
+    Ok(())
+}
+
+async fn accept(listener: &AsyncFd<Listener>) -> std::io::Result<UnixStream> {
+    loop {
+        let mut ready = listener.readable().await?;
+        match ready.try_io(|listener| listener.get_ref().accept()) {
+            Ok(Err(error)) if error.kind() == std::io::ErrorKind::ConnectionAborted => {}
+            Ok(accepted) => return accepted,
+            Err(_would_block) => {}
+        }
+    }
+}
+
+/// Tells a second borrower that the device is lent, without letting it wait or learn more.
+fn refuse(listener: Arc<AsyncFd<Listener>>, stream: UnixStream) {
+    let refusal = std::thread::Builder::new().name("farbus-refusal".into()).spawn(move || {
+        let hello = Hello { versions: SPOKEN, role: Role::Lender, features: FEATURE_BUSY, epoch: 0, description: Vec::new() };
+        if let Err(error) = listener.get_ref().refuse(stream, &hello) {
+            tracing::info!(%error, "a second borrower left before it was refused");
+        }
+    });
+    if let Err(error) = refusal {
+        tracing::warn!(%error, "a second borrower was dropped");
+    }
+}
+
+struct Session {
+    listener: Arc<AsyncFd<Listener>>,
+    hello: Hello,
+    stop: Waker,
+    args_spin: std::time::Duration,
+    accept_unsealed: bool,
+    core: Option<usize>,
+    events: Events,
+}
+
+impl Session {
+    fn serve(self, stream: UnixStream, backend: Box<dyn Backend>) -> Returned {
+        if let Some(core) = self.core
+            && let Err(error) = pin_to_core(core)
+        {
+            tracing::warn!(%error, core, "the session's thread could not be pinned");
+        }
+        let options = ShmOptions { accept_unsealed: self.accept_unsealed };
+        let connection = match self.listener.get_ref().establish(stream, &self.hello, options) {
+            Ok(connection) => connection,
+            Err(error) => return Returned { backend, ended: Err(format!("no borrower: {error}")) },
+        };
+        let mut session = match LenderSession::new(connection.fabric, backend) {
+            Ok(session) => session,
+            Err((error, backend)) => return Returned { backend, ended: Err(error.to_string()) },
+        };
+        self.events.say("lent", json!({}), "a borrower has the device");
+        let reason = session.run(PollOptions { spin: self.args_spin }, &self.stop);
+        let counters = session.counters();
+        tracing::info!(?counters, "the session's counts");
+        Returned { backend: session.end(), ended: Ok(reason) }
+    }
+}

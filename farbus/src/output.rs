@@ -1,0 +1,51 @@
+//! What the commands say: lines for people, or one JSON object a line, on standard output; the log on standard error.
+//!
+//! `events.say("listening", json!({"address": "shm:/tmp/link"}), "listening at shm:/tmp/link")` prints either, and flushes, because
+//! whoever started us may be waiting for exactly this line.
+
+use std::io::Write;
+
+use serde_json::{Value, json};
+use tracing_subscriber::EnvFilter;
+
+/// Prints what happens, in one of two ways.
+#[derive(Clone, Copy, Debug)]
+pub struct Events {
+    json: bool,
+}
+
+impl Events {
+    /// For machines if `json`.
+    pub fn new(json: bool) -> Self {
+        Self { json }
+    }
+
+    /// Says that `event` happened: `fields` (an object) for machines, `text` for people.
+    pub fn say(self, event: &str, fields: Value, text: &str) {
+        let line = if self.json {
+            let mut object = json!({ "event": event });
+            if let (Some(object), Value::Object(fields)) = (object.as_object_mut(), fields) {
+                object.extend(fields);
+            }
+            object.to_string()
+        } else {
+            text.to_owned()
+        };
+        let mut out = std::io::stdout().lock();
+        if let Err(error) = writeln!(out, "{line}").and_then(|()| out.flush()) {
+            tracing::debug!(%error, "nobody reads standard output");
+        }
+    }
+}
+
+/// Starts the log on standard error; the environment variable RUST_LOG overrides `verbose`.
+pub fn start_log(verbose: u8) {
+    let level = match verbose {
+        0 => "warn",
+        1 => "info",
+        2 => "debug",
+        _ => "trace",
+    };
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(level));
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_target(false).init();
+}

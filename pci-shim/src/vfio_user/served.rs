@@ -1,0 +1,125 @@
+//! What a vfio-user server needs of a PCI function, so that it can serve any.
+//!
+//! A client's 4-byte read of region 0 at 0x1c becomes `bar_read(BAR0 + 0x1c, B4)`, its write of 0x0006 to region 7 at 0x04 becomes
+//! `config_write(4, [6, 0])`; a device that raises vector 3 says so in its [`ClientInterrupts`].
+
+use std::os::fd::BorrowedFd;
+use std::sync::Arc;
+
+use farbus_remote_dma::{
+    Activity, AttachmentError, BarAddress, DeviceDescription, InterruptMode, Iova, MapError, MediationAnswer, ResetKind, Ticket,
+    Width, Window,
+};
+use farbus_transport::{CloseReason, Memory, Nanos};
+use thiserror::Error;
+
+use super::irqs::ClientInterrupts;
+
+/// The access is outside the function's registers, or misaligned.
+#[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
+#[error("no register of the function is there")]
+pub struct NoRegister;
+
+/// An access to guest memory that the client must make.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct MediatedAccess {
+    /// For the answer.
+    pub ticket: Ticket,
+    /// First address.
+    pub iova: Iova,
+    /// What to do.
+    pub kind: MediatedKind,
+}
+
+/// What a [`MediatedAccess`] does.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum MediatedKind {
+    /// Read this many bytes, at most 4,096.
+    Fetch {
+        /// Bytes.
+        len: u32,
+    },
+    /// Write these, at most 4,096.
+    Store {
+        /// The bytes.
+        bytes: Vec<u8>,
+        /// The guest may be polling the last 32-bit word.
+        polled: bool,
+    },
+}
+
+/// A PCI function as a server sees it; the methods mean what those of `Function` of the same names mean. None blocks for longer than a
+/// register access.
+pub trait Served {
+    /// What the device is.
+    fn description(&self) -> &DeviceDescription;
+
+    /// Reads configuration space, any bytes of its 4,096.
+    ///
+    /// # Errors
+    /// [`NoRegister`] past its end.
+    fn config_read(&mut self, offset: u16, into: &mut [u8]) -> Result<(), NoRegister>;
+
+    /// Writes configuration space.
+    ///
+    /// # Errors
+    /// [`NoRegister`] past its end.
+    fn config_write(&mut self, offset: u16, bytes: &[u8]) -> Result<(), NoRegister>;
+
+    /// Reads a register; all ones where the device is gone.
+    ///
+    /// # Errors
+    /// [`NoRegister`] for an address outside the BARs, or misaligned.
+    fn bar_read(&mut self, at: BarAddress, width: Width) -> Result<u64, NoRegister>;
+
+    /// Posts a register write.
+    ///
+    /// # Errors
+    /// As [`Served::bar_read`].
+    fn bar_write(&mut self, at: BarAddress, width: Width, value: u64) -> Result<(), NoRegister>;
+
+    /// Lets the device use a range.
+    ///
+    /// # Errors
+    /// [`MapError`]; nothing was mapped.
+    fn map(&mut self, window: Window) -> Result<(), MapError>;
+
+    /// Takes away the windows inside a range. When it returns, the device touches them no more.
+    ///
+    /// # Errors
+    /// [`MapError`]; nothing was taken.
+    fn unmap(&mut self, iova: Iova, len: u64) -> Result<(), MapError>;
+
+    /// Windows of `memory` may be accessed directly from now on.
+    fn prove(&mut self, memory: &Arc<Memory>);
+
+    /// The next access that the client must make, in the device's order.
+    fn next_mediation(&mut self) -> Option<MediatedAccess>;
+
+    /// The outcome of one. A ticket that nobody waits for any more is ignored.
+    fn answer(&mut self, ticket: Ticket, answer: MediationAnswer<'_>);
+
+    /// How the client is signalled from now on.
+    fn set_client_interrupts(&mut self, mode: InterruptMode);
+
+    /// Fences DMA, then resets. Windows stay.
+    ///
+    /// # Errors
+    /// [`AttachmentError`].
+    fn reset(&mut self, kind: ResetKind) -> Result<(), AttachmentError>;
+
+    /// Takes what has happened.
+    fn poll(&mut self, now: Nanos) -> Activity;
+
+    /// Prepares to sleep: true where [`Served::wake_fd`] becomes readable at the next event, or there can be none.
+    fn arm(&mut self) -> bool;
+
+    /// Readable when armed and something happened.
+    fn wake_fd(&self) -> Option<BorrowedFd<'_>>;
+
+    /// Why the device is gone, once it is.
+    fn gone(&self) -> Option<CloseReason>;
+
+    /// The client's interrupts: what the device raised, and whom to tell.
+    fn interrupts(&mut self) -> &mut ClientInterrupts;
+}

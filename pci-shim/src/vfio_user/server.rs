@@ -1,0 +1,246 @@
+//! A listening socket for one device: one client after the other, until somebody stops it or the device goes.
+//!
+//! `Server::bind("/run/nvme.sock")` takes over a socket file that a killed server left behind, but neither one that answers nor a file
+//! that is no socket; `serve` then runs on the caller's thread until `stop_handle().stop()` is called from another.
+
+use std::fs;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+
+use farbus_remote_dma::Activity;
+use farbus_transport::{CloseReason, Nanos};
+use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd};
+use rustix::io::Errno;
+use rustix::net::SocketFlags;
+use thiserror::Error;
+
+use super::served::Served;
+use super::session::{ClientEnd, Options, ServeError, host, serve_client};
+
+/// Why a socket cannot be listened on.
+#[derive(Debug, Error)]
+pub enum BindError {
+    /// Another server answers there.
+    #[error("{0} is in use: another server listens there")]
+    InUse(PathBuf),
+    /// Something else has that name.
+    #[error("{0} exists and is not a socket: choose another path or remove it")]
+    NotASocket(PathBuf),
+    /// The kernel refused.
+    #[error("cannot listen on {path}: {source}")]
+    Host {
+        /// The path.
+        path: PathBuf,
+        /// What the kernel answered.
+        source: io::Error,
+    },
+}
+
+/// Ends a server from another thread; clones end the same one.
+#[derive(Clone, Debug)]
+pub struct StopHandle(Arc<Stop>);
+
+#[derive(Debug)]
+struct Stop {
+    stopped: AtomicBool,
+    wake: OwnedFd,
+}
+
+impl StopHandle {
+    fn new() -> io::Result<Self> {
+        Ok(Self(Arc::new(Stop {
+            stopped: AtomicBool::new(false),
+            wake: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
+        })))
+    }
+
+    /// Makes [`Server::serve`] return soon, now or when it is called.
+    pub fn stop(&self) {
+        self.0.stopped.store(true, Ordering::Release);
+        // The only failure is a full counter, which wakes as well.
+        let _ = rustix::io::write(&self.0.wake, &1_u64.to_ne_bytes());
+    }
+
+    /// Whether [`StopHandle::stop`] was called.
+    pub fn is_stopped(&self) -> bool {
+        self.0.stopped.load(Ordering::Acquire)
+    }
+
+    pub(super) fn fd(&self) -> BorrowedFd<'_> {
+        self.0.wake.as_fd()
+    }
+}
+
+/// Why [`Server::serve`] returned.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Ended {
+    /// [`StopHandle::stop`] was called.
+    Stopped,
+    /// The device is gone.
+    DeviceGone(CloseReason),
+}
+
+/// A socket that clients of one device connect to.
+#[derive(Debug)]
+pub struct Server {
+    listener: UnixListener,
+    path: PathBuf,
+    /// Device number and inode of the socket file, so that only our own is removed.
+    identity: Option<(u64, u64)>,
+    stop: StopHandle,
+}
+
+impl Server {
+    /// Listens on `path`. A socket file on which nobody listens is replaced.
+    ///
+    /// # Errors
+    /// [`BindError`].
+    pub fn bind(path: impl AsRef<Path>) -> Result<Self, BindError> {
+        let path = path.as_ref().to_owned();
+        let failed = |source| BindError::Host {
+            path: path.clone(),
+            source,
+        };
+        let listener = match UnixListener::bind(&path) {
+            Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
+                remove_stale(&path)?;
+                UnixListener::bind(&path).map_err(failed)?
+            }
+            other => other.map_err(failed)?,
+        };
+        listener.set_nonblocking(true).map_err(failed)?;
+        let identity = fs::symlink_metadata(&path).ok().map(|data| (data.dev(), data.ino()));
+        let stop = StopHandle::new().map_err(failed)?;
+        Ok(Self {
+            listener,
+            path,
+            identity,
+            stop,
+        })
+    }
+
+    /// Where it listens.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Ends [`Server::serve`].
+    pub fn stop_handle(&self) -> StopHandle {
+        self.stop.clone()
+    }
+
+    /// Serves one client after the other with `device`. The device is reset between two.
+    ///
+    /// # Errors
+    /// [`ServeError`] where the kernel does not let us wait or accept; no client can cause one.
+    pub fn serve<D: Served>(&mut self, device: &mut D, options: &Options) -> Result<Ended, ServeError> {
+        loop {
+            let client = loop {
+                let activity = device.poll(Nanos::now());
+                // Nobody is there to be told or to answer.
+                while let Some(access) = device.next_mediation() {
+                    device.answer(access.ticket, farbus_remote_dma::MediationAnswer::Fault);
+                }
+                device.interrupts().clear();
+                if self.stop.is_stopped() {
+                    return Ok(Ended::Stopped);
+                }
+                if let Some(reason) = device.gone() {
+                    return Ok(Ended::DeviceGone(reason));
+                }
+                match rustix::net::accept_with(&self.listener, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK) {
+                    Ok(client) => break client,
+                    Err(Errno::AGAIN) => self.wait(device, activity)?,
+                    Err(Errno::INTR | Errno::CONNABORTED) => {}
+                    Err(Errno::MFILE | Errno::NFILE | Errno::NOBUFS | Errno::NOMEM) => {
+                        tracing::warn!("no descriptors or memory left to accept a client: trying again in 100 ms");
+                        thread::sleep(std::time::Duration::from_millis(100));
+                    }
+                    Err(errno) => return Err(host("accept a client")(errno)),
+                }
+            };
+            match serve_client(device, options, client.as_fd(), &self.stop)? {
+                ClientEnd::Stopped => return Ok(Ended::Stopped),
+                ClientEnd::Misbehaved(why) => tracing::warn!(why, "a client was sent away"),
+                end => tracing::info!(?end, "a client's session ended"),
+            }
+        }
+    }
+
+    fn wait<D: Served>(&self, device: &mut D, activity: Activity) -> Result<(), ServeError> {
+        let limit = match activity {
+            Activity::Busy => return Ok(()),
+            Activity::Idle(limit) => limit,
+        };
+        let armed = device.arm();
+        if !armed && device.wake_fd().is_some() {
+            return Ok(());
+        }
+        let unarmed = (!armed).then_some(std::time::Duration::from_millis(1));
+        let timeout = limit.into_iter().chain(unarmed).min().map(|limit| Timespec {
+            tv_sec: i64::try_from(limit.as_secs()).unwrap_or(i64::MAX),
+            tv_nsec: i64::from(limit.subsec_nanos()),
+        });
+        let mut fds = Vec::with_capacity(3);
+        fds.push(PollFd::new(&self.listener, PollFlags::IN));
+        fds.push(PollFd::from_borrowed_fd(self.stop.fd(), PollFlags::IN));
+        fds.extend(device.wake_fd().map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN)));
+        match rustix::event::poll(&mut fds, timeout.as_ref()) {
+            Ok(_) | Err(Errno::INTR) => Ok(()),
+            Err(errno) => Err(host("wait for a client")(errno)),
+        }
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        let ours = fs::symlink_metadata(&self.path).ok().map(|data| (data.dev(), data.ino()));
+        if ours.is_some() && ours == self.identity {
+            if let Err(error) = fs::remove_file(&self.path) {
+                tracing::debug!(%error, path = %self.path.display(), "a socket file stays behind");
+            }
+        }
+    }
+}
+
+/// Runs several servers, each on a thread of its own, until all have ended; results in the same order.
+///
+/// # Errors
+/// Per server, as [`Server::serve`]. A device that panics ends its own server only, and the panic goes on here after all have ended.
+pub fn serve_all<D: Served + Send>(servers: Vec<(Server, D)>, options: &Options) -> Vec<Result<Ended, ServeError>> {
+    thread::scope(|scope| {
+        let threads: Vec<_> = servers
+            .into_iter()
+            .map(|(mut server, mut device)| scope.spawn(move || server.serve(&mut device, options)))
+            .collect();
+        threads
+            .into_iter()
+            .map(|thread| thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
+            .collect()
+    })
+}
+
+/// Removes a socket file on which nobody listens.
+fn remove_stale(path: &Path) -> Result<(), BindError> {
+    let failed = |source| BindError::Host {
+        path: path.to_owned(),
+        source,
+    };
+    let kind = fs::symlink_metadata(path).map_err(failed)?.file_type();
+    if !kind.is_socket() {
+        return Err(BindError::NotASocket(path.to_owned()));
+    }
+    match UnixStream::connect(path) {
+        Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => fs::remove_file(path).map_err(failed),
+        Ok(_) => Err(BindError::InUse(path.to_owned())),
+        // A full backlog, say: somebody listens.
+        Err(error) if error.kind() == io::ErrorKind::WouldBlock => Err(BindError::InUse(path.to_owned())),
+        Err(error) => Err(failed(error)),
+    }
+}

@@ -1,0 +1,164 @@
+//! The borrower's books: which memory was offered to the lender, under which key, with which dirty log, and which windows lead to it.
+//!
+//! Mapping 64 MiB at 0 and 448 MiB at 0x1_0000_0000 of one memfd offers it once, as key 1; unmapping the second leaves the offer, unmapping
+//! both withdraws it.
+
+use std::sync::Arc;
+
+use farbus_transport::{Access, Fabric, Grant, GrantError, LocalRegion, Memory};
+
+use crate::address::Iova;
+use crate::attachment::{MapError, Window, WindowMemory};
+use crate::dirty_log::DirtyLog;
+use crate::iova_map::IovaMap;
+
+struct Offered {
+    key: u64,
+    memory: Arc<Memory>,
+    log: DirtyLog,
+    regions: [LocalRegion; 2],
+    windows: usize,
+    proven: bool,
+}
+
+/// What a window leads to.
+struct Target {
+    key: Option<u64>,
+    offset: u64,
+}
+
+/// A fresh offer.
+pub(super) struct Offer {
+    pub(super) memory: Grant,
+    pub(super) dirty: Grant,
+}
+
+#[derive(Default)]
+pub(super) struct Memories {
+    windows: IovaMap<Target>,
+    offered: Vec<Offered>,
+}
+
+impl Memories {
+    pub(super) fn check_map(&self, window: &Window) -> Result<(), MapError> {
+        let (iova, len) = (window.iova, window.len);
+        if let WindowMemory::Mapped { memory, offset, .. } = &window.memory
+            && offset.checked_add(len).is_none_or(|end| end > memory.len())
+        {
+            return Err(MapError::Range { iova, len });
+        }
+        self.windows.check_insert(iova, len)
+    }
+
+    pub(super) fn check_unmap(&self, iova: Iova, len: u64) -> Result<usize, MapError> {
+        self.windows.check_remove(iova, len)
+    }
+
+    pub(super) fn key_of(&self, memory: &Arc<Memory>) -> Option<u64> {
+        self.find(memory).map(|offered| offered.key)
+    }
+
+    pub(super) fn log_of(&self, memory: &Arc<Memory>) -> Option<&DirtyLog> {
+        self.find(memory).map(|offered| &offered.log)
+    }
+
+    /// Registers and grants memory that no window used so far.
+    pub(super) fn offer<F: Fabric>(&mut self, fabric: &mut F, memory: &Arc<Memory>, proven: bool) -> Result<Offer, MapError> {
+        let log = DirtyLog::new(memory.len()).map_err(GrantError::from)?;
+        let access = if memory.writable() { Access::READ_WRITE } else { Access::READ };
+        let not_registered = |_| GrantError::TooMany { limit: u32::MAX };
+        let region = fabric.register(Arc::clone(memory), access).map_err(not_registered)?;
+        let result = fabric.register(Arc::clone(log.bits()), Access::READ_WRITE).map_err(not_registered).and_then(|log_region| {
+            let grants =
+                fabric.export(&region, access).and_then(|memory| Ok((memory, fabric.export(&log_region, Access::READ_WRITE)?)));
+            if grants.is_err() {
+                fabric.deregister(log_region);
+            }
+            grants.map(|grants| (log_region, grants))
+        });
+        match result {
+            Ok((log_region, (granted, dirty))) => {
+                let regions = [region, log_region];
+                self.offered.push(Offered { key: granted.key, memory: Arc::clone(memory), log, regions, windows: 0, proven });
+                Ok(Offer { memory: granted, dirty })
+            }
+            Err(error) => {
+                fabric.deregister(region);
+                Err(error.into())
+            }
+        }
+    }
+
+    pub(super) fn insert(&mut self, window: Window, key: Option<u64>) -> Result<(), MapError> {
+        let offset = if let WindowMemory::Mapped { offset, .. } = window.memory { offset } else { 0 };
+        self.windows.insert(window.iova, window.len, window.access, Target { key, offset })?;
+        if let Some(offered) = self.offered.iter_mut().find(|offered| Some(offered.key) == key) {
+            offered.windows += 1;
+        }
+        Ok(())
+    }
+
+    /// Removes windows; the keys of memories that no window uses any more come back.
+    pub(super) fn remove(&mut self, iova: Iova, len: u64) -> Result<Vec<u64>, MapError> {
+        let mut unused = Vec::new();
+        for key in self.windows.remove(iova, len)?.into_iter().filter_map(|target| target.key) {
+            let Some(offered) = self.offered.iter_mut().find(|offered| offered.key == key) else { continue };
+            offered.windows -= 1;
+            if offered.windows == 0 {
+                unused.push(key);
+            }
+        }
+        Ok(unused)
+    }
+
+    pub(super) fn forget<F: Fabric>(&mut self, fabric: &mut F, key: u64) {
+        if let Some(at) = self.offered.iter().position(|offered| offered.key == key) {
+            for region in self.offered.swap_remove(at).regions {
+                fabric.deregister(region);
+            }
+        }
+    }
+
+    /// The key of memory that was not proven before.
+    pub(super) fn prove(&mut self, memory: &Arc<Memory>) -> Option<u64> {
+        let offered = self.offered.iter_mut().find(|offered| Arc::ptr_eq(&offered.memory, memory))?;
+        (!std::mem::replace(&mut offered.proven, true)).then_some(offered.key)
+    }
+
+    /// Stores bytes that a guest may be polling; false where nothing is mapped there.
+    pub(super) fn store_polled(&self, iova: Iova, bytes: &[u8]) -> bool {
+        let len = bytes.len() as u64;
+        let Ok(piece) = self.windows.piece(iova, len, Access::WRITE) else { return false };
+        let Some(offered) = self.by_key(piece.target.key).filter(|_| piece.len == len) else { return false };
+        let offset = piece.target.offset + piece.offset;
+        // Stored, then marked: whoever takes the mark and copies the page finds the bytes.
+        let stored = offered.memory.store_last_word_last(offset, bytes).is_ok();
+        if stored {
+            offered.log.mark(offset, len);
+        }
+        stored
+    }
+
+    /// Marks what the fabric wrote; false where a part of it is not mapped.
+    pub(super) fn mark(&self, iova: Iova, len: u64) -> bool {
+        let (mut at, mut left) = (iova, len);
+        while left > 0 {
+            let Ok(piece) = self.windows.piece(at, left, Access::WRITE) else { return false };
+            if let Some(offered) = self.by_key(piece.target.key) {
+                offered.log.mark(piece.target.offset + piece.offset, piece.len);
+            }
+            left -= piece.len;
+            let Some(next) = at.checked_add(piece.len) else { return left == 0 };
+            at = next;
+        }
+        true
+    }
+
+    fn find(&self, memory: &Arc<Memory>) -> Option<&Offered> {
+        self.offered.iter().find(|offered| Arc::ptr_eq(&offered.memory, memory))
+    }
+
+    fn by_key(&self, key: Option<u64>) -> Option<&Offered> {
+        self.offered.iter().find(|offered| Some(offered.key) == key)
+    }
+}

@@ -1,0 +1,447 @@
+//! The borrower's session: the function's register accesses, maps and resets on their way to the lender, and what comes back.
+//!
+//! A store of 17 to BAR0 + 0x1018 is posted and forgotten; a load follows it on the same link and waits, taking interrupts that come before
+//! its answer in their order, and at the deadline answers all ones. Nothing here polls guest memory, and nothing here blocks without a limit.
+
+mod memory;
+mod staging;
+
+use std::os::fd::BorrowedFd;
+use std::sync::Arc;
+use std::time::Duration;
+
+use farbus_transport::{CloseReason, Event, Events, Fabric, GrantError, Memory, Nanos};
+
+use self::memory::Memories;
+use self::staging::Staging;
+use crate::address::{BarAddress, Iova, Width};
+use crate::attachment::{
+    Activity, Attachment, AttachmentError, Host, MapError, Mediation, MediationAnswer, Ticket, Window, WindowMemory,
+};
+use crate::backend::{InterruptMode, ResetKind};
+use crate::device::DeviceDescription;
+use crate::dirty_log::DirtyLog;
+use crate::endpoint::Endpoint;
+use crate::message::{Outcome, Sequence, ToBorrower, ToLender};
+use crate::wait::{Patience, SpinThenSleep, sleep_until_readable};
+
+/// How long a borrower waits.
+#[derive(Clone, Copy, Debug)]
+pub struct BorrowerOptions {
+    /// For the answer to a register read; then it is all ones, as from a dead slot.
+    pub read_deadline: Duration,
+    /// For a map, unmap or reset; then the link is given up, because the device's side cannot be known.
+    pub control_deadline: Duration,
+    /// How long to poll for an answer before sleeping.
+    pub spin: Duration,
+}
+
+impl Default for BorrowerOptions {
+    fn default() -> Self {
+        Self { read_deadline: Duration::from_secs(2), control_deadline: Duration::from_secs(10), spin: Duration::from_micros(200) }
+    }
+}
+
+/// What a borrower did so far.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Counters {
+    /// Register reads sent.
+    pub bar_reads: u64,
+    /// Register writes sent.
+    pub bar_writes: u64,
+    /// Register reads that were answered all ones because nobody else did in time.
+    pub reads_timed_out: u64,
+    /// Interrupts received.
+    pub interrupts: u64,
+    /// Mediations asked for by the lender.
+    pub mediations: u64,
+    /// Polled bytes or dirty marks for memory that is no longer mapped.
+    pub late: u64,
+}
+
+#[derive(Clone, Copy, Debug)]
+enum Answer {
+    Value(u64),
+    Outcome(Outcome),
+}
+
+/// A function's device on the other side of a link.
+pub struct BorrowerSession<F: Fabric> {
+    link: Endpoint<F>,
+    description: DeviceDescription,
+    options: BorrowerOptions,
+    patience: Box<dyn Patience>,
+    memories: Memories,
+    staging: Staging,
+    events: Events,
+    sequence: Sequence,
+    answer: Option<(Sequence, Answer)>,
+    gone: Option<CloseReason>,
+    counters: Counters,
+}
+
+impl<F: Fabric> BorrowerSession<F> {
+    /// A session over a link that is ready, for the device that the lender described in its hello.
+    ///
+    /// # Errors
+    /// [`GrantError`] where staging memory cannot be shared.
+    pub fn new(fabric: F, description: DeviceDescription, options: BorrowerOptions) -> Result<Self, GrantError> {
+        Self::with_patience(fabric, description, options, Box::new(SpinThenSleep::new(options.spin)))
+    }
+
+    /// As [`BorrowerSession::new`], with another idea of time: a simulation advances its clock where a real session spins.
+    ///
+    /// # Errors
+    /// As [`BorrowerSession::new`].
+    pub fn with_patience(
+        mut fabric: F,
+        description: DeviceDescription,
+        options: BorrowerOptions,
+        patience: Box<dyn Patience>,
+    ) -> Result<Self, GrantError> {
+        let staging = Staging::new(&mut fabric)?;
+        let mut session = Self {
+            link: Endpoint::new(fabric),
+            description,
+            options,
+            patience,
+            memories: Memories::default(),
+            staging,
+            events: Events::new(),
+            sequence: 0,
+            answer: None,
+            gone: None,
+            counters: Counters::default(),
+        };
+        session.send(ToLender::Staging(session.staging.store_grant()));
+        session.link.flush();
+        Ok(session)
+    }
+
+    /// What happened so far.
+    pub fn counters(&self) -> Counters {
+        self.counters
+    }
+
+    #[inline]
+    fn send(&mut self, message: ToLender) {
+        let encoded = message.encode();
+        self.link.send(encoded.as_slice());
+    }
+
+    fn next_sequence(&mut self) -> Sequence {
+        self.sequence = self.sequence.wrapping_add(1);
+        self.answer = None;
+        self.sequence
+    }
+
+    fn close(&mut self, reason: CloseReason) {
+        if self.gone.is_none() {
+            tracing::debug!(%reason, "the link to the lender ended");
+            self.gone = Some(reason);
+            self.link.close();
+        }
+    }
+
+    /// Takes events; true where there were some.
+    #[inline]
+    fn take_events(&mut self, now: Nanos, host: &mut dyn Host) -> bool {
+        self.events.clear();
+        self.link.poll(now, &mut self.events);
+        let count = self.events.as_slice().len();
+        for index in 0..count {
+            if let Some(event) = self.events.as_slice().get(index).copied() {
+                self.handle(event, host);
+            }
+        }
+        if let Some(reason) = self.link.stalled() {
+            self.close(reason);
+        }
+        count > 0
+    }
+
+    /// Waits for the answer to `sequence`; `None` at the deadline or when the link is gone.
+    #[inline]
+    fn wait_for(&mut self, sequence: Sequence, limit: Duration, host: &mut dyn Host) -> Option<Answer> {
+        self.link.flush();
+        let started = self.patience.begin();
+        let mut now = started;
+        loop {
+            self.take_events(now, host);
+            if let Some((_, answer)) = self.answer.take_if(|(answered, _)| *answered == sequence) {
+                return Some(answer);
+            }
+            if self.gone.is_some() || now.since(started) >= limit {
+                return None;
+            }
+            now = self.patience.idle();
+            if self.patience.wants_sleep() && self.link.arm() {
+                let left = limit.saturating_sub(now.since(started));
+                sleep_until_readable(&[self.link.wake_fd()], Some(left));
+                now = self.patience.begin();
+            }
+        }
+    }
+
+    fn ask(&mut self, sequence: Sequence, question: ToLender, host: &mut dyn Host) -> Result<(), MapError> {
+        if let Some(reason) = self.gone {
+            return Err(AttachmentError::Gone(reason).into());
+        }
+        self.send(question);
+        match self.wait_for(sequence, self.options.control_deadline, host) {
+            Some(Answer::Outcome(Outcome::Done)) => Ok(()),
+            Some(Answer::Outcome(outcome)) => Err(AttachmentError::Refused(refusal(outcome)).into()),
+            Some(Answer::Value(_)) => {
+                self.close(CloseReason::Protocol("a value where an acknowledgement was due"));
+                Err(AttachmentError::Refused("it broke the protocol").into())
+            }
+            None => {
+                let gone = self.gone;
+                // Whether it was done cannot be known any more.
+                self.close(CloseReason::Protocol("no acknowledgement within the deadline"));
+                let deadline_ms = u64::try_from(self.options.control_deadline.as_millis()).unwrap_or(u64::MAX);
+                Err(gone.map_or(AttachmentError::Deadline { deadline_ms }, AttachmentError::Gone).into())
+            }
+        }
+    }
+
+    fn handle(&mut self, event: Event, host: &mut dyn Host) {
+        match event {
+            Event::Message(message) => match ToBorrower::parse(message.bytes()) {
+                Ok(message) => self.obey(message, host),
+                Err(error) => self.close(CloseReason::Protocol(error.text())),
+            },
+            Event::Closed(reason) => self.close(reason),
+            Event::Failed(_, error) => {
+                tracing::warn!(%error, "an operation on the lender's staging memory failed");
+                self.close(CloseReason::Protocol("an operation on the peer's memory failed"));
+            }
+            Event::Done(_) => {}
+            Event::Notify(_) => self.close(CloseReason::Protocol("a notification that was not asked for")),
+        }
+    }
+
+    #[inline]
+    fn obey(&mut self, message: ToBorrower, host: &mut dyn Host) {
+        match message {
+            ToBorrower::BarValue { sequence, value } => self.answer = Some((sequence, Answer::Value(value))),
+            ToBorrower::Ack { sequence, outcome } => self.answer = Some((sequence, Answer::Outcome(outcome))),
+            ToBorrower::Interrupt { vector } => {
+                self.counters.interrupts += 1;
+                host.interrupt(vector);
+            }
+            ToBorrower::Pin { asserted } => {
+                self.counters.interrupts += 1;
+                host.pin(asserted);
+            }
+            ToBorrower::StorePolled { iova, len, bytes } => {
+                let bytes = bytes.get(..usize::from(len)).unwrap_or_default();
+                self.counters.late += u64::from(!self.memories.store_polled(iova, bytes));
+            }
+            ToBorrower::Dirty { iova, len } => self.counters.late += u64::from(!self.memories.mark(iova, len)),
+            ToBorrower::Fetch { ticket, iova, len } => {
+                self.counters.mediations += 1;
+                match self.staging.begin_fetch(ticket, iova, len) {
+                    Ok(()) => host.mediate(ticket, Mediation::Fetch { iova, len }),
+                    Err(what) => self.close(CloseReason::Protocol(what)),
+                }
+            }
+            ToBorrower::Store { ticket, iova, len, polled } => {
+                self.counters.mediations += 1;
+                let mut bytes = [0; staging::SLOT_BYTES as usize];
+                match self.staging.begin_store(ticket, iova, len, &mut bytes) {
+                    Ok(bytes) => host.mediate(ticket, Mediation::Store { iova, bytes, polled }),
+                    Err(what) => self.close(CloseReason::Protocol(what)),
+                }
+            }
+            ToBorrower::Staging(grant) => {
+                if let Err(error) = self.staging.set_fetch_staging(&mut self.link.fabric, &grant) {
+                    tracing::warn!(%error, "the lender's staging memory cannot be used");
+                    self.close(CloseReason::Protocol("staging memory that cannot be used"));
+                }
+            }
+        }
+    }
+
+    /// Whether the device's side can no longer touch guest memory because nobody is there.
+    fn nobody_is_there(&self) -> bool {
+        matches!(self.gone, Some(CloseReason::PeerGone | CloseReason::PeerClosed))
+    }
+}
+
+fn refusal(outcome: Outcome) -> &'static str {
+    match outcome {
+        Outcome::Done => "nothing",
+        Outcome::Overlap => "the range overlaps another window",
+        Outcome::Range => "the range is no range",
+        Outcome::TooMany => "too many windows",
+        Outcome::Grant => "the memory cannot be used there: it must be sealed against shrinking, or the lender told to accept it",
+        Outcome::UnknownKey => "the memory was not offered",
+    }
+}
+
+impl<F: Fabric> Attachment for BorrowerSession<F> {
+    fn description(&self) -> &DeviceDescription {
+        &self.description
+    }
+
+    fn bar_read(&mut self, at: BarAddress, width: Width, host: &mut dyn Host) -> u64 {
+        if self.gone.is_some() {
+            return width.all_ones();
+        }
+        self.counters.bar_reads += 1;
+        let sequence = self.next_sequence();
+        self.send(ToLender::BarRead { sequence, at, width });
+        match self.wait_for(sequence, self.options.read_deadline, host) {
+            Some(Answer::Value(value)) => width.truncate(value),
+            Some(Answer::Outcome(_)) => {
+                self.close(CloseReason::Protocol("an acknowledgement where a value was due"));
+                width.all_ones()
+            }
+            None => {
+                self.counters.reads_timed_out += 1;
+                width.all_ones()
+            }
+        }
+    }
+
+    fn bar_write(&mut self, at: BarAddress, width: Width, value: u64, _host: &mut dyn Host) {
+        if self.gone.is_some() {
+            return;
+        }
+        self.counters.bar_writes += 1;
+        self.send(ToLender::BarWrite { at, width, value });
+        self.link.flush();
+    }
+
+    fn map(&mut self, window: Window, host: &mut dyn Host) -> Result<(), MapError> {
+        self.memories.check_map(&window)?;
+        let Window { iova, len, access, .. } = window;
+        let (key, offset) = match &window.memory {
+            WindowMemory::Mediated => (None, 0),
+            WindowMemory::Mapped { memory, offset, proven } => {
+                let known = self.memories.key_of(memory);
+                let key = match known {
+                    Some(key) => key,
+                    None => {
+                        let offer = self.memories.offer(&mut self.link.fabric, memory, *proven)?;
+                        let sequence = self.next_sequence();
+                        let asked = self.ask(
+                            sequence,
+                            ToLender::Offer { sequence, memory: offer.memory, dirty: offer.dirty, proven: *proven },
+                            host,
+                        );
+                        if let Err(error) = asked {
+                            self.memories.forget(&mut self.link.fabric, offer.memory.key);
+                            return Err(error);
+                        }
+                        offer.memory.key
+                    }
+                };
+                if *proven && known.is_some() {
+                    self.prove(memory, host);
+                }
+                (Some(key), *offset)
+            }
+        };
+        let sequence = self.next_sequence();
+        self.ask(sequence, ToLender::Map { sequence, iova, len, memory: key, offset, access }, host)?;
+        self.memories.insert(window, key)
+    }
+
+    fn unmap(&mut self, iova: Iova, len: u64, host: &mut dyn Host) -> Result<(), MapError> {
+        if self.memories.check_unmap(iova, len)? == 0 {
+            return Ok(());
+        }
+        if !self.nobody_is_there() {
+            let sequence = self.next_sequence();
+            self.ask(sequence, ToLender::Unmap { sequence, iova, len }, host)?;
+        }
+        for key in self.memories.remove(iova, len)? {
+            if self.gone.is_none() {
+                let sequence = self.next_sequence();
+                self.ask(sequence, ToLender::Withdraw { sequence, key }, host)?;
+            }
+            self.memories.forget(&mut self.link.fabric, key);
+        }
+        Ok(())
+    }
+
+    fn prove(&mut self, memory: &Arc<Memory>, _host: &mut dyn Host) {
+        if self.gone.is_none()
+            && let Some(key) = self.memories.prove(memory)
+        {
+            self.send(ToLender::Prove { key });
+            self.link.flush();
+        }
+    }
+
+    fn answer(&mut self, ticket: Ticket, answer: MediationAnswer<'_>, _host: &mut dyn Host) {
+        if self.gone.is_some() {
+            return;
+        }
+        match self.staging.end(ticket, answer) {
+            Ok((write, message)) => {
+                if let Some(op) = write {
+                    self.link.post(farbus_transport::Signal::No, op);
+                }
+                self.send(message);
+                self.link.flush();
+            }
+            Err(what) => tracing::debug!(?ticket, what, "a mediation was answered that nobody waits for"),
+        }
+    }
+
+    fn set_interrupt_mode(&mut self, mode: InterruptMode, _host: &mut dyn Host) {
+        if self.gone.is_none() {
+            self.send(ToLender::InterruptMode(mode));
+            self.link.flush();
+        }
+    }
+
+    fn set_bus_master(&mut self, enabled: bool, _host: &mut dyn Host) {
+        if self.gone.is_none() {
+            self.send(ToLender::BusMaster(enabled));
+            self.link.flush();
+        }
+    }
+
+    fn reset(&mut self, kind: ResetKind, host: &mut dyn Host) -> Result<(), AttachmentError> {
+        let sequence = self.next_sequence();
+        self.ask(sequence, ToLender::Reset { sequence, kind }, host).map_err(|error| match error {
+            MapError::Attachment(error) => error,
+            _ => AttachmentError::Refused("a reset"),
+        })
+    }
+
+    fn poll(&mut self, now: Nanos, host: &mut dyn Host) -> Activity {
+        if self.gone.is_some() {
+            return Activity::Idle(None);
+        }
+        if self.take_events(now, host) { Activity::Busy } else { Activity::Idle(None) }
+    }
+
+    fn arm(&mut self) -> bool {
+        self.gone.is_some() || self.link.arm()
+    }
+
+    fn wake_fd(&self) -> Option<BorrowedFd<'_>> {
+        if self.gone.is_some() { None } else { self.link.wake_fd() }
+    }
+
+    fn gone(&self) -> Option<CloseReason> {
+        self.gone
+    }
+
+    fn dirty_log(&mut self, memory: &Arc<Memory>, host: &mut dyn Host) -> Option<&DirtyLog> {
+        if self.gone.is_none() {
+            // What the device wrote before this question is marked when it is answered. A lender that does not answer is closed by `ask`,
+            // and then nothing more is written; the log is complete either way.
+            let sequence = self.next_sequence();
+            if let Err(error) = self.ask(sequence, ToLender::Fence { sequence }, host) {
+                tracing::warn!(%error, "the dirty log was taken from a lender that is gone");
+            }
+        }
+        self.memories.log_of(memory)
+    }
+}

@@ -1,0 +1,321 @@
+//! The lender's session: hands BAR accesses to the device in order, and the device's DMA and interrupts to the borrower's guest.
+//!
+//! A doorbell write of 17 is taken from the link, given to the backend, whose reads of slot 16 and writes of 4 KiB go through [`bus`] as
+//! one-sided operations on the borrower's memory; then the completion and vector 3 follow on the same link, and so cannot pass the data.
+//!
+//! One thread owns a session. [`LenderSession::run`] polls, and sleeps after a bounded time without work.
+
+mod bus;
+mod mediation;
+mod windows;
+
+use std::collections::VecDeque;
+use std::os::fd::BorrowedFd;
+use std::sync::{Arc, Weak};
+use std::time::Duration;
+
+use farbus_transport::{CloseReason, Event, Events, Fabric, Nanos};
+
+use self::bus::LenderBus;
+use crate::attachment::Activity;
+use crate::backend::{AttachError, Backend, DmaFault, ResetKind};
+use crate::message::{Outcome, Sequence, ToBorrower, ToLender};
+use crate::wait::{Waker, sleep_until_readable};
+
+pub use self::bus::Counters;
+pub(crate) use self::mediation::{SLOT_BYTES, SLOTS, STAGING_BYTES};
+
+/// How long the device may take to end what is in flight before its borrower's memory is let go of regardless of an answer.
+const QUIESCE_LIMIT: Duration = Duration::from_secs(10);
+
+/// How a session polls.
+#[derive(Clone, Copy, Debug)]
+pub struct PollOptions {
+    /// How long to poll without work before sleeping.
+    pub spin: Duration,
+}
+
+impl Default for PollOptions {
+    fn default() -> Self {
+        Self { spin: Duration::from_micros(50) }
+    }
+}
+
+/// A question whose answer waits for DMA to end.
+enum Waiting {
+    Unmap { sequence: Sequence, in_use: Weak<()> },
+    Reset { sequence: Sequence, kind: ResetKind },
+}
+
+/// One borrower's use of one device.
+pub struct LenderSession<F: Fabric> {
+    bus: LenderBus<F>,
+    backend: Box<dyn Backend>,
+    events: Events,
+    waiting: VecDeque<Waiting>,
+    closed: Option<CloseReason>,
+}
+
+/// A device that could not be attached comes back with the reason.
+pub type Refused = (AttachError, Box<dyn Backend>);
+
+impl<F: Fabric> LenderSession<F> {
+    /// Attaches `backend` to a link that is ready.
+    ///
+    /// # Errors
+    /// [`AttachError`], with the backend.
+    pub fn new(fabric: F, mut backend: Box<dyn Backend>) -> Result<Self, Refused> {
+        let mut bus = match LenderBus::new(fabric) {
+            Ok(bus) => bus,
+            Err(error) => return Err((error, backend)),
+        };
+        if let Err(error) = backend.attach(&mut bus) {
+            return Err((error, backend));
+        }
+        Ok(Self { bus, backend, events: Events::new(), waiting: VecDeque::new(), closed: None })
+    }
+
+    /// Does what there is to do, without blocking.
+    pub fn pump(&mut self, now: Nanos) -> Activity {
+        self.bus.set_now(now);
+        self.events.clear();
+        self.bus.poll(&mut self.events);
+        let mut activity = Activity::Idle(None);
+        for index in 0..self.events.as_slice().len() {
+            activity = Activity::Busy;
+            if let Some(event) = self.events.as_slice().get(index).copied() {
+                self.handle(event);
+            }
+        }
+        if self.closed.is_some() {
+            return Activity::Idle(None);
+        }
+        activity = activity.and(self.backend.poll(&mut self.bus));
+        while let Some((tag, result)) = self.bus.next_finished() {
+            activity = Activity::Busy;
+            self.backend.dma_done(tag, result, &mut self.bus);
+        }
+        if !self.waiting.is_empty() {
+            self.answer_waiting();
+        }
+        if let Some(reason) = self.bus.fault() {
+            self.close(reason);
+        }
+        self.bus.flush();
+        activity
+    }
+
+    /// Polls until the link ends or `stop` is set; sleeps when there is nothing to do.
+    pub fn run(&mut self, options: PollOptions, stop: &Waker) -> CloseReason {
+        let mut now = Nanos::now();
+        let mut busy_at = now;
+        let mut polls = 0_u32;
+        loop {
+            let activity = self.pump(now);
+            if let Some(reason) = self.closed {
+                return reason;
+            }
+            let Activity::Idle(wait) = activity else {
+                busy_at = now;
+                polls = 63;
+                continue;
+            };
+            polls += 1;
+            if !polls.is_multiple_of(64) {
+                std::hint::spin_loop();
+                continue;
+            }
+            now = Nanos::now();
+            if stop.is_set() {
+                return CloseReason::Local;
+            }
+            // While an answer waits for the device, nothing may announce its end: keep polling.
+            if now.since(busy_at) >= options.spin && self.waiting.is_empty() {
+                if self.arm() {
+                    let fds = [self.bus.wake_fd(), self.backend.wake_fd(), Some(stop.fd())];
+                    sleep_until_readable(&fds, wait);
+                }
+                now = Nanos::now();
+                busy_at = now;
+            }
+        }
+    }
+
+    /// Prepares to sleep: true where one of [`LenderSession::wake_fds`] will become readable at the next event.
+    pub fn arm(&mut self) -> bool {
+        self.bus.arm() && self.backend.arm()
+    }
+
+    /// What to sleep on.
+    pub fn wake_fds(&self) -> [Option<BorrowedFd<'_>>; 2] {
+        [self.bus.wake_fd(), self.backend.wake_fd()]
+    }
+
+    /// Why the link ended, once it has.
+    pub fn closed(&self) -> Option<CloseReason> {
+        self.closed
+    }
+
+    /// What happened so far.
+    pub fn counters(&self) -> Counters {
+        self.bus.counters()
+    }
+
+    /// Ends the session: no DMA of the device touches the borrower's memory when this returns, and the device is as after power-on.
+    pub fn end(mut self) -> Box<dyn Backend> {
+        self.backend.fence();
+        let deadline = Nanos::now() + QUIESCE_LIMIT;
+        loop {
+            self.bus.set_now(Nanos::now());
+            self.bus.fail_pending(self.closed.is_some());
+            while let Some((tag, result)) = self.bus.next_finished() {
+                self.backend.dma_done(tag, result, &mut self.bus);
+            }
+            if self.backend.in_flight() == 0 && !self.bus.has_pending() {
+                break;
+            }
+            if Nanos::now() > deadline {
+                tracing::error!(
+                    in_flight = self.backend.in_flight(),
+                    "the device did not quiesce; it is reset with work in flight"
+                );
+                break;
+            }
+            if self.closed.is_none() {
+                self.pump(Nanos::now());
+            }
+            if self.backend.poll(&mut self.bus) != Activity::Busy {
+                std::thread::sleep(Duration::from_micros(100));
+            }
+        }
+        self.backend.reset(ResetKind::Conventional, &mut self.bus);
+        self.backend.detach();
+        // Said last: a borrower that hears it may reuse its memory.
+        self.close(CloseReason::Local);
+        self.backend
+    }
+
+    fn close(&mut self, reason: CloseReason) {
+        if self.closed.is_none() {
+            self.closed = Some(reason);
+            self.bus.close();
+        }
+    }
+
+    fn handle(&mut self, event: Event) {
+        match event {
+            Event::Message(message) => match ToLender::parse(message.bytes()) {
+                Ok(message) => self.obey(message),
+                Err(error) => self.close(CloseReason::Protocol(error.text())),
+            },
+            Event::Done(id) => self.bus.operation_done(id, Ok(())),
+            Event::Failed(Some(id), error) => {
+                tracing::warn!(%error, "an operation on the borrower's memory failed");
+                self.bus.operation_done(id, Err(DmaFault::Fenced));
+            }
+            Event::Failed(None, error) => {
+                tracing::error!(%error, "an operation that nobody waits for failed");
+                self.close(CloseReason::Protocol("an operation on the peer's memory failed"));
+            }
+            Event::Notify(_) => self.close(CloseReason::Protocol("a notification that was not asked for")),
+            Event::Closed(reason) => self.close(reason),
+        }
+    }
+
+    #[inline]
+    fn obey(&mut self, message: ToLender) {
+        match message {
+            ToLender::BarWrite { at, width, value } => {
+                if !self.inside(at.bar, at.offset, width.bytes()) {
+                    return self.close(CloseReason::Protocol("a register write outside the device"));
+                }
+                self.bus.counters.bar_writes += 1;
+                if !self.resetting() {
+                    self.backend.bar_write(at, width, value, &mut self.bus);
+                }
+            }
+            ToLender::BarRead { sequence, at, width } => {
+                if !self.inside(at.bar, at.offset, width.bytes()) {
+                    return self.close(CloseReason::Protocol("a register read outside the device"));
+                }
+                self.bus.counters.bar_reads += 1;
+                let value = if self.resetting() { width.all_ones() } else { self.backend.bar_read(at, width, &mut self.bus) };
+                self.bus.send_in_order(ToBorrower::BarValue { sequence, value: width.truncate(value) });
+                self.bus.flush();
+            }
+            ToLender::InterruptMode(mode) => self.backend.set_interrupt_mode(mode, &mut self.bus),
+            ToLender::BusMaster(enabled) => self.bus.set_bus_master(enabled),
+            ToLender::Offer { sequence, memory, dirty, proven } => {
+                let outcome = self.bus.offer(memory, dirty, proven);
+                self.acknowledge(sequence, outcome);
+            }
+            ToLender::Map { sequence, iova, len, memory, offset, access } => {
+                let outcome = self.bus.map_window(iova, len, memory, offset, access);
+                self.acknowledge(sequence, outcome);
+            }
+            ToLender::Unmap { sequence, iova, len } => match self.bus.unmap_windows(iova, len) {
+                Ok(in_use) => {
+                    self.waiting.push_back(Waiting::Unmap { sequence, in_use });
+                    self.answer_waiting();
+                }
+                Err(outcome) => self.acknowledge(sequence, outcome),
+            },
+            ToLender::Withdraw { sequence, key } => {
+                let outcome = self.bus.withdraw(key);
+                self.acknowledge(sequence, outcome);
+            }
+            ToLender::Prove { key } => self.bus.prove(key),
+            ToLender::Reset { sequence, kind } => {
+                self.backend.fence();
+                self.bus.fail_pending(false);
+                self.waiting.push_back(Waiting::Reset { sequence, kind });
+                self.answer_waiting();
+            }
+            ToLender::Fence { sequence } => self.acknowledge(sequence, Outcome::Done),
+            ToLender::Fetched { ticket, ok } => self.bus.fetched(ticket, ok),
+            ToLender::Stored { ticket, ok } => self.bus.stored(ticket, ok),
+            ToLender::Staging(grant) => self.bus.set_store_staging(&grant),
+        }
+    }
+
+    fn inside(&self, bar: u8, offset: u64, len: u64) -> bool {
+        self.backend.description().contains(bar, offset, len) && offset.is_multiple_of(len)
+    }
+
+    fn resetting(&self) -> bool {
+        self.waiting.iter().any(|waiting| matches!(waiting, Waiting::Reset { .. }))
+    }
+
+    fn acknowledge(&mut self, sequence: Sequence, outcome: Outcome) {
+        self.bus.send_in_order(ToBorrower::Ack { sequence, outcome });
+        self.bus.flush();
+    }
+
+    /// Answers the questions whose DMA has ended, in the order they were asked.
+    fn answer_waiting(&mut self) {
+        while let Some(waiting) = self.waiting.front() {
+            match waiting {
+                Waiting::Unmap { sequence, in_use } => {
+                    if in_use.strong_count() > 0 {
+                        return;
+                    }
+                    let sequence = *sequence;
+                    self.waiting.pop_front();
+                    self.acknowledge(sequence, Outcome::Done);
+                }
+                Waiting::Reset { sequence, kind } => {
+                    if self.backend.in_flight() > 0 || self.bus.has_pending() {
+                        return;
+                    }
+                    let (sequence, kind) = (*sequence, *kind);
+                    self.backend.reset(kind, &mut self.bus);
+                    self.waiting.pop_front();
+                    self.acknowledge(sequence, Outcome::Done);
+                }
+            }
+        }
+    }
+}
+
+/// A token that everything in flight holds: when its count falls to zero, what began under it has ended.
+type InUse = Arc<()>;

@@ -1,0 +1,293 @@
+//! A whole session over shared memory: borrower in this thread, lender in another, the copy engine behind it.
+//!
+//! The first test is the life of one DMA: map 1 MiB, tell the engine where, see bytes, polled word, dirty pages and vector 3 in that order.
+
+mod common;
+
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use common::{
+    BUFFER_BYTES, COMMAND, CopyEngine, DONE, FAULTS, IOVA, LEN, RAISE, READ, Recorder, Seen, VALUE, WRITE, bar0, description,
+};
+use farbus_remote_dma::borrower::{BorrowerOptions, BorrowerSession};
+use farbus_remote_dma::lender::{LenderSession, PollOptions};
+use farbus_remote_dma::wait::Waker;
+use farbus_remote_dma::{Attachment, Iova, MapError, MediationAnswer, ResetKind, Width, Window, WindowMemory};
+use farbus_transport::shm::{ShmFabric, ShmOptions};
+use farbus_transport::{Access, CloseReason, Fabric, Memory, Nanos, Op, Signal};
+
+struct Pair {
+    session: BorrowerSession<ShmFabric>,
+    host: Recorder,
+    buffer: Arc<Memory>,
+    stop: Waker,
+    lender: Option<JoinHandle<CloseReason>>,
+}
+
+impl Pair {
+    fn new() -> Self {
+        let (lender, borrower) = ShmFabric::pair(ShmOptions::default()).unwrap();
+        let stop = Waker::new().unwrap();
+        let engine = CopyEngine::new();
+        let buffer = Arc::clone(&engine.buffer);
+        let waker = stop.clone();
+        let lender = std::thread::spawn(move || {
+            let mut session = LenderSession::new(lender, Box::new(engine)).map_err(|(error, _)| error).unwrap();
+            let reason = session.run(PollOptions::default(), &waker);
+            session.end();
+            reason
+        });
+        let options = BorrowerOptions { read_deadline: Duration::from_secs(20), ..BorrowerOptions::default() };
+        let session = BorrowerSession::new(borrower, description(), options).unwrap();
+        let mut pair = Self { session, host: Recorder::default(), buffer, stop, lender: Some(lender) };
+        pair.session.set_bus_master(true, &mut pair.host);
+        pair
+    }
+
+    fn map(&mut self, iova: u64, memory: &Arc<Memory>, proven: bool) -> Result<(), MapError> {
+        let memory = WindowMemory::Mapped { memory: Arc::clone(memory), offset: 0, proven };
+        let len = 1 << 20;
+        self.session.map(Window { iova: Iova(iova), len, access: Access::READ_WRITE, memory }, &mut self.host)
+    }
+
+    fn write(&mut self, offset: u64, value: u64) {
+        self.session.bar_write(bar0(offset), Width::B8, value, &mut self.host);
+    }
+
+    fn read(&mut self, offset: u64) -> u64 {
+        self.session.bar_read(bar0(offset), Width::B8, &mut self.host)
+    }
+
+    fn command(&mut self, command: u64, iova: u64, len: u64) {
+        self.write(IOVA, iova);
+        self.write(LEN, len);
+        self.write(COMMAND, command);
+    }
+
+    fn next(&mut self) -> Seen {
+        let deadline = Instant::now() + Duration::from_secs(20);
+        loop {
+            if let Some(seen) = self.host.0.pop_front() {
+                return seen;
+            }
+            assert!(Instant::now() < deadline, "nothing came");
+            self.session.poll(Nanos::now(), &mut self.host);
+        }
+    }
+}
+
+impl Drop for Pair {
+    fn drop(&mut self) {
+        self.stop.set();
+        if let Some(lender) = self.lender.take() {
+            lender.join().unwrap();
+        }
+    }
+}
+
+fn guest() -> Arc<Memory> {
+    Memory::memfd("guest", 1 << 20).unwrap()
+}
+
+fn pages(pair: &mut Pair, memory: &Arc<Memory>) -> Vec<u64> {
+    let mut pages = Vec::new();
+    pair.session.dirty_log(memory, &mut pair.host).unwrap().take(|page| pages.push(page));
+    pages
+}
+
+#[test]
+fn data_then_polled_word_then_mark_then_vector() {
+    let mut pair = Pair::new();
+    let guest = guest();
+    pair.map(0x10_0000, &guest, true).unwrap();
+    pair.buffer.write(0, b"from the device").unwrap();
+    pair.command(WRITE, 0x10_0ff8, 16);
+    assert_eq!(pair.next(), Seen::Interrupt(3));
+    let mut seen = [0; 24];
+    guest.read(0xff8, &mut seen).unwrap();
+    assert_eq!(&seen, b"from the device\0lastword");
+    assert_eq!(pages(&mut pair, &guest), [0, 1]);
+    assert_eq!((pair.read(DONE), pair.read(FAULTS)), (1, 0));
+
+    guest.write(0x5000, b"from the guest").unwrap();
+    pair.command(READ, 0x10_5000, 14);
+    assert_eq!(pair.read(DONE), 2, "a read follows the write before it");
+    let mut seen = [0; 14];
+    pair.buffer.read(0, &mut seen).unwrap();
+    assert_eq!(&seen, b"from the guest");
+    assert_eq!(pages(&mut pair, &guest), [0_u64; 0]);
+}
+
+#[test]
+fn dma_outside_the_maps_or_without_bus_mastering_touches_nothing() {
+    let mut pair = Pair::new();
+    let guest = guest();
+    pair.map(0, &guest, true).unwrap();
+    pair.buffer.write(0, &[0xaa; 64]).unwrap();
+    for (iova, len) in [((1 << 20) - 32, 64), (1 << 20, 64), (u64::MAX - 10, 64)] {
+        pair.command(WRITE, iova, len);
+    }
+    assert_eq!(pair.read(FAULTS), 3);
+    pair.session.set_bus_master(false, &mut pair.host);
+    pair.command(WRITE, 0, 64);
+    assert_eq!(pair.read(FAULTS), 4);
+    let mut seen = vec![0; 1 << 20];
+    guest.read(0, &mut seen).unwrap();
+    assert!(seen.iter().all(|byte| *byte == 0));
+    assert!(pair.host.0.is_empty());
+}
+
+#[test]
+fn after_an_unmap_no_dma_lands_and_the_memory_can_be_mapped_again() {
+    let mut pair = Pair::new();
+    let guest = guest();
+    for round in 1..=20 {
+        pair.map(0, &guest, true).unwrap();
+        assert!(matches!(pair.map(0x8_0000, &guest, true), Err(MapError::Overlap { .. })));
+        pair.buffer.write(0, &[round; 64]).unwrap();
+        pair.command(WRITE, 0x100, 64);
+        assert_eq!(pair.next(), Seen::Interrupt(3));
+        assert!(matches!(pair.session.unmap(Iova(0), 4096, &mut pair.host), Err(MapError::Overlap { .. })));
+        pair.session.unmap(Iova(0), 1 << 20, &mut pair.host).unwrap();
+        pair.buffer.write(0, &[0xff; 64]).unwrap();
+        pair.command(WRITE, 0x100, 64);
+        assert_eq!(pair.read(FAULTS), u64::from(round));
+        let mut seen = [0; 64];
+        guest.read(0x100, &mut seen).unwrap();
+        assert_eq!(seen, [round; 64]);
+    }
+    pair.session.unmap(Iova(0x5000), 4096, &mut pair.host).unwrap();
+}
+
+#[test]
+fn a_reset_clears_the_device_and_keeps_the_maps() {
+    let mut pair = Pair::new();
+    let guest = guest();
+    pair.map(0, &guest, true).unwrap();
+    pair.write(VALUE, 7);
+    assert_eq!(pair.read(VALUE), 7);
+    pair.session.reset(ResetKind::Function, &mut pair.host).unwrap();
+    assert_eq!(pair.read(VALUE), 0);
+    pair.command(WRITE, 0, 8);
+    assert_eq!(pair.next(), Seen::Interrupt(3));
+}
+
+#[test]
+fn memory_that_is_not_proven_is_reached_through_the_guests_side_until_it_is() {
+    let mut pair = Pair::new();
+    let guest = guest();
+    pair.map(0, &guest, false).unwrap();
+    // More pages than there are staging slots: the rest waits, and the vector waits behind all of it.
+    let len = BUFFER_BYTES - 4096;
+    let bytes: Vec<u8> = (0..len).map(|i| (i / 7) as u8).collect();
+    pair.buffer.write(0, &bytes).unwrap();
+    for _ in 0..3 {
+        pair.command(WRITE, 0x800, len);
+    }
+    let mut stored = Vec::new();
+    for _ in 0..3 {
+        loop {
+            match pair.next() {
+                Seen::Store(ticket, iova, bytes, polled) => {
+                    assert_eq!(polled, iova.0 == 0x800 + len);
+                    if !polled {
+                        stored.extend(bytes);
+                    }
+                    pair.session.answer(ticket, MediationAnswer::Stored, &mut pair.host);
+                }
+                Seen::Interrupt(3) => break,
+                other => panic!("{other:?}"),
+            }
+        }
+    }
+    assert!(stored == bytes.repeat(3), "every byte once, in order");
+    let mut untouched = [1; 16];
+    guest.read(0x800, &mut untouched).unwrap();
+    assert_eq!(untouched, [0; 16], "nothing went directly");
+
+    pair.command(READ, 0x1ff0, 32);
+    for expected in [0x1ff0, 0x2000] {
+        let Seen::Fetch(ticket, iova, 16) = pair.next() else { panic!("no fetch") };
+        assert_eq!(iova, Iova(expected));
+        pair.session.answer(ticket, MediationAnswer::Fetched(&[expected as u8; 16]), &mut pair.host);
+    }
+    assert_eq!((pair.read(DONE), pair.read(FAULTS)), (4, 0));
+    let mut seen = [0; 32];
+    pair.buffer.read(0, &mut seen).unwrap();
+    assert_eq!(seen, [[0xf0; 16], [0; 16]].concat()[..]);
+
+    pair.session.prove(&guest, &mut pair.host);
+    guest.write(0x3000, b"direct").unwrap();
+    pair.command(READ, 0x3000, 6);
+    assert_eq!(pair.read(DONE), 5);
+    pair.buffer.read(0, &mut seen[..6]).unwrap();
+    assert_eq!(&seen[..6], b"direct");
+}
+
+#[test]
+fn a_refused_mediation_is_a_fault_and_a_reset_does_not_wait_for_the_guests_side() {
+    let mut pair = Pair::new();
+    let window = Window { iova: Iova(0), len: 1 << 20, access: Access::READ_WRITE, memory: WindowMemory::Mediated };
+    pair.session.map(window, &mut pair.host).unwrap();
+    pair.command(READ, 0, 64);
+    let Seen::Fetch(ticket, ..) = pair.next() else { panic!("no fetch") };
+    pair.session.answer(ticket, MediationAnswer::Fault, &mut pair.host);
+    assert_eq!(pair.read(FAULTS), 1);
+    pair.command(READ, 0, 64);
+    let Seen::Fetch(ticket, ..) = pair.next() else { panic!("no fetch") };
+    pair.session.reset(ResetKind::Function, &mut pair.host).unwrap();
+    // The answer comes too late and harms nobody.
+    pair.session.answer(ticket, MediationAnswer::Fetched(&[1; 64]), &mut pair.host);
+    assert_eq!(pair.read(DONE), 0);
+    assert_eq!(pair.session.gone(), None);
+}
+
+#[test]
+fn a_dead_lender_answers_all_ones_and_takes_nothing_with_it() {
+    let mut pair = Pair::new();
+    let guest = guest();
+    pair.map(0, &guest, true).unwrap();
+    pair.stop.set();
+    pair.lender.take().unwrap().join().unwrap();
+    assert_eq!(pair.session.bar_read(bar0(VALUE), Width::B4, &mut pair.host), 0xffff_ffff);
+    assert_eq!(pair.session.gone(), Some(CloseReason::PeerClosed));
+    pair.write(VALUE, 1);
+    pair.session.unmap(Iova(0), 1 << 20, &mut pair.host).unwrap();
+    assert!(pair.map(0, &guest, true).is_err());
+}
+
+#[test]
+fn a_burst_longer_than_the_ring_arrives_in_order_both_ways() {
+    let mut pair = Pair::new();
+    for vector in 0..2000 {
+        pair.command(RAISE, 0, vector);
+    }
+    for vector in 0..2000 {
+        assert_eq!(pair.next(), Seen::Interrupt(vector));
+    }
+}
+
+#[test]
+fn a_borrower_that_breaks_the_protocol_is_dropped_and_the_device_survives() {
+    let nonsense: [&[u8]; 6] = [
+        b"",
+        b"\xff\xff\xff",
+        &[1, 9, 4, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0],
+        &[2, 0, 4, 2, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0],
+        &[1, 0, 8, 0xf9, 0x0f, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0],
+        &[12, 3, 0, 0, 0, 1],
+    ];
+    for message in nonsense {
+        let (lender, mut borrower) = ShmFabric::pair(ShmOptions::default()).unwrap();
+        let mut session = LenderSession::new(lender, Box::new(CopyEngine::new())).map_err(|(error, _)| error).unwrap();
+        borrower.post(Signal::No, Op::Send { message }).unwrap();
+        borrower.flush();
+        let reason = session.run(PollOptions::default(), &Waker::new().unwrap());
+        assert!(matches!(reason, CloseReason::Protocol(_)), "{message:?}: {reason:?}");
+        let engine = session.end();
+        let (lender, _borrower) = ShmFabric::pair(ShmOptions::default()).unwrap();
+        assert!(LenderSession::new(lender, engine).is_ok());
+    }
+}

@@ -1,0 +1,234 @@
+//! How two processes find each other: a unix socket at a path, the hello, then the rings.
+//!
+//! `Listener::bind("/run/farbus/nvme0")` leaves a socket that only its owner may use; a stale one (nobody listens) is replaced, a live one is
+//! not. A peer of another user is turned away before it learns anything.
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::fs::{FileTypeExt, PermissionsExt};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use thiserror::Error;
+
+use super::{ShmFabric, ShmOptions, Side};
+use crate::link::hello::{Agreed, ExchangeError, Hello, exchange};
+
+/// How long a peer may take over its hello.
+pub const HELLO_LIMIT: Duration = Duration::from_secs(5);
+
+/// Why there is no link.
+#[derive(Debug, Error)]
+pub enum ListenError {
+    /// Another process listens there.
+    #[error("{path} is in use by another process")]
+    InUse {
+        /// The socket.
+        path: PathBuf,
+    },
+    /// Something that is no socket is there.
+    #[error("{path} exists and is no socket")]
+    NotASocket {
+        /// The path.
+        path: PathBuf,
+    },
+    /// Nobody listens there.
+    #[error("nobody listens at {path}")]
+    NobodyThere {
+        /// The socket.
+        path: PathBuf,
+    },
+    /// The peer is somebody else.
+    #[error("the peer runs as user {peer}, this process as user {ours}")]
+    Stranger {
+        /// The peer's user id.
+        peer: u32,
+        /// Ours.
+        ours: u32,
+    },
+    /// The hello failed.
+    #[error(transparent)]
+    Hello(#[from] ExchangeError),
+    /// The host refused.
+    #[error("cannot {what} {path}: {source}")]
+    Host {
+        /// What was tried.
+        what: &'static str,
+        /// The socket.
+        path: PathBuf,
+        /// What the kernel answered.
+        source: io::Error,
+    },
+}
+
+/// A link that is ready, and what the peer said of itself.
+#[derive(Debug)]
+pub struct Connection {
+    /// The data path.
+    pub fabric: ShmFabric,
+    /// Version, features, and the peer's hello.
+    pub agreed: Agreed,
+}
+
+/// A socket that borrowers connect to. Removed when dropped.
+#[derive(Debug)]
+pub struct Listener {
+    listener: UnixListener,
+    path: PathBuf,
+}
+
+impl Listener {
+    /// Listens at `path`, for processes of this user and root only.
+    ///
+    /// # Errors
+    /// [`ListenError::InUse`], [`ListenError::NotASocket`], [`ListenError::Host`].
+    pub fn bind(path: impl AsRef<Path>) -> Result<Self, ListenError> {
+        let path = path.as_ref().to_path_buf();
+        let host = |what| {
+            let path = path.clone();
+            move |source| ListenError::Host { what, path, source }
+        };
+        if let Ok(found) = std::fs::symlink_metadata(&path) {
+            if !found.file_type().is_socket() {
+                return Err(ListenError::NotASocket { path });
+            }
+            match UnixStream::connect(&path) {
+                Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
+                    std::fs::remove_file(&path).map_err(host("replace the stale socket"))?;
+                }
+                _ => return Err(ListenError::InUse { path }),
+            }
+        }
+        let listener = UnixListener::bind(&path).map_err(host("listen at"))?;
+        let own = Self { listener, path: path.clone() };
+        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o600)).map_err(host("protect"))?;
+        Ok(own)
+    }
+
+    /// Waits for a connection; its hello is not read yet.
+    ///
+    /// # Errors
+    /// What accept(2) answers; `WouldBlock` after [`Listener::set_nonblocking`].
+    pub fn accept(&self) -> io::Result<UnixStream> {
+        self.listener.accept().map(|(stream, _)| stream)
+    }
+
+    /// Whether `accept` returns at once where nobody waits.
+    ///
+    /// # Errors
+    /// What the kernel answers.
+    pub fn set_nonblocking(&self, nonblocking: bool) -> io::Result<()> {
+        self.listener.set_nonblocking(nonblocking)
+    }
+
+    /// Makes a link of an accepted connection: checks who it is, exchanges hellos, shares the rings.
+    ///
+    /// # Errors
+    /// [`ListenError::Stranger`], [`ListenError::Hello`], [`ListenError::Host`].
+    pub fn establish(&self, stream: UnixStream, hello: &Hello, options: ShmOptions) -> Result<Connection, ListenError> {
+        stream.set_nonblocking(false).map_err(|source| ListenError::Host { what: "use", path: self.path.clone(), source })?;
+        establish(stream, hello, Side::Lender, options, &self.path)
+    }
+
+    /// Exchanges hellos with a connection that gets no link: `hello` says why.
+    ///
+    /// # Errors
+    /// [`ListenError::Hello`].
+    pub fn refuse(&self, mut stream: UnixStream, hello: &Hello) -> Result<(), ListenError> {
+        stream.set_nonblocking(false).map_err(|source| ListenError::Host { what: "use", path: self.path.clone(), source })?;
+        exchange(&mut stream, hello, HELLO_LIMIT)?;
+        Ok(())
+    }
+
+    /// Where it listens.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+}
+
+impl AsFd for Listener {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.listener.as_fd()
+    }
+}
+
+impl Drop for Listener {
+    fn drop(&mut self) {
+        if let Err(error) = std::fs::remove_file(&self.path) {
+            tracing::debug!(%error, path = %self.path.display(), "the socket was removed already");
+        }
+    }
+}
+
+/// Connects to a lender at `path`.
+///
+/// # Errors
+/// [`ListenError`].
+pub fn connect(path: impl AsRef<Path>, hello: &Hello, options: ShmOptions) -> Result<Connection, ListenError> {
+    let path = path.as_ref();
+    let stream = UnixStream::connect(path).map_err(|source| match source.kind() {
+        io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused => ListenError::NobodyThere { path: path.to_path_buf() },
+        _ => ListenError::Host { what: "connect to", path: path.to_path_buf(), source },
+    })?;
+    establish(stream, hello, Side::Borrower, options, path)
+}
+
+fn establish(
+    mut stream: UnixStream,
+    hello: &Hello,
+    side: Side,
+    options: ShmOptions,
+    path: &Path,
+) -> Result<Connection, ListenError> {
+    let host = |what| move |source| ListenError::Host { what, path: path.to_path_buf(), source };
+    let credentials = rustix::net::sockopt::socket_peercred(&stream).map_err(|errno| host("identify the peer at")(errno.into()))?;
+    let (peer, ours) = (credentials.uid.as_raw(), rustix::process::geteuid().as_raw());
+    if peer != ours && peer != 0 {
+        return Err(ListenError::Stranger { peer, ours });
+    }
+    let agreed = exchange(&mut stream, hello, HELLO_LIMIT)?;
+    let fabric = ShmFabric::establish(stream, side, options).map_err(host("share rings at"))?;
+    Ok(Connection { fabric, agreed })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::link::hello::{Role, SPOKEN};
+
+    fn hello(role: Role) -> Hello {
+        Hello { versions: SPOKEN, role, features: 0, epoch: 1, description: b"a device".to_vec() }
+    }
+
+    #[test]
+    fn two_ends_find_each_other_and_a_live_socket_is_not_replaced() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("link");
+        let listener = Listener::bind(&path).unwrap();
+        assert!(matches!(Listener::bind(&path), Err(ListenError::InUse { .. })));
+        // That attempt connected to see whether somebody listens; it is accepted and gives nothing.
+        let probe = listener.accept().unwrap();
+        assert!(matches!(listener.establish(probe, &hello(Role::Lender), ShmOptions::default()), Err(ListenError::Hello(_))));
+        let borrower = {
+            let path = path.clone();
+            std::thread::spawn(move || connect(path, &hello(Role::Borrower), ShmOptions::default()).unwrap())
+        };
+        let stream = listener.accept().unwrap();
+        let lender = listener.establish(stream, &hello(Role::Lender), ShmOptions::default()).unwrap();
+        assert_eq!(borrower.join().unwrap().agreed.peer.description, b"a device");
+        drop((lender, listener));
+        assert!(matches!(connect(&path, &hello(Role::Borrower), ShmOptions::default()), Err(ListenError::NobodyThere { .. })));
+    }
+
+    #[test]
+    fn a_stale_socket_is_replaced_and_a_file_is_kept() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("link");
+        drop(UnixListener::bind(&path).unwrap());
+        assert!(Listener::bind(&path).is_ok());
+        std::fs::write(&path, "precious").unwrap();
+        assert!(matches!(Listener::bind(&path), Err(ListenError::NotASocket { .. })));
+        assert_eq!(std::fs::read_to_string(&path).unwrap(), "precious");
+    }
+}
