@@ -3,11 +3,7 @@
 //! `cargo bench -p farbus-bench` says that submit, ring and reap of a 4 KiB read over a controller that answers at once take so many
 //! nanoseconds, the copy of the data included.
 
-#![expect(
-    clippy::unwrap_used,
-    clippy::expect_used,
-    reason = "a benchmark that cannot run must not report"
-)]
+#![expect(clippy::unwrap_used, clippy::expect_used, reason = "a benchmark that cannot run must not report")]
 
 use std::hint::black_box;
 use std::time::Duration;
@@ -31,9 +27,7 @@ fn driver(criterion: &mut Criterion) {
             bencher.iter(|| {
                 driver.submit(queue, &Io::Read { block: 8, into: &into }, 1).expect("room");
                 driver.ring(queue).expect("a queue");
-                driver
-                    .reap(queue, |done| assert!(done.status.ok()))
-                    .expect("no stray completion")
+                driver.reap(queue, |done| assert!(done.status.ok())).expect("no stray completion")
             });
         });
     }

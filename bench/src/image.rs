@@ -73,20 +73,11 @@ pub fn pack(target: &mut File, bytes: u64, sources: &[PathBuf], mut progress: im
         return Err(ImageError::Size(bytes));
     }
     let files = list(sources, bytes);
-    let mut packed = Packed {
-        bytes,
-        files: 0,
-        rounds: 0,
-        unreadable: 0,
-    };
+    let mut packed = Packed { bytes, files: 0, rounds: 0, unreadable: 0 };
     target.set_len(0).map_err(ImageError::Write)?;
     target.set_len(bytes).map_err(ImageError::Write)?;
     target.seek(SeekFrom::Start(ALIGN)).map_err(ImageError::Write)?;
-    let mut writer = Writer {
-        target: BufWriter::with_capacity(1 << 20, &mut *target),
-        at: ALIGN,
-        end: bytes,
-    };
+    let mut writer = Writer { target: BufWriter::with_capacity(1 << 20, &mut *target), at: ALIGN, end: bytes };
     while writer.at < writer.end {
         let before = writer.at;
         packed.rounds += 1;
@@ -99,10 +90,7 @@ pub fn pack(target: &mut File, bytes: u64, sources: &[PathBuf], mut progress: im
                 packed.files += u64::from(copied);
                 packed.unreadable += u64::from(!copied);
             }
-            progress(Progress {
-                done: writer.at.min(bytes),
-                total: bytes,
-            });
+            progress(Progress { done: writer.at.min(bytes), total: bytes });
         }
         if writer.at == before {
             return Err(ImageError::NoFiles(sources.to_vec()));
@@ -207,10 +195,7 @@ mod tests {
         std::os::unix::fs::symlink("/", folder.path().join("loop")).unwrap();
         let mut image = tempfile::tempfile().unwrap();
         let mut last = 0;
-        let packed = pack(&mut image, bytes, &[folder.path().to_owned()], |progress| {
-            last = progress.done
-        })
-        .unwrap();
+        let packed = pack(&mut image, bytes, &[folder.path().to_owned()], |progress| last = progress.done).unwrap();
         assert_eq!(last, bytes);
         let mut found = Vec::new();
         image.seek(SeekFrom::Start(0)).unwrap();

@@ -20,20 +20,12 @@ fn start(fault: Fault, options: DriverOptions) -> Result<Driver<StubController>,
 }
 
 fn short() -> DriverOptions {
-    DriverOptions {
-        depth: 8,
-        command_timeout: Duration::from_millis(30),
-        ..DriverOptions::default()
-    }
+    DriverOptions { depth: 8, command_timeout: Duration::from_millis(30), ..DriverOptions::default() }
 }
 
 #[test]
 fn a_controller_comes_up_says_who_it_is_and_goes_down_in_order() {
-    let options = DriverOptions {
-        queues: 8,
-        depth: 1024,
-        ..short()
-    };
+    let options = DriverOptions { queues: 8, depth: 1024, ..short() };
     let driver = start(Fault::None, options).unwrap();
     assert_eq!(driver.identity().serial, "STUB");
     assert_eq!(driver.identity().max_transfer, Some(1 << 20));
@@ -62,10 +54,7 @@ fn exchange(fault: Fault) {
             let block = (round * 7 + token) * 8;
             driver.submit(QUEUE, &Io::Write { block, from: buffer }, token).unwrap();
         }
-        assert!(matches!(
-            driver.submit(QUEUE, &Io::Flush, 99),
-            Err(DriverError::Full { queue: 1 })
-        ));
+        assert!(matches!(driver.submit(QUEUE, &Io::Flush, 99), Err(DriverError::Full { queue: 1 })));
         let doorbells = driver.registers_mut().doorbells;
         driver.ring(QUEUE).unwrap();
         let mut seen = 0_u32;
@@ -78,23 +67,11 @@ fn exchange(fault: Fault) {
                 .unwrap();
         }
         assert_eq!(seen, 0x7f, "every token once");
-        assert_eq!(
-            driver.registers_mut().doorbells,
-            doorbells + 2,
-            "one doorbell each way for seven commands"
-        );
+        assert_eq!(driver.registers_mut().doorbells, doorbells + 2, "one doorbell each way for seven commands");
     }
     for block in 0..700_u64 {
         let buffer = &buffers[0];
-        driver
-            .execute(
-                QUEUE,
-                &Io::Read {
-                    block: block * 8,
-                    into: buffer,
-                },
-            )
-            .unwrap();
+        driver.execute(QUEUE, &Io::Read { block: block * 8, into: buffer }).unwrap();
         let mut data = [0; 4096];
         buffer.read(0, &mut data).unwrap();
         assert_eq!(data, [(block / 7 + block % 7) as u8; 4096]);
@@ -113,21 +90,11 @@ fn completions_in_any_order_find_their_commands() {
 
 #[test]
 fn a_transfer_of_any_length_and_offset_moves_exactly_its_bytes() {
-    let options = DriverOptions {
-        max_transfer: 1 << 20,
-        ..short()
-    };
+    let options = DriverOptions { max_transfer: 1 << 20, ..short() };
     let mut driver = start(Fault::None, options).unwrap();
     let arena = driver.allocate((1 << 20) + 4096).unwrap();
     let pattern: Vec<u8> = (0..1 << 20).map(|at| (at % 251) as u8).collect();
-    for (offset, len) in [
-        (0, 512),
-        (4, 4096),
-        (2048, 8192),
-        (512, 128 << 10),
-        (0, 1 << 20),
-        (4092, 1 << 20),
-    ] {
+    for (offset, len) in [(0, 512), (4, 4096), (2048, 8192), (512, 128 << 10), (0, 1 << 20), (4092, 1 << 20)] {
         let out = arena.slice(offset, len).unwrap();
         out.write(0, &pattern[..len as usize]).unwrap();
         driver.execute(QUEUE, &Io::Write { block: 3, from: &out }).unwrap();
@@ -146,10 +113,7 @@ fn what_leaves_the_namespace_or_the_limits_is_refused_here() {
     let cases = [(16_384 - 7, 4096), (u64::MAX, 4096), (0, 1 << 20), (0, 100)];
     for (block, len) in cases {
         let into = &buffer.slice(0, len).unwrap();
-        assert!(matches!(
-            driver.execute(QUEUE, &Io::Read { block, into }),
-            Err(DriverError::Limit { .. })
-        ));
+        assert!(matches!(driver.execute(QUEUE, &Io::Read { block, into }), Err(DriverError::Limit { .. })));
     }
     assert!(matches!(driver.ring(QueueIndex(0)), Err(DriverError::NoQueue { queue: 0 })));
     assert!(matches!(driver.ring(QueueIndex(2)), Err(DriverError::NoQueue { queue: 2 })));
@@ -168,20 +132,9 @@ fn a_failed_read_is_never_taken_for_data() {
 fn a_controller_that_fails_hangs_leaves_or_lies_is_named_in_bounded_time() {
     let expectations: [(Fault, fn(&DriverError) -> bool); 4] = [
         (Fault::Fatal, |error| matches!(error, DriverError::Fatal { csts: 3 })),
-        (Fault::Hang, |error| {
-            matches!(
-                error,
-                DriverError::Timeout {
-                    queue: 1,
-                    in_flight: 1,
-                    ..
-                }
-            )
-        }),
+        (Fault::Hang, |error| matches!(error, DriverError::Timeout { queue: 1, in_flight: 1, .. })),
         (Fault::Gone, |error| matches!(error, DriverError::Gone)),
-        (Fault::Stray, |error| {
-            matches!(error, DriverError::StrayCompletion { queue: 1, .. })
-        }),
+        (Fault::Stray, |error| matches!(error, DriverError::StrayCompletion { queue: 1, .. })),
     ];
     for (fault, expected) in expectations {
         let mut driver = start(fault, short()).unwrap();
@@ -192,16 +145,7 @@ fn a_controller_that_fails_hangs_leaves_or_lies_is_named_in_bounded_time() {
         assert!(began.elapsed() < Duration::from_secs(5));
     }
     let error = start(Fault::NeverReady, short()).unwrap_err();
-    assert!(
-        matches!(
-            error,
-            DriverError::Ready {
-                what: "become ready",
-                ..
-            }
-        ),
-        "{error}"
-    );
+    assert!(matches!(error, DriverError::Ready { what: "become ready", .. }), "{error}");
     let error = start(Fault::Metadata, short()).unwrap_err();
     assert!(matches!(error, DriverError::Unsupported(_)), "{error}");
 }
@@ -210,44 +154,26 @@ fn a_controller_that_fails_hangs_leaves_or_lies_is_named_in_bounded_time() {
 fn a_driver_that_asks_for_too_much_hears_how_much_there_is() {
     let too_deep = DriverOptions { depth: 1025, ..short() };
     let error = start(Fault::None, too_deep).unwrap_err();
-    assert_eq!(
-        error.to_string(),
-        "entries of a queue: asked for 1025, the controller allows 1024"
-    );
+    assert_eq!(error.to_string(), "entries of a queue: asked for 1025, the controller allows 1024");
     let too_many = DriverOptions { queues: 9, ..short() };
-    assert!(matches!(
-        start(Fault::None, too_many),
-        Err(DriverError::Limit { allowed: 8, .. })
-    ));
+    assert!(matches!(start(Fault::None, too_many), Err(DriverError::Limit { allowed: 8, .. })));
     let (stub, _) = pair(1);
     let small =
         farbus_bench::driver::DmaMemory::new(farbus_transport::Memory::memfd("small", 8192).unwrap(), stub_controller::BASE);
-    assert!(matches!(
-        Driver::start(stub, small, short()),
-        Err(DriverError::DmaMemory { .. })
-    ));
+    assert!(matches!(Driver::start(stub, small, short()), Err(DriverError::DmaMemory { .. })));
 }
 
 #[test]
 fn with_a_vector_the_driver_sleeps_until_the_interrupt_and_asks_for_it() {
-    let options = DriverOptions {
-        vectors: vec![1],
-        ..short()
-    };
+    let options = DriverOptions { vectors: vec![1], ..short() };
     let mut driver = start(Fault::OutOfOrder, options).unwrap();
     let into = &driver.allocate(4096).unwrap();
     driver.submit(QUEUE, &Io::Read { block: 0, into }, 7).unwrap();
     driver.ring(QUEUE).unwrap();
     let mut token = None;
-    driver
-        .reap_by_interrupt(QUEUE, |_, _, _| Ok(()), |done| token = Some(done.token))
-        .unwrap();
+    driver.reap_by_interrupt(QUEUE, |_, _, _| Ok(()), |done| token = Some(done.token)).unwrap();
     assert_eq!(token, Some(7));
-    assert_eq!(
-        driver.registers_mut().interrupts,
-        1,
-        "the completion queue was made with its vector"
-    );
+    assert_eq!(driver.registers_mut().interrupts, 1, "the completion queue was made with its vector");
 
     driver.registers_mut().fault = Fault::Hang;
     driver.submit(QUEUE, &Io::Read { block: 0, into }, 8).unwrap();

@@ -81,15 +81,10 @@ fn one_flipped_byte_is_found_and_named() {
 
 #[test]
 fn a_lost_write_and_a_write_to_the_wrong_place_are_found() {
-    let sequential = Case {
-        write: true,
-        ..Case::named("write-128k").unwrap()
-    };
+    let sequential = Case { write: true, ..Case::named("write-128k").unwrap() };
     for misplace in [false, true] {
         let (mut driver, mut workload, bytes) = set_up(Fault::None);
-        workload
-            .run(&mut driver, sequential, Budget::Commands(BYTES / sequential.bytes))
-            .unwrap();
+        workload.run(&mut driver, sequential, Budget::Commands(BYTES / sequential.bytes)).unwrap();
         workload.verify(&mut driver, |_| {}).unwrap();
         let disk = std::sync::Arc::clone(&driver.registers_mut().disk);
         if misplace {
@@ -98,10 +93,7 @@ fn a_lost_write_and_a_write_to_the_wrong_place_are_found() {
             disk.write(40_960, &bytes[40_960..41_472]).unwrap();
         }
         let error = workload.verify(&mut driver, |_| {}).unwrap_err();
-        assert!(
-            matches!(&error, WorkloadError::WrongData { at: 40_960..=40_967, .. }),
-            "{error}"
-        );
+        assert!(matches!(&error, WorkloadError::WrongData { at: 40_960..=40_967, .. }), "{error}");
         assert!(error.to_string().contains("write 1 of this run to unit 10"), "{error}");
     }
 }
@@ -117,10 +109,7 @@ fn a_device_that_completes_before_its_data_arrives_is_caught() {
 fn a_failing_command_ends_a_case_with_its_status() {
     let (mut driver, mut workload, _) = set_up(Fault::Refuse);
     let error = workload.run(&mut driver, CASES[0], Budget::Commands(10)).unwrap_err();
-    assert_eq!(
-        error.to_string(),
-        "randread-4k-qd1: a command failed: LBA out of range (status 0/0x80)"
-    );
+    assert_eq!(error.to_string(), "randread-4k-qd1: a command failed: LBA out of range (status 0/0x80)");
 }
 
 #[test]
@@ -149,8 +138,5 @@ fn a_device_of_another_size_than_the_file_is_refused() {
     let (stub, dma) = pair(BYTES / BLOCK - 8);
     let mut driver = Driver::start(stub, dma, DriverOptions::default()).unwrap();
     let contents = Contents::new(file, 7).unwrap();
-    assert!(matches!(
-        Workload::new(&mut driver, QUEUE, contents, 1),
-        Err(WorkloadError::Size { .. })
-    ));
+    assert!(matches!(Workload::new(&mut driver, QUEUE, contents, 1), Err(WorkloadError::Size { .. })));
 }

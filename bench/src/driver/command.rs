@@ -26,21 +26,13 @@ pub struct Command {
 impl Command {
     /// Identify (5.15): controller (CNS 1), namespace (CNS 0) or the list of active namespaces (CNS 2).
     pub const fn identify(cns: u32, namespace: u32) -> Self {
-        Self {
-            opcode: 0x06,
-            namespace,
-            words: [cns, 0, 0],
-        }
+        Self { opcode: 0x06, namespace, words: [cns, 0, 0] }
     }
 
     /// Set Features, Number of Queues (5.21.1.7): asks for `pairs` queue pairs.
     pub const fn number_of_queues(pairs: u16) -> Self {
         let zero_based = pairs.saturating_sub(1) as u32;
-        Self {
-            opcode: 0x09,
-            namespace: 0,
-            words: [0x07, zero_based | (zero_based << 16), 0],
-        }
+        Self { opcode: 0x09, namespace: 0, words: [0x07, zero_based | (zero_based << 16), 0] }
     }
 
     /// Create I/O Completion Queue (5.3), contiguous; with `vector`, interrupts are enabled.
@@ -49,47 +41,27 @@ impl Command {
             Some(vector) => (0b10, vector as u32),
             None => (0, 0),
         };
-        Self {
-            opcode: 0x05,
-            namespace: 0,
-            words: [queue_and_size(queue, depth), 1 | enabled | (vector << 16), 0],
-        }
+        Self { opcode: 0x05, namespace: 0, words: [queue_and_size(queue, depth), 1 | enabled | (vector << 16), 0] }
     }
 
     /// Create I/O Submission Queue (5.4), contiguous, completing into the completion queue of the same number.
     pub const fn create_submission_queue(queue: u16, depth: u16) -> Self {
-        Self {
-            opcode: 0x01,
-            namespace: 0,
-            words: [queue_and_size(queue, depth), 1 | ((queue as u32) << 16), 0],
-        }
+        Self { opcode: 0x01, namespace: 0, words: [queue_and_size(queue, depth), 1 | ((queue as u32) << 16), 0] }
     }
 
     /// Delete I/O Submission Queue (5.6).
     pub const fn delete_submission_queue(queue: u16) -> Self {
-        Self {
-            opcode: 0x00,
-            namespace: 0,
-            words: [queue as u32, 0, 0],
-        }
+        Self { opcode: 0x00, namespace: 0, words: [queue as u32, 0, 0] }
     }
 
     /// Delete I/O Completion Queue (5.5).
     pub const fn delete_completion_queue(queue: u16) -> Self {
-        Self {
-            opcode: 0x04,
-            namespace: 0,
-            words: [queue as u32, 0, 0],
-        }
+        Self { opcode: 0x04, namespace: 0, words: [queue as u32, 0, 0] }
     }
 
     /// Flush (6.8).
     pub const fn flush(namespace: u32) -> Self {
-        Self {
-            opcode: 0x00,
-            namespace,
-            words: [0; 3],
-        }
+        Self { opcode: 0x00, namespace, words: [0; 3] }
     }
 
     /// Write (6.15) of `blocks`, 1 to 65,536.
@@ -103,11 +75,7 @@ impl Command {
     }
 
     const fn transfer(opcode: u8, namespace: u32, block: u64, blocks: u32) -> Self {
-        Self {
-            opcode,
-            namespace,
-            words: [block as u32, (block >> 32) as u32, blocks.wrapping_sub(1) & 0xffff],
-        }
+        Self { opcode, namespace, words: [block as u32, (block >> 32) as u32, blocks.wrapping_sub(1) & 0xffff] }
     }
 
     /// The 64 bytes of the submission entry.
@@ -157,13 +125,7 @@ mod tests {
 
     #[test]
     fn a_read_is_encoded_as_the_specification_lays_it_out() {
-        let entry = Command::read(1, 0x1_0000_1000, 8).encode(
-            0x0203,
-            Prps {
-                prp1: 0x1122,
-                prp2: 0x3344,
-            },
-        );
+        let entry = Command::read(1, 0x1_0000_1000, 8).encode(0x0203, Prps { prp1: 0x1122, prp2: 0x3344 });
         assert_eq!(entry[..8], [0x02, 0, 0x03, 0x02, 1, 0, 0, 0]);
         assert_eq!(entry[24..26], [0x22, 0x11]);
         assert_eq!(entry[32..34], [0x44, 0x33]);

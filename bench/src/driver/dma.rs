@@ -41,12 +41,7 @@ impl DmaMemory {
         let Some(iova) = self.base.checked_add(self.used) else {
             return Err(too_much);
         };
-        let buffer = DmaBuffer {
-            memory: Arc::clone(&self.memory),
-            offset: self.used,
-            len,
-            iova,
-        };
+        let buffer = DmaBuffer { memory: Arc::clone(&self.memory), offset: self.used, len, iova };
         self.used = end.next_multiple_of(PAGE_BYTES);
         Ok(buffer)
     }
@@ -91,12 +86,7 @@ impl DmaBuffer {
     pub fn slice(&self, offset: u64, len: u64) -> Option<Self> {
         let end = offset.checked_add(len)?;
         (end <= self.len).then_some(())?;
-        Some(Self {
-            memory: Arc::clone(&self.memory),
-            offset: self.offset + offset,
-            len,
-            iova: self.iova.checked_add(offset)?,
-        })
+        Some(Self { memory: Arc::clone(&self.memory), offset: self.offset + offset, len, iova: self.iova.checked_add(offset)? })
     }
 
     /// Copies bytes out.
@@ -125,11 +115,7 @@ impl DmaBuffer {
 
     fn place(&self, offset: u64, len: u64) -> Result<u64, MemoryError> {
         if offset.checked_add(len).is_none_or(|end| end > self.len) {
-            return Err(MemoryError::OutOfBounds {
-                offset,
-                len,
-                mapped: self.len,
-            });
+            return Err(MemoryError::OutOfBounds { offset, len, mapped: self.len });
         }
         Ok(self.offset + offset)
     }
@@ -146,10 +132,7 @@ mod tests {
         let second = dma.allocate(PAGE_BYTES).unwrap();
         assert_eq!(first.iova(), Iova(0x1_0000_0000));
         assert_eq!(second.iova(), Iova(0x1_0000_1000));
-        assert!(matches!(
-            dma.allocate(PAGE_BYTES + 1),
-            Err(DriverError::DmaMemory { left: 4096, .. })
-        ));
+        assert!(matches!(dma.allocate(PAGE_BYTES + 1), Err(DriverError::DmaMemory { left: 4096, .. })));
         assert!(first.write(0, b"ab").is_err(), "the second byte is not the buffer's");
         second.write(PAGE_BYTES - 2, b"ab").unwrap();
         let tail = second.slice(PAGE_BYTES - 2, 2).unwrap();

@@ -88,18 +88,12 @@ mod tests {
         data[128 + 2] = 9;
         data[128 + 4 + 2] = 12;
         let namespace = Namespace::parse(1, &data).unwrap();
-        assert_eq!(
-            (namespace.blocks, namespace.block_bytes, namespace.bytes()),
-            (1000, 4096, 4_096_000)
-        );
+        assert_eq!((namespace.blocks, namespace.block_bytes, namespace.bytes()), (1000, 4096, 4_096_000));
         data[128 + 4 + 2] = 63;
         assert!(Namespace::parse(1, &data).is_err());
         data[128 + 4 + 2] = 9;
         data[..8].copy_from_slice(&u64::MAX.to_le_bytes());
-        assert!(
-            Namespace::parse(1, &data).is_err(),
-            "a size that overflows must not become a small one"
-        );
+        assert!(Namespace::parse(1, &data).is_err(), "a size that overflows must not become a small one");
     }
 
     #[test]

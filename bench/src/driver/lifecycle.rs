@@ -59,11 +59,7 @@ impl<R: Registers> Driver<R> {
             max_transfer: options.max_transfer,
             options,
             identity: Identity::parse(&[0; IDENTIFY_BYTES], PAGE_BYTES),
-            namespace: Namespace {
-                id: 0,
-                blocks: 0,
-                block_bytes: 512,
-            },
+            namespace: Namespace { id: 0, blocks: 0, block_bytes: 512 },
             admin,
             queues: Vec::new(),
         };
@@ -122,11 +118,7 @@ impl<R: Registers> Driver<R> {
         let granted = self.admin("set the number of queues", &Command::number_of_queues(asked), None)?;
         let allowed = 1 + u64::from((granted & 0xffff).min(granted >> 16));
         if u64::from(asked) > allowed {
-            return Err(DriverError::Limit {
-                what: "I/O queue pairs",
-                asked: u64::from(asked),
-                allowed,
-            });
+            return Err(DriverError::Limit { what: "I/O queue pairs", asked: u64::from(asked), allowed });
         }
         self.queues.reserve_exact(usize::from(asked));
         for index in 1..=asked {
@@ -159,10 +151,7 @@ impl<R: Registers> Driver<R> {
         }
         match completion {
             Some(done) if done.status.ok() => Ok(done.result),
-            Some(done) => Err(DriverError::Command {
-                command: what,
-                status: done.status,
-            }),
+            Some(done) => Err(DriverError::Command { command: what, status: done.status }),
             None => Err(self.diagnose(0)),
         }
     }
@@ -170,11 +159,7 @@ impl<R: Registers> Driver<R> {
 
 fn check_options(options: &DriverOptions, capabilities: &Capabilities) -> Result<(), DriverError> {
     let check = |what, asked: u64, least: u64, allowed: u64| {
-        if (least..=allowed).contains(&asked) {
-            Ok(())
-        } else {
-            Err(DriverError::Limit { what, asked, allowed })
-        }
+        if (least..=allowed).contains(&asked) { Ok(()) } else { Err(DriverError::Limit { what, asked, allowed }) }
     };
     let entries = u64::from(capabilities.max_queue_entries);
     check("entries of a queue", u64::from(options.depth), 2, entries)?;

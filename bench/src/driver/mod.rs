@@ -50,13 +50,7 @@ pub struct DriverOptions {
 
 impl Default for DriverOptions {
     fn default() -> Self {
-        Self {
-            queues: 1,
-            depth: 64,
-            max_transfer: 128 << 10,
-            vectors: Vec::new(),
-            command_timeout: Duration::from_secs(10),
-        }
+        Self { queues: 1, depth: 64, max_transfer: 128 << 10, vectors: Vec::new(), command_timeout: Duration::from_secs(10) }
     }
 }
 
@@ -162,14 +156,8 @@ impl<R: Registers> Driver<R> {
     pub fn submit(&mut self, queue: QueueIndex, io: &Io<'_>, token: u64) -> Result<(), DriverError> {
         let namespace = self.namespace;
         let (command, data) = match io {
-            Io::Read { block, into } => (
-                Command::read(namespace.id, *block, self.blocks(*block, into.len())?),
-                Some(*into),
-            ),
-            Io::Write { block, from } => (
-                Command::write(namespace.id, *block, self.blocks(*block, from.len())?),
-                Some(*from),
-            ),
+            Io::Read { block, into } => (Command::read(namespace.id, *block, self.blocks(*block, into.len())?), Some(*into)),
+            Io::Write { block, from } => (Command::write(namespace.id, *block, self.blocks(*block, from.len())?), Some(*from)),
             Io::Flush => (Command::flush(namespace.id), None),
         };
         self.queue(queue)?.0.submit(&command, data, token)
@@ -261,11 +249,7 @@ impl<R: Registers> Driver<R> {
             Io::Write { .. } => "write",
             Io::Flush => "flush",
         };
-        if status.ok() {
-            Ok(())
-        } else {
-            Err(DriverError::Command { command, status })
-        }
+        if status.ok() { Ok(()) } else { Err(DriverError::Command { command, status }) }
     }
 
     /// Why commands of `queue` do not complete: the device is gone, it failed, or it only takes too long.
@@ -282,12 +266,7 @@ impl<R: Registers> Driver<R> {
             0 => self.admin.in_flight(),
             _ => self.queue(QueueIndex(queue)).map_or(0, |(queue, _)| queue.in_flight()),
         };
-        DriverError::Timeout {
-            queue,
-            in_flight,
-            timeout_ms: self.options.command_timeout.as_millis() as u64,
-            csts,
-        }
+        DriverError::Timeout { queue, in_flight, timeout_ms: self.options.command_timeout.as_millis() as u64, csts }
     }
 
     fn queue(&mut self, queue: QueueIndex) -> Result<(&mut QueuePair, &mut R), DriverError> {
@@ -302,19 +281,11 @@ impl<R: Registers> Driver<R> {
             return Err(limit("bytes of a transfer", bytes, self.max_transfer));
         }
         if !bytes.is_multiple_of(self.namespace.block_bytes) {
-            return Err(limit(
-                "bytes of a transfer, in whole blocks",
-                bytes,
-                self.namespace.block_bytes,
-            ));
+            return Err(limit("bytes of a transfer, in whole blocks", bytes, self.namespace.block_bytes));
         }
         let blocks = bytes / self.namespace.block_bytes;
         if block.checked_add(blocks).is_none_or(|end| end > self.namespace.blocks) {
-            return Err(limit(
-                "blocks of the namespace",
-                block.saturating_add(blocks),
-                self.namespace.blocks,
-            ));
+            return Err(limit("blocks of the namespace", block.saturating_add(blocks), self.namespace.blocks));
         }
         if blocks > 1 << 16 {
             return Err(limit("blocks of a transfer", blocks, 1 << 16));
@@ -332,11 +303,7 @@ struct Patience {
 
 impl Patience {
     fn new(timeout: Duration) -> Self {
-        Self {
-            deadline: None,
-            timeout,
-            polls: 0,
-        }
+        Self { deadline: None, timeout, polls: 0 }
     }
 
     fn exhausted(&mut self) -> bool {

@@ -51,11 +51,7 @@ pub const fn list_pages(len: u64) -> u64 {
 
 /// Pages of a list of `entries`: every page but the last gives its last entry to the chain.
 const fn chained_pages(entries: u64) -> u64 {
-    if entries <= ENTRIES_PER_PAGE {
-        1
-    } else {
-        (entries - 1).div_ceil(ENTRIES_PER_PAGE - 1)
-    }
+    if entries <= ENTRIES_PER_PAGE { 1 } else { (entries - 1).div_ceil(ENTRIES_PER_PAGE - 1) }
 }
 
 /// Describes `len` bytes at consecutive addresses from `first`. List entries go through `store(offset, entry)`, `offset` in bytes from
@@ -79,10 +75,7 @@ pub fn build<E: From<PrpError>>(
     let second = (first.0 - first.0 % PAGE_BYTES).wrapping_add(PAGE_BYTES);
     let prp1 = first.0;
     if rest <= 1 {
-        return Ok(Prps {
-            prp1,
-            prp2: if rest == 0 { 0 } else { second },
-        });
+        return Ok(Prps { prp1, prp2: if rest == 0 { 0 } else { second } });
     }
     let needed = chained_pages(rest);
     if needed > pages {
@@ -181,10 +174,7 @@ mod tests {
         assert!(matches!(refuse(0x1002, 4096, 1), Err(PrpError::Range { .. })));
         assert!(matches!(refuse(0x1000, 0, 1), Err(PrpError::Range { .. })));
         assert!(matches!(refuse(u64::MAX - 3, 4096, 1), Err(PrpError::Range { .. })));
-        assert!(matches!(
-            refuse(0x1000, 3 * 4096, 0),
-            Err(PrpError::Lists { needed: 1, pages: 0, .. })
-        ));
+        assert!(matches!(refuse(0x1000, 3 * 4096, 0), Err(PrpError::Lists { needed: 1, pages: 0, .. })));
         assert!(refuse(0x1000, 2 * 4096, 0).is_ok());
     }
 }

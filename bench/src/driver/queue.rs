@@ -176,11 +176,7 @@ impl QueuePair {
         let result = self.completions.word(at)?.load(Ordering::Relaxed);
         *slot = Slot::Free;
         self.free.push(command);
-        Ok(Completion {
-            token,
-            status: word.status(),
-            result,
-        })
+        Ok(Completion { token, status: word.status(), result })
     }
 
     fn describe(&self, identifier: u16, data: &DmaBuffer) -> Result<Prps, DriverError> {

@@ -22,10 +22,7 @@ impl Default for Latencies {
 
 impl Latencies {
     /// Empty, with three significant digits.
-    #[expect(
-        clippy::expect_used,
-        reason = "the bounds are constants that the library accepts, as the tests show"
-    )]
+    #[expect(clippy::expect_used, reason = "the bounds are constants that the library accepts, as the tests show")]
     pub fn new() -> Self {
         Self(Histogram::new_with_bounds(1, LONGEST_NS, 3).expect("valid bounds"))
     }
@@ -39,8 +36,7 @@ impl Latencies {
     /// Adds all of `other`.
     pub fn add(&mut self, other: &Self) {
         for value in other.0.iter_recorded() {
-            self.0
-                .saturating_record_n(value.value_iterated_to(), value.count_since_last_iteration());
+            self.0.saturating_record_n(value.value_iterated_to(), value.count_since_last_iteration());
         }
     }
 
@@ -51,11 +47,7 @@ impl Latencies {
 
     /// The latency that `percentile` (0 to 100) of all do not exceed, in nanoseconds; 0 where nothing was recorded.
     pub fn percentile_ns(&self, percentile: f64) -> u64 {
-        if self.0.is_empty() {
-            0
-        } else {
-            self.0.value_at_percentile(percentile)
-        }
+        if self.0.is_empty() { 0 } else { self.0.value_at_percentile(percentile) }
     }
 
     /// The median in nanoseconds.
@@ -83,9 +75,7 @@ impl Stopwatch {
             let start = Instant::now();
             seen.record_ns(nanos(start.elapsed()));
         }
-        Self {
-            overhead_ns: seen.percentile_ns(10.0),
-        }
+        Self { overhead_ns: seen.percentile_ns(10.0) }
     }
 
     /// Nanoseconds that a measurement itself takes.

@@ -42,8 +42,5 @@ pub enum CalibrationError {
 }
 
 fn host(what: &'static str) -> impl Fn(rustix::io::Errno) -> CalibrationError {
-    move |errno| CalibrationError::Host {
-        what,
-        source: errno.into(),
-    }
+    move |errno| CalibrationError::Host { what, source: errno.into() }
 }

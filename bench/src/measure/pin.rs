@@ -61,14 +61,8 @@ pub fn pin_to(core: usize) -> Result<Pinned, PinError> {
     }
     let mut only = CpuSet::new();
     only.set(core);
-    sched_setaffinity(None, &only).map_err(|errno| PinError::Refused {
-        core,
-        source: errno.into(),
-    })?;
-    Ok(Pinned {
-        former,
-        _not_send: std::marker::PhantomData,
-    })
+    sched_setaffinity(None, &only).map_err(|errno| PinError::Refused { core, source: errno.into() })?;
+    Ok(Pinned { former, _not_send: std::marker::PhantomData })
 }
 
 impl Drop for Pinned {

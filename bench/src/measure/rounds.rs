@@ -78,10 +78,7 @@ pub fn interleave<A, B, E>(
     mut second: impl FnMut(usize) -> Result<B, E>,
 ) -> Result<Pairs<A, B>, E> {
     let rounds = rounds.max(LEAST_ROUNDS);
-    let mut pairs = Pairs {
-        first: Vec::with_capacity(rounds),
-        second: Vec::with_capacity(rounds),
-    };
+    let mut pairs = Pairs { first: Vec::with_capacity(rounds), second: Vec::with_capacity(rounds) };
     for round in 0..rounds {
         if round % 2 == 0 {
             pairs.first.push(first(round)?);
@@ -120,11 +117,7 @@ mod tests {
             }
         };
         let pairs = interleave(1, side('n'), side('r')).unwrap();
-        assert_eq!(
-            order.borrow().as_str(),
-            "nrrnnrrnnr",
-            "at least five rounds, the order reversed each time"
-        );
+        assert_eq!(order.borrow().as_str(), "nrrnnrrnnr", "at least five rounds, the order reversed each time");
         let ratios = pairs.ratios(|figure| *figure, |figure| *figure);
         assert!(ratios.figures().iter().all(|ratio| (ratio - 1.1).abs() < 1e-9));
         assert!(interleave(1, |_| Err::<(), _>("broken"), |_| Ok::<(), _>(())).is_err());

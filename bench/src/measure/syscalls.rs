@@ -141,11 +141,7 @@ mod trap {
         };
         // SAFETY: `action` has the kernel's layout and outlives the call; the handler touches const thread-locals and its own frame only.
         let answer = unsafe { libc::syscall(libc::SYS_rt_sigaction, libc::SIGSYS, &raw const action, 0, 8) };
-        if answer == 0 {
-            Ok(())
-        } else {
-            Err(std::io::Error::last_os_error())
-        }
+        if answer == 0 { Ok(()) } else { Err(std::io::Error::last_os_error()) }
     }
 
     pub(super) fn dispatch(on: bool) -> Result<(), std::io::Error> {
@@ -156,11 +152,7 @@ mod trap {
         let selector = if on { selector } else { std::ptr::null_mut() };
         // SAFETY: the selector lives as long as the thread, and dispatch belongs to the thread.
         let answer = unsafe { libc::prctl(PR_SET_SYSCALL_USER_DISPATCH, mode, start, len, selector) };
-        if answer == 0 {
-            Ok(())
-        } else {
-            Err(std::io::Error::last_os_error())
-        }
+        if answer == 0 { Ok(()) } else { Err(std::io::Error::last_os_error()) }
     }
 
     extern "C" fn on_sigsys(_signal: i32, _info: *mut libc::siginfo_t, context: *mut libc::c_void) {
@@ -178,14 +170,7 @@ mod trap {
                 -i64::from(libc::ENOSYS)
             }
             _ => {
-                let arguments = [
-                    libc::REG_RDI,
-                    libc::REG_RSI,
-                    libc::REG_RDX,
-                    libc::REG_R10,
-                    libc::REG_R8,
-                    libc::REG_R9,
-                ];
+                let arguments = [libc::REG_RDI, libc::REG_RSI, libc::REG_RDX, libc::REG_R10, libc::REG_R8, libc::REG_R9];
                 raw(number, arguments.map(|register| registers[register as usize]))
             }
         };
@@ -277,10 +262,7 @@ mod tests {
         })
         .unwrap();
         assert_eq!(counts.total, 0, "the clock of this machine is read without the kernel");
-        assert!(matches!(
-            count_syscalls(|| count_syscalls(|| ())).unwrap().0,
-            Err(SyscallError::Nested)
-        ));
+        assert!(matches!(count_syscalls(|| count_syscalls(|| ())).unwrap().0, Err(SyscallError::Nested)));
         let panicked = std::panic::catch_unwind(|| count_syscalls(|| std::panic::resume_unwind(Box::new(()))));
         assert!(panicked.is_err());
         assert_eq!(count_syscalls(|| ()).unwrap().1.total, 0);

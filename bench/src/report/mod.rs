@@ -200,19 +200,12 @@ mod tests {
     fn run(commands: u64, ns: u64) -> CaseRun {
         let mut latencies = Latencies::new();
         (0..100).for_each(|_| latencies.record_ns(ns));
-        CaseRun {
-            commands,
-            elapsed: Duration::from_secs(1),
-            latencies,
-        }
+        CaseRun { commands, elapsed: Duration::from_secs(1), latencies }
     }
 
     #[test]
     fn a_demo_is_one_object_with_exactly_the_promised_fields() {
-        let pairs = Pairs {
-            first: vec![run(1000, 500); 5],
-            second: vec![run(900, 600); 5],
-        };
+        let pairs = Pairs { first: vec![run(1000, 500); 5], second: vec![run(900, 600); 5] };
         let report = DemoReport {
             fabric: "shm".to_owned(),
             verified: true,
@@ -239,10 +232,6 @@ mod tests {
         assert_eq!(meets(f64::NAN, Target::AtLeast(0.95)), Some(false), "no figure must not pass");
         assert_eq!(meets(0.0, Target::Zero), Some(true));
         let missing = Row::missing("x", "ns", "y", Target::Zero, "no second core".to_owned());
-        assert!(
-            serde_json::to_string(&missing)
-                .unwrap()
-                .contains(r#""meets":null,"note":"no second core""#)
-        );
+        assert!(serde_json::to_string(&missing).unwrap().contains(r#""meets":null,"note":"no second core""#));
     }
 }

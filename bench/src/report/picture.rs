@@ -60,17 +60,12 @@ type Panel<'a> = DrawingArea<SVGBackend<'a>, Shift>;
 pub fn latency_picture(path: &Path, title: &str, distributions: &[Distribution]) -> Result<(), PictureError> {
     let mut svg = String::new();
     draw(&mut svg, title, distributions).map_err(PictureError::Draw)?;
-    std::fs::write(path, svg).map_err(|source| PictureError::Write {
-        path: path.display().to_string(),
-        source,
-    })
+    std::fs::write(path, svg).map_err(|source| PictureError::Write { path: path.display().to_string(), source })
 }
 
 fn draw(svg: &mut String, title: &str, distributions: &[Distribution]) -> Result<(), String> {
-    let shown: Vec<_> = distributions
-        .iter()
-        .filter(|distribution| distribution.native.count() > 0 && distribution.remote.count() > 0)
-        .collect();
+    let shown: Vec<_> =
+        distributions.iter().filter(|distribution| distribution.native.count() > 0 && distribution.remote.count() > 0).collect();
     let rows = shown.len().div_ceil(COLUMNS).max(1);
     let size = (PANEL.0 * COLUMNS as u32, TITLE_HEIGHT + PANEL.1 * rows as u32);
     let root = SVGBackend::with_string(svg, size).into_drawing_area();
@@ -88,8 +83,7 @@ fn draw_head(head: &Panel<'_>, title: &str) -> Result<(), String> {
     head.draw(&Text::new(title.to_owned(), (16, 10), style)).map_err(text)?;
     for (at, (name, color)) in [("native", NATIVE), ("remote", REMOTE)].into_iter().enumerate() {
         let x = 16 + 110 * at as i32;
-        head.draw(&PathElement::new(vec![(x, 48), (x + 28, 48)], color.stroke_width(3)))
-            .map_err(text)?;
+        head.draw(&PathElement::new(vec![(x, 48), (x + 28, 48)], color.stroke_width(3))).map_err(text)?;
         let style = (FONT, 14).into_font().color(&TEXT).pos(Pos::new(HPos::Left, VPos::Center));
         head.draw(&Text::new(name, (x + 36, 48), style)).map_err(text)?;
     }
@@ -100,11 +94,7 @@ fn draw_head(head: &Panel<'_>, title: &str) -> Result<(), String> {
 
 fn draw_panel(panel: &Panel<'_>, distribution: &Distribution) -> Result<(), String> {
     let (native, remote) = (curve(&distribution.native), curve(&distribution.remote));
-    let right = [&native, &remote]
-        .into_iter()
-        .flatten()
-        .map(|point| point.0)
-        .fold(2.0, f64::max);
+    let right = [&native, &remote].into_iter().flatten().map(|point| point.0).fold(2.0, f64::max);
     let latencies = || [&native, &remote].into_iter().flatten().map(|point| point.1);
     // A whole step of 1, 2, 5 on both sides, so that at least two labels stand beside the axis.
     let low = steps(latencies().fold(f64::INFINITY, f64::min), Step::Down);
@@ -123,13 +113,7 @@ fn draw_panel(panel: &Panel<'_>, distribution: &Distribution) -> Result<(), Stri
         if x <= right {
             let line = vec![(x, low), (x, high)];
             chart.draw_series(LineSeries::new(line, GRID)).map_err(text)?;
-            label(
-                panel,
-                chart.backend_coord(&(x, low)),
-                &percentile.to_string(),
-                Pos::new(HPos::Center, VPos::Top),
-                (0, 6),
-            )?;
+            label(panel, chart.backend_coord(&(x, low)), &percentile.to_string(), Pos::new(HPos::Center, VPos::Top), (0, 6))?;
         }
     }
     let mut latency = low;
@@ -141,9 +125,7 @@ fn draw_panel(panel: &Panel<'_>, distribution: &Distribution) -> Result<(), Stri
         latency = steps(latency * 1.01, Step::Up);
     }
     for (points, color) in [(native, NATIVE), (remote, REMOTE)] {
-        chart
-            .draw_series(LineSeries::new(points, color.stroke_width(2)))
-            .map_err(text)?;
+        chart.draw_series(LineSeries::new(points, color.stroke_width(2))).map_err(text)?;
     }
     Ok(())
 }
@@ -228,15 +210,7 @@ mod tests {
         if let Some(keep) = std::env::var_os("FARBUS_KEEP_PICTURE") {
             std::fs::copy(&path, keep).unwrap();
         }
-        for words in [
-            "native",
-            "remote",
-            "randread-4k-qd1",
-            "write-128k",
-            "99.9",
-            "1.0 us",
-            "farbus over shm",
-        ] {
+        for words in ["native", "remote", "randread-4k-qd1", "write-128k", "99.9", "1.0 us", "farbus over shm"] {
             assert!(svg.contains(words), "{words}");
         }
         assert!(svg.len() < 1 << 20);

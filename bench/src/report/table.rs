@@ -7,12 +7,8 @@ use super::{DemoReport, SideReport, SuiteReport};
 /// A demo, one line a case.
 pub fn demo_table(report: &DemoReport) -> String {
     let mut rows = vec![
-        ["", "native", "", "", "remote", "", "", "remote/native", ""]
-            .map(str::to_owned)
-            .to_vec(),
-        ["case", "IOPS", "p50", "p99", "IOPS", "p50", "p99", "IOPS", "p50"]
-            .map(str::to_owned)
-            .to_vec(),
+        ["", "native", "", "", "remote", "", "", "remote/native", ""].map(str::to_owned).to_vec(),
+        ["case", "IOPS", "p50", "p99", "IOPS", "p50", "p99", "IOPS", "p50"].map(str::to_owned).to_vec(),
     ];
     for case in &report.cases {
         let side = |side: &SideReport| [count(side.iops), duration(side.p50_ns as f64), duration(side.p99_ns as f64)];
@@ -23,17 +19,9 @@ pub fn demo_table(report: &DemoReport) -> String {
         row.push(format!("{:.2}", case.p50_ratio));
         rows.push(row);
     }
-    let verdict = if report.verified {
-        "equal to the file"
-    } else {
-        "NOT VERIFIED"
-    };
+    let verdict = if report.verified { "equal to the file" } else { "NOT VERIFIED" };
     let mib = report.bytes_verified as f64 / f64::from(1 << 20);
-    format!(
-        "{}\nfabric {}: {mib:.0} MiB read back, every byte {verdict}\n",
-        align(&rows),
-        report.fabric
-    )
+    format!("{}\nfabric {}: {mib:.0} MiB read back, every byte {verdict}\n", align(&rows), report.fabric)
 }
 
 /// A suite, one line a row.
@@ -68,11 +56,7 @@ pub fn duration(ns: f64) -> String {
         ns if ns < 1e9 => (ns / 1e6, "ms"),
         ns => (ns / 1e9, "s"),
     };
-    if figure < 10.0 {
-        format!("{figure:.1} {unit}")
-    } else {
-        format!("{figure:.0} {unit}")
-    }
+    if figure < 10.0 { format!("{figure:.1} {unit}") } else { format!("{figure:.0} {unit}") }
 }
 
 fn in_unit(value: f64, unit: &str) -> String {
@@ -102,14 +86,10 @@ fn align(rows: &[Vec<String>]) -> String {
     let widths: Vec<_> = (0..columns).map(width).collect();
     let mut text = String::new();
     for row in rows {
-        let cells = row
-            .iter()
-            .zip(&widths)
-            .enumerate()
-            .map(|(column, (cell, width))| match column {
-                0 => format!("{cell:<width$}"),
-                _ => format!("{cell:>width$}"),
-            });
+        let cells = row.iter().zip(&widths).enumerate().map(|(column, (cell, width))| match column {
+            0 => format!("{cell:<width$}"),
+            _ => format!("{cell:>width$}"),
+        });
         text.push_str(cells.collect::<Vec<_>>().join("  ").trim_end());
         text.push('\n');
     }
@@ -123,11 +103,7 @@ mod tests {
 
     #[test]
     fn columns_line_up_and_a_missing_row_gives_its_reason() {
-        let side = |iops, p50_ns| SideReport {
-            iops,
-            p50_ns,
-            p99_ns: p50_ns * 2,
-        };
+        let side = |iops, p50_ns| SideReport { iops, p50_ns, p99_ns: p50_ns * 2 };
         let case = |name: &str| CaseReport {
             name: name.to_owned(),
             native: side(1_234_567.0, 860),
@@ -144,16 +120,10 @@ mod tests {
         let text = demo_table(&report);
         let lines: Vec<_> = text.lines().collect();
         assert_eq!(lines[2].chars().count(), lines[3].chars().count());
-        assert!(
-            lines[2].contains("1.23M") && lines[2].contains("860 ns") && lines[2].contains("21 us"),
-            "{text}"
-        );
+        assert!(lines[2].contains("1.23M") && lines[2].contains("860 ns") && lines[2].contains("21 us"), "{text}");
         assert!(text.contains("256 MiB read back, every byte equal to the file"));
         let rows = vec![Row::missing("a", "ns", "b", Target::AtMost(1.3), "one core only".to_owned())];
-        let text = suite_table(&SuiteReport {
-            suite: "shm".to_owned(),
-            rows,
-        });
+        let text = suite_table(&SuiteReport { suite: "shm".to_owned(), rows });
         assert!(text.contains("not measured: one core only"), "{text}");
     }
 

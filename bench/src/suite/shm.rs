@@ -122,13 +122,7 @@ pub struct Effort {
 
 impl Default for Effort {
     fn default() -> Self {
-        Self {
-            rounds: 7,
-            samples: 50_000,
-            stream_bytes: 512 << 20,
-            nvme: Duration::from_millis(300),
-            operations: 100_000,
-        }
+        Self { rounds: 7, samples: 50_000, stream_bytes: 512 << 20, nvme: Duration::from_millis(300), operations: 100_000 }
     }
 }
 
@@ -161,10 +155,7 @@ pub fn run(subjects: &mut dyn ShmSubjects, effort: &Effort, mut progress: impl F
         progress(Step { what, done, total });
         rows.extend(group(subjects, effort));
     }
-    SuiteReport {
-        suite: "shm".to_owned(),
-        rows,
-    }
+    SuiteReport { suite: "shm".to_owned(), rows }
 }
 
 /// What a row is called and held against.
@@ -205,12 +196,7 @@ fn p99(latencies: &Latencies) -> f64 {
 const CACHE_LINE: &str = "cache-line round trip p50";
 
 fn registers(subjects: &mut dyn ShmSubjects, effort: &Effort) -> Vec<Row> {
-    let spec = |case, target| Spec {
-        case,
-        unit: "ns",
-        reference: CACHE_LINE,
-        target,
-    };
+    let spec = |case, target| Spec { case, unit: "ns", reference: CACHE_LINE, target };
     let line = |_| Ok(cache_line_round_trip(effort.samples)?);
     let reads = interleave(effort.rounds, line, |_| subjects.mmio_read(effort.samples));
     let writes = interleave(effort.rounds, line, |_| subjects.mmio_write(effort.samples));
@@ -224,51 +210,28 @@ fn registers(subjects: &mut dyn ShmSubjects, effort: &Effort) -> Vec<Row> {
 fn dma(subjects: &mut dyn ShmSubjects, effort: &Effort) -> Vec<Row> {
     let bytes = 4096;
     let mut row = |case, direction| {
-        let spec = Spec {
-            case,
-            unit: "ns",
-            reference: "memcpy of 4 KiB p50",
-            target: Target::AtMost(1.3),
-        };
+        let spec = Spec { case, unit: "ns", reference: "memcpy of 4 KiB p50", target: Target::AtMost(1.3) };
         let samples = effort.samples / 10;
         let reference = |_| Ok(memcpy_hot(bytes, samples)?);
         let pairs = interleave(effort.rounds, reference, |_| subjects.dma(direction, bytes, samples));
         spec.row(&pairs, p50, p50)
     };
-    vec![
-        row("dma-read-4k p50", Direction::Read),
-        row("dma-write-4k p50", Direction::Write),
-    ]
+    vec![row("dma-read-4k p50", Direction::Read), row("dma-write-4k p50", Direction::Write)]
 }
 
 fn stream(subjects: &mut dyn ShmSubjects, effort: &Effort) -> Vec<Row> {
     let mut row = |case, direction| {
-        let spec = Spec {
-            case,
-            unit: "bytes/s",
-            reference: "memcpy of 1 MiB pieces",
-            target: Target::AtLeast(0.9),
-        };
+        let spec = Spec { case, unit: "bytes/s", reference: "memcpy of 1 MiB pieces", target: Target::AtLeast(0.9) };
         let (piece, set, total) = (STREAM_PIECE, STREAM_WORKING_SET, effort.stream_bytes);
         let reference = |_| Ok(memcpy_bandwidth(piece, set, total)?);
-        let pairs = interleave(effort.rounds, reference, |_| {
-            subjects.dma_stream(direction, piece, set, total)
-        });
+        let pairs = interleave(effort.rounds, reference, |_| subjects.dma_stream(direction, piece, set, total));
         spec.row(&pairs, |figure| *figure, |figure| *figure)
     };
-    vec![
-        row("dma-read-stream-1m", Direction::Read),
-        row("dma-write-stream-1m", Direction::Write),
-    ]
+    vec![row("dma-read-stream-1m", Direction::Read), row("dma-write-stream-1m", Direction::Write)]
 }
 
 fn interrupts(subjects: &mut dyn ShmSubjects, effort: &Effort) -> Vec<Row> {
-    let spec = Spec {
-        case: "interrupt p50",
-        unit: "ns",
-        reference: "eventfd wake p50",
-        target: Target::AtMost(1.3),
-    };
+    let spec = Spec { case: "interrupt p50", unit: "ns", reference: "eventfd wake p50", target: Target::AtMost(1.3) };
     let samples = effort.samples / 10;
     let reference = |_| Ok(eventfd_wake(samples)?);
     let pairs = interleave(effort.rounds, reference, |_| subjects.interrupt(samples));
@@ -284,12 +247,7 @@ fn nvme(subjects: &mut dyn ShmSubjects, effort: &Effort) -> Vec<Row> {
         ("randread-4k-qd32", "randread-4k-qd32", "iops", Target::AtLeast(0.95)),
         ("read-128k", "read-128k", "iops", Target::AtLeast(0.95)),
     ] {
-        let spec = Spec {
-            case: row,
-            unit,
-            reference: "the same, native",
-            target,
-        };
+        let spec = Spec { case: row, unit, reference: "the same, native", target };
         let case = Case::named(name).ok_or_else(|| anyhow::anyhow!("there is no case {name}"));
         let pairs = case.and_then(|case| {
             let subjects = std::cell::RefCell::new(&mut *subjects);
@@ -299,11 +257,7 @@ fn nvme(subjects: &mut dyn ShmSubjects, effort: &Effort) -> Vec<Row> {
             };
             interleave(effort.rounds, side(Side::Native), side(Side::Remote))
         });
-        rows.push(if unit == "ns" {
-            spec.row(&pairs, latency, latency)
-        } else {
-            spec.row(&pairs, iops, iops)
-        });
+        rows.push(if unit == "ns" { spec.row(&pairs, latency, latency) } else { spec.row(&pairs, iops, iops) });
     }
     rows
 }
@@ -324,12 +278,7 @@ fn vfio_user(subjects: &mut dyn ShmSubjects, effort: &Effort) -> Vec<Row> {
 fn data_path(subjects: &mut dyn ShmSubjects, effort: &Effort) -> Vec<Row> {
     let counts = subjects.data_path(effort.operations);
     let row = |case, count: fn(&OperationCounts) -> u64| {
-        let spec = Spec {
-            case,
-            unit: "per operation",
-            reference: "none",
-            target: Target::Zero,
-        };
+        let spec = Spec { case, unit: "per operation", reference: "none", target: Target::Zero };
         match &counts {
             Ok(counts) if counts.operations > 0 => {
                 let value = count(counts) as f64 / counts.operations as f64;
@@ -380,34 +329,20 @@ mod tests {
         }
         fn nvme(&mut self, side: Side, _: Case, _: Budget) -> Result<CaseRun> {
             let ns = if side == Side::Native { 1000 } else { 1200 };
-            Ok(CaseRun {
-                commands: 1_000_000 / ns,
-                elapsed: Duration::from_secs(1),
-                latencies: constant(ns),
-            })
+            Ok(CaseRun { commands: 1_000_000 / ns, elapsed: Duration::from_secs(1), latencies: constant(ns) })
         }
         fn region_read(&mut self, _: u64) -> Result<Latencies> {
             Ok(constant(1))
         }
         fn data_path(&mut self, operations: u64) -> Result<OperationCounts> {
             let allocations = self.allocations;
-            Ok(OperationCounts {
-                operations,
-                allocations,
-                ..OperationCounts::default()
-            })
+            Ok(OperationCounts { operations, allocations, ..OperationCounts::default() })
         }
     }
 
     #[test]
     fn every_target_of_the_fabric_has_its_row_and_a_bad_figure_fails_it() {
-        let effort = Effort {
-            rounds: 5,
-            samples: 500,
-            stream_bytes: 4 << 20,
-            nvme: Duration::ZERO,
-            operations: 1000,
-        };
+        let effort = Effort { rounds: 5, samples: 500, stream_bytes: 4 << 20, nvme: Duration::ZERO, operations: 1000 };
         let mut steps = 0;
         let report = run(&mut Scripted { allocations: 1 }, &effort, |_| steps += 1);
         assert_eq!((steps, report.rows.len()), (7, 15));
@@ -417,15 +352,9 @@ mod tests {
         assert_eq!(row("dma-read-4k p50").note.as_deref(), Some("reads are not there yet"));
         assert_eq!(row("dma-read-4k p50").meets, None);
         assert_eq!(row("dma-write-stream-1m").meets, Some(false));
-        assert_eq!(
-            (row("randread-4k-qd1 p50").ratio, row("randread-4k-qd1 p50").meets),
-            (Some(1.2), Some(true))
-        );
+        assert_eq!((row("randread-4k-qd1 p50").ratio, row("randread-4k-qd1 p50").meets), (Some(1.2), Some(true)));
         assert_eq!(row("randread-4k-qd32").meets, Some(false));
-        assert_eq!(
-            (row("allocations").value, row("allocations").meets),
-            (Some(0.001), Some(false))
-        );
+        assert_eq!((row("allocations").value, row("allocations").meets), (Some(0.001), Some(false)));
         assert_eq!(row("system calls").meets, Some(true));
     }
 }

@@ -33,12 +33,7 @@ impl Contents {
     pub fn new(original: File, key: u64) -> Result<Self, WorkloadError> {
         let len = original.metadata().map_err(WorkloadError::Original)?.len();
         let units = usize::try_from(len.div_ceil(UNIT_BYTES)).unwrap_or(usize::MAX);
-        Ok(Self {
-            original,
-            len,
-            ages: vec![0; units],
-            key,
-        })
+        Ok(Self { original, len, ages: vec![0; units], key })
     }
 
     /// Bytes of the device.

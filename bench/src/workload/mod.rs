@@ -53,23 +53,11 @@ pub const CASES: [Case; 6] = [
 ];
 
 const fn small(name: &'static str, write: bool, in_flight: usize) -> Case {
-    Case {
-        name,
-        write,
-        random: true,
-        bytes: UNIT_BYTES,
-        in_flight,
-    }
+    Case { name, write, random: true, bytes: UNIT_BYTES, in_flight }
 }
 
 const fn large(name: &'static str, write: bool) -> Case {
-    Case {
-        name,
-        write,
-        random: false,
-        bytes: LARGE_BYTES,
-        in_flight: 8,
-    }
+    Case { name, write, random: false, bytes: LARGE_BYTES, in_flight: 8 }
 }
 
 impl Case {

@@ -29,11 +29,7 @@ impl Workload {
     pub fn run<R: Registers>(&mut self, driver: &mut Driver<R>, case: Case, budget: Budget) -> Result<CaseRun, WorkloadError> {
         let mut latencies = Latencies::new();
         let (commands, elapsed) = self.run_into(driver, case, budget, &mut latencies)?;
-        Ok(CaseRun {
-            commands,
-            elapsed,
-            latencies,
-        })
+        Ok(CaseRun { commands, elapsed, latencies })
     }
 
     /// As [`Workload::run`], into a histogram that is there already: this call does not allocate.
@@ -93,11 +89,7 @@ impl Workload {
         if case.bytes > allowed {
             let asked = case.bytes;
             let what = "bytes of a transfer";
-            return Err(WorkloadError::Driver(crate::driver::DriverError::Limit {
-                what,
-                asked,
-                allowed,
-            }));
+            return Err(WorkloadError::Driver(crate::driver::DriverError::Limit { what, asked, allowed }));
         }
         Ok(())
     }
@@ -127,15 +119,8 @@ impl Workload {
             }
             let buffer = self.buffer(case, slot);
             let block = at / driver.namespace().block_bytes;
-            let io = if case.write {
-                Io::Write { block, from: buffer }
-            } else {
-                Io::Read { block, into: buffer }
-            };
-            slots[slot] = Some(InFlight {
-                at,
-                submitted: Instant::now(),
-            });
+            let io = if case.write { Io::Write { block, from: buffer } } else { Io::Read { block, into: buffer } };
+            slots[slot] = Some(InFlight { at, submitted: Instant::now() });
             driver.submit(self.queue, &io, slot as u64)?;
             count += 1;
         }
@@ -155,18 +140,12 @@ impl Workload {
         let found = driver.reap(self.queue, |done: Completion| {
             let slot = usize::try_from(done.token).ok().and_then(|slot| slots.get_mut(slot));
             let Some(command) = slot.and_then(Option::take) else {
-                failed = Some(WorkloadError::Slot {
-                    case: case.name,
-                    token: done.token,
-                });
+                failed = Some(WorkloadError::Slot { case: case.name, token: done.token });
                 return;
             };
             latencies.record_ns(watch.since(command.submitted));
             if !done.status.ok() {
-                failed = Some(WorkloadError::Command {
-                    case: case.name,
-                    status: done.status,
-                });
+                failed = Some(WorkloadError::Command { case: case.name, status: done.status });
             } else if case.write {
                 contents.written(command.at, case.bytes);
             }
@@ -175,11 +154,7 @@ impl Workload {
     }
 
     fn buffer(&self, case: Case, slot: usize) -> &crate::driver::DmaBuffer {
-        if case.bytes == super::UNIT_BYTES {
-            &self.small[slot]
-        } else {
-            &self.large[slot]
-        }
+        if case.bytes == super::UNIT_BYTES { &self.small[slot] } else { &self.large[slot] }
     }
 
     /// Where the next command goes. Never where another is in flight: two writes there would have no defined order.

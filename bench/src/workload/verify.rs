@@ -60,11 +60,7 @@ impl Workload {
             }
         }
         let patterned = self.contents.patterned() * UNIT_BYTES;
-        Ok(Verified {
-            bytes: total,
-            original: total - patterned,
-            patterned,
-        })
+        Ok(Verified { bytes: total, original: total - patterned, patterned })
     }
 
     /// Writes the original bytes back wherever a case wrote, and flushes. [`Workload::verify`] afterwards compares all with the file.
@@ -100,11 +96,7 @@ impl Workload {
     fn piece<R: Registers>(&self, driver: &Driver<R>, slot: usize, at: u64) -> Result<(DmaBuffer, u64), WorkloadError> {
         let longest = driver.max_transfer() / UNIT_BYTES * UNIT_BYTES;
         let len = LARGE_BYTES.min(self.contents.len() - at).min(longest.max(UNIT_BYTES));
-        let outside = farbus_transport::MemoryError::OutOfBounds {
-            offset: 0,
-            len,
-            mapped: LARGE_BYTES,
-        };
+        let outside = farbus_transport::MemoryError::OutOfBounds { offset: 0, len, mapped: LARGE_BYTES };
         let buffer = self.large.get(slot).and_then(|buffer| buffer.slice(0, len));
         Ok((buffer.ok_or(outside)?, len))
     }
@@ -114,11 +106,7 @@ impl Workload {
         if found == wanted {
             return Ok(());
         }
-        let differs = found
-            .iter()
-            .zip(wanted.iter())
-            .position(|(found, wanted)| found != wanted)
-            .unwrap_or(0);
+        let differs = found.iter().zip(wanted.iter()).position(|(found, wanted)| found != wanted).unwrap_or(0);
         let sample = |bytes: &[u8]| bytes.iter().skip(differs).take(8).copied().collect();
         Err(WorkloadError::WrongData {
             at: at + differs as u64,

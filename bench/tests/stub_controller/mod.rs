@@ -89,9 +89,7 @@ impl StubController {
     }
 
     fn place(address: u64) -> u64 {
-        address
-            .checked_sub(BASE.0)
-            .expect("the driver gave an address outside its memory")
+        address.checked_sub(BASE.0).expect("the driver gave an address outside its memory")
     }
 
     fn doorbell(&mut self, offset: u64, value: u64) {
@@ -133,9 +131,7 @@ impl StubController {
     fn next_entry(&mut self, queue: usize) -> [u8; 64] {
         let q = &mut self.queues[queue];
         let mut entry = [0; 64];
-        self.memory
-            .read(Self::place(q.submissions) + q.head * 64, &mut entry)
-            .unwrap();
+        self.memory.read(Self::place(q.submissions) + q.head * 64, &mut entry).unwrap();
         q.head = (q.head + 1) % q.depth;
         entry
     }
