@@ -5,8 +5,9 @@
 //! `farbus bench`, each beside a reference that was measured in the same run.
 
 pub mod driver;
+pub mod function;
 pub mod image;
 pub mod measure;
 pub mod report;
-//M pub mod suite;
+pub mod suite;
 pub mod workload;

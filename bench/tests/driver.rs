@@ -2,6 +2,8 @@
 //!
 //! 700 writes through a queue of 8 entries wrap the ring 87 times; every one must be found on the disk, and in the order of its token.
 
+#![expect(clippy::unwrap_used, clippy::expect_used, reason = "a panic is how a test fails")]
+
 mod stub_controller;
 
 use std::time::{Duration, Instant};

@@ -2,6 +2,8 @@
 //!
 //! 3,000 random writes, then a device whose byte 5,000,003 was flipped behind the driver's back: the verification names that byte.
 
+#![expect(clippy::unwrap_used, clippy::expect_used, reason = "a panic is how a test fails")]
+
 mod stub_controller;
 
 use std::fs::File;

@@ -147,14 +147,11 @@ mod trap {
     pub(super) fn dispatch(on: bool) -> Result<(), std::io::Error> {
         let start = farbus_bench_sigreturn as *const () as usize;
         let len = farbus_bench_sigreturn_end as *const () as usize - start;
+        let (mode, start, len) = if on { (1_usize, start, len) } else { (0, 0, 0) };
+        let selector = SELECTOR.with(AtomicU8::as_ptr);
+        let selector = if on { selector } else { std::ptr::null_mut() };
         // SAFETY: the selector lives as long as the thread, and dispatch belongs to the thread.
-        let answer = SELECTOR.with(|selector| unsafe {
-            if on {
-                libc::prctl(PR_SET_SYSCALL_USER_DISPATCH, 1_usize, start, len, selector.as_ptr())
-            } else {
-                libc::prctl(PR_SET_SYSCALL_USER_DISPATCH, 0_usize, 0_usize, 0_usize, 0_usize)
-            }
-        });
+        let answer = unsafe { libc::prctl(PR_SET_SYSCALL_USER_DISPATCH, mode, start, len, selector) };
         if answer == 0 { Ok(()) } else { Err(std::io::Error::last_os_error()) }
     }
 

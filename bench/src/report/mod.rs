@@ -153,6 +153,13 @@ impl Row {
         }
     }
 
+    /// A row that has no reference: a count that must be zero. A figure that is not zero is never rounded to it.
+    pub fn exact(case: &str, unit: &str, value: f64, reference: &str, target: Target) -> Self {
+        let mut row = Self::measured(case, unit, value, (reference, f64::NAN), f64::NAN, target);
+        row.value = value.is_finite().then_some(value);
+        row
+    }
+
     /// A row that could not be measured, and why.
     pub fn missing(case: &str, unit: &str, reference: &str, target: Target, why: String) -> Self {
         Self {

@@ -49,7 +49,7 @@ const GRID: RGBColor = RGBColor(0xe2, 0xe2, 0xe2);
 const TEXT: RGBColor = RGBColor(0x22, 0x22, 0x22);
 const FONT: &str = "sans-serif";
 /// Percentiles that are labelled.
-const TICKS: [f64; 5] = [0.0, 90.0, 99.0, 99.9, 99.99];
+const TICKS: [f64; 6] = [0.0, 50.0, 90.0, 99.0, 99.9, 99.99];
 
 type Panel<'a> = DrawingArea<SVGBackend<'a>, Shift>;
 

@@ -34,14 +34,14 @@ impl Workload {
         let (mut found, mut wanted) = (vec![0; LARGE_BYTES as usize], vec![0; LARGE_BYTES as usize]);
         let (mut slots, mut next, mut done) = ([None; IN_FLIGHT], 0, 0);
         while done < total {
-            for slot in 0..IN_FLIGHT {
-                if slots[slot].is_some() || next == total {
+            for (slot, pending) in slots.iter_mut().enumerate() {
+                if pending.is_some() || next == total {
                     continue;
                 }
                 let (buffer, len) = self.piece(driver, slot, next)?;
                 let block = next / driver.namespace().block_bytes;
                 driver.submit(self.queue, &Io::Read { block, into: &buffer }, slot as u64)?;
-                slots[slot] = Some((next, len));
+                *pending = Some((next, len));
                 next += len;
             }
             driver.ring(self.queue)?;
