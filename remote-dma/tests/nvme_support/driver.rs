@@ -195,11 +195,12 @@ impl Driver {
             Activity::Idle(None) if advanced || self.bus.pending() > 0 => true,
             Activity::Idle(None) => {
                 // What is left is the media's; sleeping as a session does tests that nobody is forgotten.
-                if self.nvme.arm()
+                if self.nvme.in_flight() > 0
+                    && self.nvme.arm()
                     && let Some(fd) = self.nvme.wake_fd()
                 {
                     let mut ready = [rustix::event::PollFd::new(&fd, rustix::event::PollFlags::IN)];
-                    let wait = rustix::event::Timespec { tv_sec: 0, tv_nsec: 20_000_000 };
+                    let wait = rustix::event::Timespec { tv_sec: 0, tv_nsec: 5_000_000 };
                     return rustix::event::poll(&mut ready, Some(&wait)).unwrap() > 0;
                 }
                 false
@@ -217,7 +218,10 @@ impl Driver {
 
     /// Everything that can be done without the driver.
     pub fn settle(&mut self) {
-        while self.turn() || self.nvme.in_flight() > 0 {}
+        let deadline = Instant::now() + Duration::from_secs(20);
+        while self.turn() || self.nvme.in_flight() > 0 {
+            assert!(Instant::now() < deadline, "it never comes to rest: {:?}", self.nvme);
+        }
     }
 
     pub fn wait(&mut self, queue: u16) -> Entry {

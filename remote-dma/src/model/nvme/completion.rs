@@ -228,6 +228,7 @@ impl Nvme {
     /// The vectors that may be announced at present.
     pub(super) fn raised_deliverable(&self) -> u128 {
         match self.mode {
+            _ if self.fenced => 0,
             InterruptMode::Msix => self.raised,
             // INTMS masks MSI (section 3.1.3).
             InterruptMode::Msi(_) => self.raised & !u128::from(self.registers.masked),

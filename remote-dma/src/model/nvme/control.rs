@@ -88,6 +88,8 @@ impl Nvme {
         }
         self.life = Life::Ready;
         self.registers.ready = true;
+        // A shutdown that was asked for while disabled was complete at once; it does not outlive the next enabling.
+        self.registers.shutdown = Shutdown::None;
     }
 
     /// CC.EN became 0: no DMA and no job starts any more.

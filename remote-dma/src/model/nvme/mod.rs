@@ -323,7 +323,9 @@ impl Backend for Nvme {
         if worked || self.has_work() {
             return Activity::Busy;
         }
-        Activity::Idle(self.timers.peek().map(|Reverse((due, _))| due.since(bus.now())))
+        // A controller that failed or is fenced completes nothing, however long it waits.
+        let next = self.timers.peek().filter(|_| self.running());
+        Activity::Idle(next.map(|Reverse((due, _))| due.since(bus.now())))
     }
 
     fn arm(&mut self) -> bool {
