@@ -6,6 +6,8 @@
 //! Two fabrics implement the seam today: [`shm`] (two processes of one host, the embedded default) and [`sim`] (virtual time from one
 //! seed). Wrappers in [`wrap`] inject faults and record traces, and are fabrics themselves.
 
+#[cfg(feature = "conformance")]
+pub mod conformance;
 pub mod fabric;
 pub mod link;
 pub mod memory;
