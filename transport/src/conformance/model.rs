@@ -10,7 +10,7 @@ use super::rig::{Outcome, Piece, Rig, Stop, ensure};
 use crate::fabric::{Event, Op, OpId, Signal};
 use crate::span::{Access, RemoteRegion};
 
-const TARGET: u64 = 4096;
+const TARGET: u64 = 2048;
 const SCRATCH: u64 = 1 << 20;
 const OPERATIONS: u64 = 1500;
 

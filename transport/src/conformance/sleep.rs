@@ -95,8 +95,7 @@ pub(super) fn an_armed_side_is_woken_and_an_idle_one_is_not(provider: &dyn Provi
                 notify: round,
             }
         };
-        rig.try_post(0, Signal::No, op)?;
-        rig.flush(0);
+        post_alone(&mut rig, Signal::No, op, 20)?;
         ensure!(woken(rig.end(1), LOST)?, "round {round}: {op:?} did not wake its receiver");
         // It stays so until somebody polls.
         ensure!(
@@ -118,8 +117,7 @@ pub(super) fn an_armed_side_is_woken_and_an_idle_one_is_not(provider: &dyn Provi
         from: near.region.span(0, 64, Access::READ)?,
         to: remote.span(0, 64, Access::WRITE)?,
     };
-    rig.try_post(0, Signal::Yes(OpId(1)), op)?;
-    rig.flush(0);
+    post_alone(&mut rig, Signal::Yes(OpId(1)), op, 0)?;
     let armed = rig.end(0).arm();
     ensure!(!armed || woken(rig.end(0), LOST)?, "a completion did not wake its poster");
     let done = rig.outcome(0, OpId(1))?;
@@ -134,6 +132,19 @@ pub(super) fn an_armed_side_is_woken_and_an_idle_one_is_not(provider: &dyn Provi
     let Pair { ends: [left, right], .. } = rig.pair;
     drop(left);
     ensure!(woken(&*right, LOST)?, "a peer that vanished did not wake this side");
+    Ok(())
+}
+
+/// Posts from side 0 and polls it `polls` times, as its owner would; the receiver is left to itself.
+fn post_alone(rig: &mut Rig<'_>, signal: Signal, op: Op<'_>, polls: u32) -> Outcome {
+    while rig.try_post(0, signal, op).is_err() {
+        rig.poll(0);
+        rig.be_patient("room in the queue")?;
+    }
+    rig.flush(0);
+    for _ in 0..polls {
+        rig.poll(0);
+    }
     Ok(())
 }
 
