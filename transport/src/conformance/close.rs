@@ -90,6 +90,8 @@ pub(super) fn both_sides_may_close_at_once(provider: &dyn Provider, seed: u64) -
 pub(super) fn a_vanished_peer_is_noticed_once(provider: &dyn Provider, seed: u64) -> Outcome {
     let mut rig = Rig::new(provider, seed)?;
     rig.still_works()?;
+    // What is outstanding would be answered, too.
+    rig.settle();
     let Rig { pair, .. } = rig;
     let super::Pair {
         ends: [left, right],

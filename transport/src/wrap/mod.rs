@@ -1,6 +1,6 @@
 //! Fabrics around fabrics: one that counts and remembers, one that makes things go wrong.
 //!
-//! `Trace::new(fabric, 64)` shows that an MMIO read costs two work requests and one doorbell; `Faults::new(fabric, 7, FaultRates::drawn)`
+//! `Trace::new(fabric, 64)` shows that an MMIO read costs two work requests and one doorbell; `Faults::new(fabric, 7, rates)`
 //! says `Full` when there is room and holds events back. Both are fabrics, so data paths hold no test code.
 
 mod faults;
