@@ -3,4 +3,22 @@
 //! A guest's 4-byte store to BAR0 + 0x1018 arrives in [`Function::bar_write`]; its profile decides what it means, and the function's
 //! [`farbus_remote_dma::Attachment`] carries it to the device, wherever that is.
 
+pub mod access;
+pub mod config;
+pub mod embed;
+pub mod function;
+mod interrupt;
+pub mod irq;
+pub mod mediation;
+pub mod profile;
+mod routes;
+#[cfg(test)]
+mod scripted;
 pub mod vfio_user;
+
+pub use access::AccessError;
+pub use config::AddressSpace;
+pub use embed::Embedded;
+pub use function::{Counters, Function, FunctionError, FunctionOptions, InterruptOwner};
+pub use irq::{CallbackSink, IrqSink, IrqfdSink, MessageInterrupt, RecorderSink};
+pub use mediation::{MediationKind, MediationRequest};

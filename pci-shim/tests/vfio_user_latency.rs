@@ -12,7 +12,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use farbus_pci_shim::vfio_user::wire::{Command, Header, RegionAccess};
-use farbus_pci_shim::vfio_user::{ClientInterrupts, MediatedAccess, NoRegister, Options, Served, Server};
+use farbus_pci_shim::vfio_user::{ClientInterrupts, Options, Served, Server};
+use farbus_pci_shim::{AccessError, MediationRequest};
 use farbus_remote_dma::{
     Activity, AttachmentError, BarAddress, DeviceDescription, InterruptMode, Iova, MapError, MediationAnswer, ResetKind, Ticket,
     Width, Window,
@@ -35,16 +36,16 @@ impl Served for Register {
     fn description(&self) -> &DeviceDescription {
         &self.description
     }
-    fn config_read(&mut self, _: u16, _: &mut [u8]) -> Result<(), NoRegister> {
+    fn config_read(&mut self, _: u16, _: &mut [u8]) -> Result<(), AccessError> {
         Ok(())
     }
-    fn config_write(&mut self, _: u16, _: &[u8]) -> Result<(), NoRegister> {
+    fn config_write(&mut self, _: u16, _: &[u8]) -> Result<(), AccessError> {
         Ok(())
     }
-    fn bar_read(&mut self, _: BarAddress, _: Width) -> Result<u64, NoRegister> {
+    fn bar_read(&mut self, _: BarAddress, _: Width) -> Result<u64, AccessError> {
         Ok(1)
     }
-    fn bar_write(&mut self, _: BarAddress, _: Width, _: u64) -> Result<(), NoRegister> {
+    fn bar_write(&mut self, _: BarAddress, _: Width, _: u64) -> Result<(), AccessError> {
         Ok(())
     }
     fn map(&mut self, _: Window) -> Result<(), MapError> {
@@ -54,7 +55,7 @@ impl Served for Register {
         Ok(())
     }
     fn prove(&mut self, _: &Arc<Memory>) {}
-    fn next_mediation(&mut self) -> Option<MediatedAccess> {
+    fn next_mediation(&mut self) -> Option<MediationRequest> {
         None
     }
     fn answer(&mut self, _: Ticket, _: MediationAnswer<'_>) {}

@@ -19,10 +19,11 @@ use zerocopy::IntoBytes;
 
 use super::maps::{FileKey, Maps};
 use super::message::{dma_read_reply, dma_write_reply_fits};
-use super::served::{MediatedAccess, MediatedKind, Served};
+use super::served::Served;
 use super::share::{Evidence, MAX_TRIES, STRIKES, Sample, Trust};
 use super::socket::Output;
 use super::wire::{Command, DmaAccess, FLAG_ERROR, Header};
+use crate::{MediationKind, MediationRequest};
 
 /// Messages that wait for a reply at the same time.
 const MAX_OUTSTANDING: usize = 32;
@@ -156,12 +157,12 @@ impl Mediator {
 
     /// Takes what the device asks for. Call after every call of the device, before interrupts are delivered.
     pub(super) fn collect<D: Served>(&mut self, device: &mut D) {
-        while let Some(MediatedAccess { ticket, iova, kind }) = device.next_mediation() {
+        while let Some(MediationRequest { ticket, iova, kind }) = device.next_mediation() {
             let kind = match kind {
-                MediatedKind::Fetch { len } => Kind::Fetch {
+                MediationKind::Fetch { len } => Kind::Fetch {
                     bytes: vec![0; len as usize],
                 },
-                MediatedKind::Store { bytes, polled } => {
+                MediationKind::Store { bytes, polled } => {
                     self.newest_store += 1;
                     self.unanswered_stores.insert(self.newest_store);
                     Kind::Store {

@@ -23,7 +23,7 @@ pub mod version;
 pub mod wire;
 
 pub use irqs::ClientInterrupts;
-pub use served::{MediatedAccess, MediatedKind, NoRegister, Served};
+pub use served::Served;
 pub use server::{BindError, Ended, Server, StopHandle, serve_all};
 pub use session::{ClientEnd, OnGone, Options, ServeError};
 pub use share::OnUnshared;

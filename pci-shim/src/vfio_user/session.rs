@@ -497,7 +497,11 @@ impl<D: Served> Session<'_, D> {
                 self.end = Some(ClientEnd::Misbehaved("it answers no DMA_READ and DMA_WRITE"));
             }
         }
-        let (newest, oldest) = self.mediator.stores();
+        let (newest, oldest) = if self.device.orders_interrupts() {
+            (0, None)
+        } else {
+            self.mediator.stores()
+        };
         let interrupts = self.device.interrupts();
         if interrupts.has_news() {
             interrupts.deliver(newest, oldest);

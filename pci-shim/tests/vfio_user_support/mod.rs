@@ -12,9 +12,8 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use farbus_pci_shim::vfio_user::client::{Client, ClientMemory};
-use farbus_pci_shim::vfio_user::{
-    ClientInterrupts, Ended, MediatedAccess, MediatedKind, NoRegister, Options, Served, Server, StopHandle,
-};
+use farbus_pci_shim::vfio_user::{ClientInterrupts, Ended, Options, Served, Server, StopHandle};
+use farbus_pci_shim::{AccessError, MediationKind, MediationRequest};
 use farbus_remote_dma::{
     Activity, AttachmentError, BarAddress, BarDescription, BarKind, DeviceDescription, InterruptMode, Iova, MapError,
     MediationAnswer, MsixLocation, ResetKind, Ticket, Width, Window, WindowMemory,
@@ -61,7 +60,7 @@ pub struct Scripted {
     interrupts: ClientInterrupts,
     state: Arc<Mutex<State>>,
     wake: Arc<OwnedFd>,
-    mediations: VecDeque<MediatedAccess>,
+    mediations: VecDeque<MediationRequest>,
     next_ticket: u32,
 }
 
@@ -150,9 +149,9 @@ impl Scripted {
         (device, Handle { state, wake })
     }
 
-    fn mediate(&mut self, iova: u64, kind: MediatedKind) {
+    fn mediate(&mut self, iova: u64, kind: MediationKind) {
         self.next_ticket += 1;
-        self.mediations.push_back(MediatedAccess {
+        self.mediations.push_back(MediationRequest {
             ticket: Ticket(self.next_ticket),
             iova: Iova(iova),
             kind,
@@ -160,14 +159,14 @@ impl Scripted {
     }
 }
 
-fn range(state: &State, at: BarAddress, width: Width) -> Result<std::ops::Range<usize>, NoRegister> {
+fn range(state: &State, at: BarAddress, width: Width) -> Result<std::ops::Range<usize>, AccessError> {
     let inside = at.bar == 0
         && at
             .offset
             .checked_add(width.bytes())
             .is_some_and(|end| end <= state.bar0.len() as u64);
     if !inside || !width.aligned(at.offset) {
-        return Err(NoRegister);
+        return Err(AccessError::NoBar { bar: at.bar });
     }
     Ok(at.offset as usize..(at.offset + width.bytes()) as usize)
 }
@@ -177,7 +176,7 @@ impl Served for Scripted {
         &self.description
     }
 
-    fn config_read(&mut self, offset: u16, into: &mut [u8]) -> Result<(), NoRegister> {
+    fn config_read(&mut self, offset: u16, into: &mut [u8]) -> Result<(), AccessError> {
         let from = usize::from(offset);
         into.copy_from_slice(
             self.state
@@ -185,23 +184,23 @@ impl Served for Scripted {
                 .unwrap()
                 .config
                 .get(from..from + into.len())
-                .ok_or(NoRegister)?,
+                .ok_or(AccessError::Config { offset, len: from })?,
         );
         Ok(())
     }
 
-    fn config_write(&mut self, offset: u16, bytes: &[u8]) -> Result<(), NoRegister> {
+    fn config_write(&mut self, offset: u16, bytes: &[u8]) -> Result<(), AccessError> {
         let from = usize::from(offset);
         let mut state = self.state.lock().unwrap();
         state
             .config
             .get_mut(from..from + bytes.len())
-            .ok_or(NoRegister)?
+            .ok_or(AccessError::Config { offset, len: from })?
             .copy_from_slice(bytes);
         Ok(())
     }
 
-    fn bar_read(&mut self, at: BarAddress, width: Width) -> Result<u64, NoRegister> {
+    fn bar_read(&mut self, at: BarAddress, width: Width) -> Result<u64, AccessError> {
         let state = self.state.lock().unwrap();
         let range = range(&state, at, width)?;
         if state.gone.is_some() {
@@ -212,7 +211,7 @@ impl Served for Scripted {
         Ok(u64::from_le_bytes(bytes))
     }
 
-    fn bar_write(&mut self, at: BarAddress, width: Width, value: u64) -> Result<(), NoRegister> {
+    fn bar_write(&mut self, at: BarAddress, width: Width, value: u64) -> Result<(), AccessError> {
         let mut state = self.state.lock().unwrap();
         let range = range(&state, at, width)?;
         let len = range.len();
@@ -257,7 +256,7 @@ impl Served for Scripted {
         }
     }
 
-    fn next_mediation(&mut self) -> Option<MediatedAccess> {
+    fn next_mediation(&mut self) -> Option<MediationRequest> {
         self.mediations.pop_front()
     }
 
@@ -288,8 +287,8 @@ impl Served for Scripted {
         let busy = !steps.is_empty();
         for step in steps {
             match step {
-                Step::Fetch { iova, len } => self.mediate(iova, MediatedKind::Fetch { len }),
-                Step::Store { iova, bytes, polled } => self.mediate(iova, MediatedKind::Store { bytes, polled }),
+                Step::Fetch { iova, len } => self.mediate(iova, MediationKind::Fetch { len }),
+                Step::Store { iova, bytes, polled } => self.mediate(iova, MediationKind::Store { bytes, polled }),
                 Step::Raise(vector) => self.interrupts.message(vector),
                 Step::Pin(level) => self.interrupts.pin(level),
             }

@@ -1,0 +1,378 @@
+//! The PCI function that a guest sees: every access of its CPU comes in here, every interrupt leaves here.
+//!
+//! A 4-byte store of 17 to BAR0 + 0x1018 is checked, found to be neither the MSI-X table's nor a constant, named "submission queue 3's tail"
+//! by the NVMe profile, and posted to the [`Attachment`]; vector 3 comes back through the MSI-X table to the [`IrqSink`].
+//!
+//! ```text
+//!   config_write ─► Space ─► interrupt mode, bus master, reset ─┐
+//!   bar_write ─► Routes ─► MSI-X table                           ├─► Attachment ─► the device, wherever it is
+//!                      └─► Profile ─────────────────────────────┘        │
+//!   IrqSink ◄── masks, pending bits, INTx ◄── stores of guest memory ◄────┘ (Front, as the attachment's Host)
+//! ```
+
+mod front;
+mod options;
+#[cfg(test)]
+mod tests;
+
+use std::os::fd::BorrowedFd;
+use std::sync::Arc;
+
+use farbus_remote_dma::dirty_log::DirtyLog;
+use farbus_remote_dma::{
+    Activity, Attachment, AttachmentError, BarAddress, DeviceDescription, InterruptMode, Iova, MapError, MediationAnswer,
+    ResetKind, Ticket, Width, Window,
+};
+use farbus_transport::{CloseReason, Memory, Nanos};
+
+use crate::access::AccessError;
+use crate::config::{AddressSpace, Space, Written};
+use crate::irq::IrqSink;
+use crate::mediation::MediationRequest;
+use crate::profile::{self, Profile, RegisterName, Verdict};
+use crate::routes::{Route, Routes};
+use front::Front;
+pub use options::{Counters, FunctionError, FunctionOptions, InterruptOwner};
+
+/// A PCI function whose device is behind an [`Attachment`]. One thread at a time uses it; no method blocks for longer than the attachment's
+/// deadline for a register read.
+pub struct Function<S: IrqSink> {
+    attachment: Box<dyn Attachment>,
+    description: DeviceDescription,
+    routes: Routes,
+    profile: Box<dyn Profile>,
+    front: Front<S>,
+    /// What the attachment was told last.
+    bus_master: bool,
+    mode: InterruptMode,
+    gone: bool,
+}
+
+impl<S: IrqSink> Function<S> {
+    /// The function of an attachment's device, as after power-on.
+    ///
+    /// # Errors
+    /// [`FunctionError::Description`].
+    pub fn new(attachment: Box<dyn Attachment>, sink: S, options: FunctionOptions) -> Result<Self, FunctionError> {
+        let description = attachment.description().clone();
+        let front = Front::new(&description, sink, options.interrupts)?;
+        let mut function = Self {
+            attachment,
+            routes: Routes::new(&description, front.msix.as_ref()),
+            profile: profile::for_device(&description),
+            description,
+            front,
+            bus_master: false,
+            mode: InterruptMode::Pin,
+            gone: false,
+        };
+        // The device may have been used before.
+        function.attachment.set_bus_master(false, &mut function.front);
+        function
+            .attachment
+            .set_interrupt_mode(InterruptMode::Pin, &mut function.front);
+        function.settle();
+        Ok(function)
+    }
+
+    /// What the device is.
+    pub fn description(&self) -> &DeviceDescription {
+        &self.description
+    }
+
+    /// The sink.
+    pub fn sink(&self) -> &S {
+        &self.front.sink
+    }
+
+    /// The sink, to change it.
+    pub fn sink_mut(&mut self) -> &mut S {
+        &mut self.front.sink
+    }
+
+    /// How often things happened.
+    pub fn counters(&self) -> Counters {
+        self.front.counters
+    }
+
+    /// The configuration space as it is now.
+    pub fn config(&self) -> &Space {
+        &self.front.space
+    }
+
+    /// What people call a register, where the device's class says.
+    pub fn register(&self, at: BarAddress) -> Option<RegisterName> {
+        self.profile.register(at)
+    }
+
+    /// Which place in a BAR an address of the machine is, as the guest has set the function up; `None` where the function does not
+    /// decode it. A BAR that the guest has not placed yet lies at 0: ask RAM first.
+    pub fn decode(&self, space: AddressSpace, address: u64) -> Option<BarAddress> {
+        self.front.space.decode(space, address)
+    }
+
+    /// Reads any range inside configuration space; all ones where the device is gone.
+    ///
+    /// # Errors
+    /// [`AccessError::Config`]; `into` is untouched.
+    pub fn config_read(&mut self, offset: u16, into: &mut [u8]) -> Result<(), AccessError> {
+        self.front.counters.config_reads += 1;
+        self.refusable(|function| function.front.space.read(offset, into))?;
+        if self.gone().is_some() {
+            into.fill(0xff);
+        }
+        Ok(())
+    }
+
+    /// Writes any range inside configuration space, and does what the registers ask for: interrupt mode, bus mastering, power, reset. A
+    /// function level reset undoes what the same write changed elsewhere.
+    ///
+    /// # Errors
+    /// [`AccessError::Config`]; nothing was written.
+    pub fn config_write(&mut self, offset: u16, bytes: &[u8]) -> Result<(), AccessError> {
+        self.front.counters.config_writes += 1;
+        let written = self.refusable(|function| function.front.space.write(offset, bytes))?;
+        match written {
+            Written::Stored => self.follow(),
+            Written::FunctionLevelReset => {
+                if let Err(error) = self.reset(ResetKind::Function) {
+                    // The guest cannot be told but by what it reads next: all ones, if the device is gone.
+                    tracing::error!(%error, "the guest's function level reset did not reach the device");
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Reads a register. All ones where the device is gone or late, and, where the function decodes, while the BAR is not decoded. Stores
+    /// that are still to be taken by [`Function::next_mediation`] come before the answer: make them before the guest's CPU runs on.
+    ///
+    /// # Errors
+    /// Any [`AccessError`] but that of configuration space.
+    pub fn bar_read(&mut self, at: BarAddress, width: Width) -> Result<u64, AccessError> {
+        self.refusable(|function| function.routes.check(at, width))?;
+        let local = self.local_read(at, width);
+        if let Some(value) = local {
+            self.front.counters.bar_reads_local += 1;
+            return Ok(value);
+        }
+        self.front.counters.bar_reads_remote += 1;
+        let value = width.truncate(self.attachment.bar_read(at, width, &mut self.front));
+        self.profile.answered(at, width, value);
+        self.settle();
+        tracing::trace!(%at, value, register = self.profile.register(at).map(tracing::field::display), "read");
+        Ok(value)
+    }
+
+    /// Writes a register: posted, in order, and not seen by the device when this returns.
+    ///
+    /// # Errors
+    /// Any [`AccessError`] but that of configuration space.
+    pub fn bar_write(&mut self, at: BarAddress, width: Width, value: u64) -> Result<(), AccessError> {
+        self.refusable(|function| function.routes.check(at, width))?;
+        let value = width.truncate(value);
+        if !self.decodes(at.bar) {
+            self.front.counters.bar_writes_local += 1;
+            self.front.space.note_unsupported_request(true);
+            return Ok(());
+        }
+        match self.routes.of_write(at) {
+            Route::Table(offset) => {
+                self.front.counters.bar_writes_local += 1;
+                if let Some(msix) = &mut self.front.msix {
+                    msix.write_table(offset, width, value);
+                }
+                self.front.tell();
+            }
+            Route::Pending(_) => self.front.counters.bar_writes_local += 1,
+            Route::Constant(_) | Route::Device => {
+                tracing::trace!(%at, value, register = self.profile.register(at).map(tracing::field::display), "write");
+                match self.profile.write(at, width, value) {
+                    Verdict::Forward => {
+                        self.front.counters.bar_writes_remote += 1;
+                        self.attachment.bar_write(at, width, value, &mut self.front);
+                        self.settle();
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Lets the device use a range of DMA addresses.
+    ///
+    /// # Errors
+    /// [`MapError`]; nothing was mapped.
+    pub fn map(&mut self, window: Window) -> Result<(), MapError> {
+        let mapped = self.attachment.map(window, &mut self.front);
+        self.settle();
+        mapped
+    }
+
+    /// Takes every window inside a range away. When it returns, neither the device nor [`Function::next_mediation`] touches the range;
+    /// what was handed out before is the owner's to end first.
+    ///
+    /// # Errors
+    /// [`MapError`]; nothing was taken.
+    pub fn unmap(&mut self, iova: Iova, len: u64) -> Result<(), MapError> {
+        let unmapped = self.attachment.unmap(iova, len, &mut self.front);
+        if unmapped.is_ok() {
+            self.front.mediations.withdraw(iova, len);
+        }
+        self.settle();
+        unmapped
+    }
+
+    /// Says that `memory` is what the guest sees: its windows need no mediation from now on.
+    pub fn prove(&mut self, memory: &Arc<Memory>) {
+        self.attachment.prove(memory, &mut self.front);
+        self.settle();
+    }
+
+    /// The next access to guest memory that the owner must make. Interrupts that the device raised after a store wait for its answer.
+    pub fn next_mediation(&mut self) -> Option<MediationRequest> {
+        let request = self.front.mediations.take()?;
+        self.front.counters.mediations += 1;
+        Some(request)
+    }
+
+    /// The outcome of a mediation that was handed out. Anything that does not fit the request counts as a fault.
+    pub fn answer(&mut self, ticket: Ticket, answer: MediationAnswer<'_>) {
+        let Some(answer) = self.front.mediations.close(ticket, answer) else {
+            tracing::error!(?ticket, "an answer to no mediation");
+            return;
+        };
+        self.attachment.answer(ticket, answer, &mut self.front);
+        self.settle();
+    }
+
+    /// What the client of a vfio-user server enabled. Ignored with [`InterruptOwner::Function`], whose registers say.
+    pub fn set_client_interrupts(&mut self, mode: InterruptMode) {
+        self.front.client_mode = mode;
+        self.follow();
+    }
+
+    /// Fences DMA, resets the device, and puts all registers back as the kind of reset says. Windows stay. What the device said before is
+    /// not told any more. Registers are reset even where the device did not answer.
+    ///
+    /// # Errors
+    /// [`AttachmentError`].
+    pub fn reset(&mut self, kind: ResetKind) -> Result<(), AttachmentError> {
+        self.front.fence();
+        if std::mem::take(&mut self.bus_master) {
+            self.attachment.set_bus_master(false, &mut self.front);
+        }
+        let reset = self.attachment.reset(kind, &mut self.front);
+        self.profile.reset(kind);
+        self.front.restart(kind);
+        // Said again even if it is the same: the device may have forgotten.
+        self.mode = self.front.mode();
+        self.attachment.set_interrupt_mode(self.mode, &mut self.front);
+        self.settle();
+        reset
+    }
+
+    /// Takes what has happened at the device: interrupts go to the sink, mediations to [`Function::next_mediation`]. Never blocks.
+    pub fn poll(&mut self, now: Nanos) -> Activity {
+        let activity = self.attachment.poll(now, &mut self.front);
+        self.settle();
+        if !self.gone && self.gone().is_some() {
+            self.gone = true;
+            self.front.gone();
+        }
+        activity
+    }
+
+    /// Prepares to sleep: true where [`Function::wake_fd`] will become readable at the next event; false where there is work.
+    pub fn arm(&mut self) -> bool {
+        let idle = !self.front.mediations.waiting() && self.front.mediations.refused() == 0;
+        idle && self.attachment.arm()
+    }
+
+    /// Readable when an armed function has events.
+    pub fn wake_fd(&self) -> Option<BorrowedFd<'_>> {
+        self.attachment.wake_fd()
+    }
+
+    /// Why the device is gone, once it is. Then every read is all ones, as from an empty slot.
+    pub fn gone(&self) -> Option<CloseReason> {
+        self.attachment.gone()
+    }
+
+    /// The pages that the device wrote in `memory`, complete up to this call; `None` where `memory` has no window.
+    pub fn dirty_log(&mut self, memory: &Arc<Memory>) -> Option<&DirtyLog> {
+        self.attachment.dirty_log(memory, &mut self.front)
+    }
+
+    /// The attachment itself.
+    pub fn attachment_mut(&mut self) -> &mut dyn Attachment {
+        &mut *self.attachment
+    }
+
+    fn local_read(&mut self, at: BarAddress, width: Width) -> Option<u64> {
+        if !self.decodes(at.bar) {
+            self.front.space.note_unsupported_request(false);
+            return Some(width.all_ones());
+        }
+        let value = match self.routes.of_read(at, width) {
+            Route::Table(offset) => self.front.msix.as_ref().map(|msix| msix.read_table(offset, width)),
+            Route::Pending(offset) => self.front.msix.as_ref().map(|msix| msix.read_pending(offset, width)),
+            Route::Constant(value) => Some(value),
+            Route::Device => self.profile.read(at, width),
+        };
+        // What is known here must not hide that the device is not there any more.
+        value.map(|value| if self.gone().is_some() { width.all_ones() } else { value })
+    }
+
+    fn decodes(&self, bar: u8) -> bool {
+        self.front.owner == InterruptOwner::Client || self.front.space.decodes(bar)
+    }
+
+    /// Tells the attachment and the guest what changed in the registers. Bus mastering is taken before anything else and given last.
+    fn follow(&mut self) {
+        let (bus_master, mode) = (self.front.space.bus_master(), self.front.mode());
+        if self.bus_master && !bus_master {
+            self.attachment.set_bus_master(false, &mut self.front);
+        }
+        if mode != self.mode {
+            self.mode = mode;
+            self.attachment.set_interrupt_mode(mode, &mut self.front);
+        }
+        if bus_master && !self.bus_master {
+            self.attachment.set_bus_master(true, &mut self.front);
+        }
+        self.bus_master = bus_master;
+        self.front.tell();
+        self.settle();
+    }
+
+    /// After every call of the attachment: refused mediations are answered, and signals whose stores are made are told.
+    fn settle(&mut self) {
+        // No more than there are now: an answer may bring the next question, which waits for the next call.
+        for _ in 0..self.front.mediations.refused() {
+            let Some(ticket) = self.front.mediations.take_refused() else {
+                break;
+            };
+            self.attachment.answer(ticket, MediationAnswer::Fault, &mut self.front);
+        }
+        self.front.release();
+    }
+
+    fn refusable<T>(&mut self, access: impl FnOnce(&mut Self) -> Result<T, AccessError>) -> Result<T, AccessError> {
+        let result = access(self);
+        if result.is_err() {
+            self.front.counters.refused += 1;
+        }
+        result
+    }
+}
+
+impl<S: IrqSink + std::fmt::Debug> std::fmt::Debug for Function<S> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Function")
+            .field("name", &self.description.name)
+            .field("sink", &self.front.sink)
+            .field("counters", &self.front.counters)
+            .finish_non_exhaustive()
+    }
+}
