@@ -166,7 +166,9 @@ impl<D: Served> Session<'_, D> {
                 }
             }
             busy_polls = 0;
-            let received = self.receive(&mut input);
+            if self.end.is_none() && (activity == Activity::Busy || Nanos::now() < awake_until) && self.receive(&mut input) {
+                activity = Activity::Busy;
+            }
             if let Some(end) = self.end {
                 return Ok(end);
             }
@@ -174,14 +176,12 @@ impl<D: Served> Session<'_, D> {
                 return Ok(ClientEnd::Stopped);
             }
             let now = Nanos::now();
-            if received || activity == Activity::Busy {
-                awake_until = now + self.options.spin;
-                if activity == Activity::Busy {
-                    continue;
-                }
-            }
             if self.options.on_gone == OnGone::End && self.device.gone().is_some() {
                 return Ok(ClientEnd::DeviceGone);
+            }
+            if activity == Activity::Busy {
+                awake_until = now + self.options.spin;
+                continue;
             }
             let version_deadline = (!self.agreed).then_some(started + self.options.version_deadline);
             if version_deadline.is_some_and(|deadline| deadline <= now) {
@@ -226,19 +226,20 @@ impl<D: Served> Session<'_, D> {
             what: "copy a descriptor",
             source,
         })?;
-        let (socket, unmasked) = {
-            let mut fds = Vec::with_capacity(4);
-            fds.push(PollFd::from_borrowed_fd(self.socket, events));
-            fds.push(PollFd::from_borrowed_fd(stop.fd(), PollFlags::IN));
-            fds.extend(unmask.iter().map(|fd| PollFd::from_borrowed_fd(fd.as_fd(), PollFlags::IN)));
-            fds.extend(self.device.wake_fd().map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN)));
-            match rustix::event::poll(&mut fds, timeout.as_ref()) {
-                Ok(_) | Err(Errno::INTR) => {}
-                Err(errno) => return Err(host("wait for a client")(errno)),
-            }
-            let revents = |i: usize| fds.get(i).map_or(PollFlags::empty(), PollFd::revents);
-            (revents(0), unmask.is_some() && !revents(2).is_empty())
-        };
+        let polled = |fd, events| PollFd::from_borrowed_fd(fd, events);
+        let stopped = || polled(stop.fd(), PollFlags::IN);
+        let mut fds = [
+            polled(self.socket, events),
+            stopped(),
+            unmask.as_ref().map_or_else(stopped, |fd| polled(fd.as_fd(), PollFlags::IN)),
+            self.device.wake_fd().map_or_else(stopped, |fd| polled(fd, PollFlags::IN)),
+        ];
+        match rustix::event::poll(&mut fds, timeout.as_ref()) {
+            Ok(_) | Err(Errno::INTR) => {}
+            Err(errno) => return Err(host("wait for a client")(errno)),
+        }
+        let [socket, _, unmasked, _] = fds.map(|fd| fd.revents());
+        let unmasked = unmask.is_some() && !unmasked.is_empty();
         if unmasked {
             self.device.interrupts().take_unmask();
         }
