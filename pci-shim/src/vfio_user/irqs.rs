@@ -68,11 +68,12 @@ impl Line {
     }
 
     fn settle(&mut self) {
-        if self.pending && !self.masked {
-            if let Some(doorbell) = &self.trigger {
-                doorbell.ring();
-                self.pending = false;
-            }
+        if self.pending
+            && !self.masked
+            && let Some(doorbell) = &self.trigger
+        {
+            doorbell.ring();
+            self.pending = false;
         }
     }
 }

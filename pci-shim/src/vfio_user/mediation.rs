@@ -475,10 +475,9 @@ fn may_start(operation: &Operation, outstanding: &HashMap<u16, Outstanding>, una
     if let Kind::Store {
         polled: true, number, ..
     } = &operation.kind
+        && unanswered_stores.first().is_some_and(|first| first < number)
     {
-        if unanswered_stores.first().is_some_and(|first| first < number) {
-            return false;
-        }
+        return false;
     }
     let stores = |kind: &Kind| matches!(kind, Kind::Store { .. });
     !outstanding.values().filter(|message| !message.abandoned).any(|message| {

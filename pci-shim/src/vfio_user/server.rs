@@ -201,10 +201,11 @@ impl Server {
 impl Drop for Server {
     fn drop(&mut self) {
         let ours = fs::symlink_metadata(&self.path).ok().map(|data| (data.dev(), data.ino()));
-        if ours.is_some() && ours == self.identity {
-            if let Err(error) = fs::remove_file(&self.path) {
-                tracing::debug!(%error, path = %self.path.display(), "a socket file stays behind");
-            }
+        if ours.is_some()
+            && ours == self.identity
+            && let Err(error) = fs::remove_file(&self.path)
+        {
+            tracing::debug!(%error, path = %self.path.display(), "a socket file stays behind");
         }
     }
 }

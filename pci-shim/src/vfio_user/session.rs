@@ -268,7 +268,7 @@ impl<D: Served> Session<'_, D> {
             }
         }
         while self.end.is_none() {
-            match input.next() {
+            match input.next_message() {
                 Some(Incoming::Message {
                     header,
                     body,
@@ -519,21 +519,20 @@ impl<D: Served> Session<'_, D> {
     }
 
     fn acknowledge(&mut self, header: &Header) {
-        if !header.no_reply() {
-            if let Err(error) = self
+        if !header.no_reply()
+            && let Err(error) = self
                 .output
                 .send(self.socket, &header.reply(self.reply.len()), [&self.reply, &[]])
-            {
-                self.broken(&error);
-            }
+        {
+            self.broken(&error);
         }
     }
 
     fn refuse(&mut self, header: &Header, errno: Errno) {
-        if !header.no_reply() {
-            if let Err(error) = self.output.send(self.socket, &header.refusal(errno), [&[], &[]]) {
-                self.broken(&error);
-            }
+        if !header.no_reply()
+            && let Err(error) = self.output.send(self.socket, &header.refusal(errno), [&[], &[]])
+        {
+            self.broken(&error);
         }
     }
 

@@ -3,6 +3,7 @@
 //! `device.play([Step::Store { .. }, Step::Raise(3)])` has the device ask for a store and raise vector 3 in its next poll, in that order; the
 //! test then sees, as a client, when each arrives.
 #![allow(dead_code, reason = "each test program uses a part")]
+#![allow(clippy::unwrap_used, reason = "a panic is how a test fails")]
 
 use std::collections::VecDeque;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -14,9 +15,10 @@ use std::time::{Duration, Instant};
 use farbus_pci_shim::vfio_user::client::{Client, ClientMemory};
 use farbus_pci_shim::vfio_user::{ClientInterrupts, Ended, Options, Served, Server, StopHandle};
 use farbus_pci_shim::{AccessError, MediationKind, MediationRequest};
+use farbus_remote_dma::dirty_log::DirtyLog;
 use farbus_remote_dma::{
-    Activity, AttachmentError, BarAddress, BarDescription, BarKind, DeviceDescription, InterruptMode, Iova, MapError,
-    MediationAnswer, MsixLocation, ResetKind, Ticket, Width, Window, WindowMemory,
+    Activity, Attachment, AttachmentError, BarAddress, BarDescription, BarKind, DeviceDescription, Host, InterruptMode, Iova,
+    MapError, Mediation, MediationAnswer, MsixLocation, ResetKind, Ticket, Width, Window, WindowMemory,
 };
 use farbus_transport::{CloseReason, Memory, Nanos};
 use rustix::event::{EventfdFlags, eventfd};
@@ -227,10 +229,10 @@ impl Served for Scripted {
         state.windows.push(window);
         let mut distinct: Vec<*const Memory> = vec![];
         for window in &state.windows {
-            if let WindowMemory::Mapped { memory, .. } = &window.memory {
-                if !distinct.contains(&Arc::as_ptr(memory)) {
-                    distinct.push(Arc::as_ptr(memory));
-                }
+            if let WindowMemory::Mapped { memory, .. } = &window.memory
+                && !distinct.contains(&Arc::as_ptr(memory))
+            {
+                distinct.push(Arc::as_ptr(memory));
             }
         }
         state.most_mappings = state.most_mappings.max(distinct.len());
@@ -429,5 +431,91 @@ pub fn wait_signal(fd: &OwnedFd) {
     while signals(fd) == 0 {
         assert!(start.elapsed() < DEADLINE, "an interrupt is missing");
         std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+/// The scripted device behind a real function.
+pub struct Lent(Scripted);
+
+impl Lent {
+    pub fn new() -> (Self, Handle) {
+        let (device, handle) = Scripted::new();
+        (Self(device), handle)
+    }
+
+    fn hand_over(&mut self, host: &mut dyn Host) {
+        while let Some(request) = self.0.mediations.pop_front() {
+            let mediation = match &request.kind {
+                MediationKind::Fetch { len } => Mediation::Fetch {
+                    iova: request.iova,
+                    len: *len,
+                },
+                MediationKind::Store { bytes, polled } => Mediation::Store {
+                    iova: request.iova,
+                    bytes,
+                    polled: *polled,
+                },
+            };
+            host.mediate(request.ticket, mediation);
+        }
+    }
+}
+
+impl Attachment for Lent {
+    fn description(&self) -> &DeviceDescription {
+        &self.0.description
+    }
+    fn bar_read(&mut self, at: BarAddress, width: Width, _: &mut dyn Host) -> u64 {
+        Served::bar_read(&mut self.0, at, width).unwrap()
+    }
+    fn bar_write(&mut self, at: BarAddress, width: Width, value: u64, _: &mut dyn Host) {
+        Served::bar_write(&mut self.0, at, width, value).unwrap();
+    }
+    fn map(&mut self, window: Window, _: &mut dyn Host) -> Result<(), MapError> {
+        Served::map(&mut self.0, window)
+    }
+    fn unmap(&mut self, iova: Iova, len: u64, _: &mut dyn Host) -> Result<(), MapError> {
+        Served::unmap(&mut self.0, iova, len)
+    }
+    fn prove(&mut self, memory: &Arc<Memory>, _: &mut dyn Host) {
+        Served::prove(&mut self.0, memory);
+    }
+    fn answer(&mut self, ticket: Ticket, answer: MediationAnswer<'_>, _: &mut dyn Host) {
+        Served::answer(&mut self.0, ticket, answer);
+    }
+    fn set_interrupt_mode(&mut self, mode: InterruptMode, _: &mut dyn Host) {
+        Served::set_client_interrupts(&mut self.0, mode);
+    }
+    fn set_bus_master(&mut self, _: bool, _: &mut dyn Host) {}
+    fn reset(&mut self, kind: ResetKind, _: &mut dyn Host) -> Result<(), AttachmentError> {
+        Served::reset(&mut self.0, kind)
+    }
+    fn poll(&mut self, now: Nanos, host: &mut dyn Host) -> Activity {
+        let _ = rustix::io::read(&self.0.wake, &mut [0_u8; 8]);
+        let _ = now;
+        let steps = std::mem::take(&mut self.0.state.lock().unwrap().steps);
+        let busy = !steps.is_empty();
+        for step in steps {
+            match step {
+                Step::Fetch { iova, len } => self.0.mediate(iova, MediationKind::Fetch { len }),
+                Step::Store { iova, bytes, polled } => self.0.mediate(iova, MediationKind::Store { bytes, polled }),
+                Step::Raise(vector) => host.interrupt(vector),
+                Step::Pin(level) => host.pin(level),
+            }
+            self.hand_over(host);
+        }
+        if busy { Activity::Busy } else { Activity::Idle(None) }
+    }
+    fn arm(&mut self) -> bool {
+        Served::arm(&mut self.0)
+    }
+    fn wake_fd(&self) -> Option<BorrowedFd<'_>> {
+        Served::wake_fd(&self.0)
+    }
+    fn gone(&self) -> Option<CloseReason> {
+        Served::gone(&self.0)
+    }
+    fn dirty_log(&mut self, _: &Arc<Memory>, _: &mut dyn Host) -> Option<&DirtyLog> {
+        None
     }
 }
