@@ -2,6 +2,7 @@
 //!
 //! `cargo test --release -p farbus-pci-shim --test vfio_user_latency -- --ignored --nocapture` prints `region read 9.1 us, bare 9.0 us, ratio
 //! 1.01`. It measures, so it runs only when asked for.
+#![expect(clippy::unwrap_used, reason = "a panic is how a test fails")]
 
 mod vfio_user_support;
 

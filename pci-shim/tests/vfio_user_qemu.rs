@@ -2,6 +2,7 @@
 //!
 //! `FARBUS_QEMU=/usr/bin/qemu-system-x86_64 cargo test -p farbus-pci-shim --test vfio_user_qemu -- --ignored` finds the device by its identity on
 //! the PCI bus, places BAR0, reads a register through it, and sees a store of the device arrive in guest memory, shared or not.
+#![expect(clippy::unwrap_used, reason = "a panic is how a test fails")]
 
 mod vfio_user_support;
 
@@ -204,7 +205,9 @@ fn qemu_drives_a_function() {
         // QEMU does not wait for a memory write's reply.
         handle.wait("a write", |state| state.bar0[0x1018] == 17);
         qemu.say(&format!("writeq {:#x} 0x1122334455667788", BAR0 + 0x1020));
-        handle.wait("a wide write", |state| state.bar0[0x1020..0x1028] == 0x1122_3344_5566_7788_u64.to_le_bytes());
+        handle.wait("a wide write", |state| {
+            state.bar0[0x1020..0x1028] == 0x1122_3344_5566_7788_u64.to_le_bytes()
+        });
         // Memory: the device's accesses go by message until one store is seen in the shared file, and then the file is proven.
         assert!(
             handle

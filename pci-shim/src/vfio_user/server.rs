@@ -20,8 +20,9 @@ use rustix::io::Errno;
 use rustix::net::SocketFlags;
 use thiserror::Error;
 
+use super::options::{ClientEnd, Options, ServeError, host};
 use super::served::Served;
-use super::session::{ClientEnd, Options, ServeError, host, serve_client};
+use super::session::serve_client;
 
 /// Why a socket cannot be listened on.
 #[derive(Debug, Error)]

@@ -53,8 +53,8 @@ pub struct State {
     pub proven: usize,
     pub modes: Vec<InterruptMode>,
     pub gone: Option<CloseReason>,
-    /// Raised by every BAR write, before it returns.
-    pub raise_on_write: Option<u16>,
+    /// Claims to hold interrupts back itself, which it does not.
+    pub claims_order: bool,
 }
 
 pub struct Scripted {
@@ -218,9 +218,6 @@ impl Served for Scripted {
         let range = range(&state, at, width)?;
         let len = range.len();
         state.bar0[range].copy_from_slice(&value.to_le_bytes()[..len]);
-        if let Some(vector) = state.raise_on_write {
-            self.interrupts.message(vector);
-        }
         Ok(())
     }
 
@@ -308,6 +305,10 @@ impl Served for Scripted {
 
     fn gone(&self) -> Option<CloseReason> {
         self.state.lock().unwrap().gone
+    }
+
+    fn orders_interrupts(&self) -> bool {
+        self.state.lock().unwrap().claims_order
     }
 
     fn interrupts(&mut self) -> &mut ClientInterrupts {
