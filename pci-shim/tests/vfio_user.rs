@@ -811,3 +811,55 @@ fn a_client_that_takes_100_bytes_a_message_is_served_in_pieces() {
     assert_eq!(server.device.state().answers[0].1, Answer::Fetched(whole));
     assert_eq!(guest.writes, [(0x10000, 100), (0x10064, 100), (0x100c8, 46), (0x100f6, 4)]);
 }
+
+#[test]
+fn maps_and_unmaps_follow_a_model_of_pages() {
+    use proptest::prelude::*;
+    let server = serve(Options::default());
+    let memory = Memory::memfd("guest", 16 << 12).unwrap();
+    let steps = proptest::collection::vec((any::<bool>(), 0_u64..12, 1_u64..5, any::<bool>()), 1..40);
+    let mut runner = proptest::test_runner::TestRunner::new(ProptestConfig::with_cases(200));
+    runner
+        .run(&steps, |steps| {
+            let mut client = server.client();
+            let mut model: Vec<(u64, u64)> = vec![];
+            for (map, first, pages, shared) in steps {
+                let (start, end) = (first << 12, (first + pages) << 12);
+                let touches = |(a, b): &(u64, u64)| *a < end && start < *b;
+                let within = |(a, b): &(u64, u64)| start <= *a && *b <= end;
+                let expected = if map {
+                    (!model.iter().any(touches)).then_some(()).ok_or(Errno::EXIST)
+                } else {
+                    model
+                        .iter()
+                        .filter(|w| touches(w))
+                        .all(within)
+                        .then_some(())
+                        .ok_or(Errno::INVAL)
+                };
+                let backing = shared.then(|| (memory.file().unwrap().0, start));
+                let answered = if map {
+                    client.dma_map(start, end - start, 3, backing)
+                } else {
+                    client.dma_unmap(start, end - start, 0)
+                };
+                prop_assert_eq!(answered.map_err(|error| error.errno().unwrap()), expected);
+                if expected.is_ok() {
+                    model.retain(|window| !within(window));
+                    model.extend(map.then_some((start, end)));
+                }
+                let mut windows: Vec<_> = server
+                    .device
+                    .state()
+                    .windows
+                    .iter()
+                    .map(|w| (w.iova.0, w.iova.0 + w.len))
+                    .collect();
+                windows.sort_unstable();
+                model.sort_unstable();
+                prop_assert_eq!(&windows, &model);
+            }
+            Ok(())
+        })
+        .unwrap();
+}
