@@ -296,7 +296,8 @@ impl Fabric for ShmFabric {
     #[inline]
     fn post(&mut self, signal: Signal, op: Op<'_>) -> Result<(), Full> {
         if self.closed.is_some() {
-            if self.ready.len() >= SLOTS as usize {
+            // Nothing follows the event that said so.
+            if self.close_reported || self.ready.len() >= SLOTS as usize {
                 return Err(Full);
             }
             self.finish(signal, Err(OpError::Closed));
