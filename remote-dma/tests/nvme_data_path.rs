@@ -109,7 +109,10 @@ fn time_of_a_command() {
         let start = Instant::now();
         let count = 1_000_000;
         reads(&mut driver, count, depth, 1024, pages);
-        println!("depth {depth}: {} ns a read of 4 KiB, driver and checks included", start.elapsed().as_nanos() as u64 / count);
+        println!(
+            "depth {depth}: {} ns a read of 4 KiB, driver and checks included",
+            start.elapsed().as_nanos() as u64 / count
+        );
     }
     // The device's part alone: entries are laid out before, only the doorbells are timed.
     let depth = 32_u64;
@@ -141,7 +144,8 @@ fn time_of_a_command() {
     let (from, to) = (Memory::memfd("a", 4 << 20).unwrap(), Memory::memfd("b", 1 << 20).unwrap());
     let start = Instant::now();
     for _ in 0..1_000_000 {
-        to.copy_from(random.below(32) * 4096, &from, random.below(1024) * 4096, 4096).unwrap();
+        to.copy_from(random.below(32) * 4096, &from, random.below(1024) * 4096, 4096)
+            .unwrap();
     }
     println!("copying 4 KiB: {} ns", start.elapsed().as_nanos() / 1_000_000);
 }

@@ -170,7 +170,10 @@ impl Lane {
             Asked::Read { block, blocks, offset } => {
                 let from = (block * 512) as usize;
                 let seen = self.guest(driver, offset, blocks * 512);
-                assert!(seen == self.model[from..from + seen.len()], "wrong data in blocks {block} + {blocks}");
+                assert!(
+                    seen == self.model[from..from + seen.len()],
+                    "wrong data in blocks {block} + {blocks}"
+                );
             }
         }
     }
@@ -263,7 +266,10 @@ fn a_file_is_right_by_direct_access() {
         let counters = driver.nvme.counters();
         assert!(counters.direct_jobs > 500 && counters.writes > 200, "{counters:?}");
         let named: u64 = driver.bus.direct.iter().map(|(_, len)| len).sum();
-        assert!(named > 0 && named <= counters.bytes_to_guest, "direct writes go into the dirty log");
+        assert!(
+            named > 0 && named <= counters.bytes_to_guest,
+            "direct writes go into the dirty log"
+        );
     }
 }
 
@@ -370,8 +376,17 @@ fn a_reset_under_io_leaves_nothing_behind() {
 enum Deed {
     Register(u16, u8, u64),
     Doorbell(u8, u16),
-    Command { queue: u8, bytes: Vec<u8> },
-    Plausible { queue: u8, opcode: u8, prp1: u64, prp2: u64, dwords: [u32; 3] },
+    Command {
+        queue: u8,
+        bytes: Vec<u8>,
+    },
+    Plausible {
+        queue: u8,
+        opcode: u8,
+        prp1: u64,
+        prp2: u64,
+        dwords: [u32; 3],
+    },
     Turn(u8),
     Take(u8),
     Enable,
@@ -415,7 +430,13 @@ fn misbehave(nvme: Nvme, mut bus: TestBus, faults: u64, deeds: &[Deed]) -> Resul
                 driver.put_bytes(u16::from(*queue), &bytes);
                 driver.ring(u16::from(*queue));
             }
-            Deed::Plausible { queue, opcode, prp1, prp2, dwords } => {
+            Deed::Plausible {
+                queue,
+                opcode,
+                prp1,
+                prp2,
+                dwords,
+            } => {
                 let [a, b, c] = *dwords;
                 let sqe = Sqe {
                     opcode: *opcode,
