@@ -48,6 +48,8 @@ pub struct TestBus {
     pub dmas: u64,
     /// Late DMAs that end with a fault, of 1,000.
     pub late_faults_permille: u64,
+    /// Breaks the seam's promise: completions may overtake the data written before them.
+    pub overtaking: bool,
     late: Option<Random>,
     queue: Vec<Late>,
     regions: Vec<(LocalRegion, Arc<Memory>)>,
@@ -66,6 +68,7 @@ impl TestBus {
             direct: Vec::new(),
             dmas: 0,
             late_faults_permille: 0,
+            overtaking: false,
             late: None,
             queue: Vec::new(),
             regions: Vec::new(),
@@ -139,6 +142,9 @@ impl TestBus {
     /// A late operation that may end now: reads at any time; writes before the first ordered operation; that one once it is first.
     fn pick(&mut self) -> Option<usize> {
         let random = self.late.as_mut()?;
+        if self.overtaking && !self.queue.is_empty() {
+            return Some(random.below(self.queue.len() as u64) as usize);
+        }
         let mut fence_seen = false;
         let mut earlier_writes = false;
         let mut eligible = Vec::new();
