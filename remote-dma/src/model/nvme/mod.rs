@@ -1,6 +1,6 @@
 //! An NVMe 1.4 controller with one namespace, as a [`Backend`]: this file has the object that owns everything and the calls of a session.
 //!
-//! A guest stores 17 to BAR0 + 0x1018: `control` finds submission queue 3's tail doorbell, `engine` fetches slots 9 to 16 with one DMA and takes
+//! A guest stores 17 to BAR0 + 0x1018: `control` finds submission queue 3's tail doorbell, `fetch` gets slots 9 to 16 with one DMA and `engine` takes
 //! each command as far as it gets, `completion` posts the entries and then raises vector 3 once. What is missing on the way
 //! (a DMA, the media, room) leaves the command in its slot until `dma_done` or `poll` brings it.
 //!
@@ -17,6 +17,7 @@ mod counters;
 mod engine;
 mod events;
 mod features;
+mod fetch;
 mod identify;
 mod io;
 mod log_pages;
