@@ -32,11 +32,7 @@ pub fn run(args: &BorrowArgs) -> anyhow::Result<()> {
     let session = attach(&args.from, options)?;
     let name = session_name(&session);
     let interrupts = ClientInterrupts::new(farbus_remote_dma::Attachment::description(&session));
-    let mut function = Function::new(
-        Box::new(session),
-        interrupts,
-        FunctionOptions { interrupts: InterruptOwner::Client, ..FunctionOptions::default() },
-    )?;
+    let mut function = Function::new(Box::new(session), interrupts, FunctionOptions { interrupts: InterruptOwner::Client })?;
     let socket = args.vfio_user.display().to_string();
     events.say(
         "serving",
