@@ -107,6 +107,8 @@ impl<F: Fabric> LenderSession<F> {
 
     /// Polls until the link ends or `stop` is set; sleeps when there is nothing to do.
     pub fn run(&mut self, options: PollOptions, stop: &Waker) -> CloseReason {
+        /// Reading the clock costs more than a poll, so it is read now and then, busy or not.
+        const POLLS_PER_LOOK: u32 = 64;
         let mut now = Nanos::now();
         let mut busy_at = now;
         let mut polls = 0_u32;
@@ -115,19 +117,21 @@ impl<F: Fabric> LenderSession<F> {
             if let Some(reason) = self.closed {
                 return reason;
             }
+            polls = polls.wrapping_add(1);
+            let look = polls.is_multiple_of(POLLS_PER_LOOK);
+            if look {
+                now = Nanos::now();
+                if stop.is_set() {
+                    return CloseReason::Local;
+                }
+            }
             let Activity::Idle(wait) = activity else {
                 busy_at = now;
-                polls = 63;
                 continue;
             };
-            polls += 1;
-            if !polls.is_multiple_of(64) {
+            if !look {
                 std::hint::spin_loop();
                 continue;
-            }
-            now = Nanos::now();
-            if stop.is_set() {
-                return CloseReason::Local;
             }
             // While an answer waits for the device, nothing may announce its end: keep polling.
             if now.since(busy_at) >= options.spin && self.waiting.is_empty() {
