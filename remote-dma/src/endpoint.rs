@@ -20,11 +20,13 @@ pub(crate) struct Endpoint<F> {
     backlog: VecDeque<Event>,
     scratch: Events,
     stalled: bool,
+    /// The link's end waits in the backlog.
+    ended: bool,
 }
 
 impl<F: Fabric> Endpoint<F> {
     pub(crate) fn new(fabric: F) -> Self {
-        Self { fabric, backlog: VecDeque::new(), scratch: Events::new(), stalled: false }
+        Self { fabric, backlog: VecDeque::new(), scratch: Events::new(), stalled: false, ended: false }
     }
 
     /// Events in order, earlier ones first.
@@ -78,7 +80,8 @@ impl<F: Fabric> Endpoint<F> {
     fn post_when_there_is_room(&mut self, signal: Signal, op: Op<'_>) {
         let started = Nanos::now();
         let mut rounds = 0_u32;
-        while !self.stalled {
+        // A link that has ended has no room ever again; what is not sent is lost with it.
+        while !self.stalled && !self.ended {
             self.fabric.flush();
             let now = Nanos::now();
             self.scratch.clear();
@@ -86,6 +89,7 @@ impl<F: Fabric> Endpoint<F> {
                 self.fabric.poll(now, &mut self.scratch);
             }
             self.backlog.extend(self.scratch.as_slice());
+            self.ended = self.scratch.as_slice().iter().any(|event| matches!(event, Event::Closed(_)));
             if self.fabric.post(signal, op).is_ok() {
                 return;
             }
