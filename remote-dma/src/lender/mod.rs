@@ -14,7 +14,7 @@ use std::os::fd::BorrowedFd;
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
-use farbus_transport::{CloseReason, Event, Events, Fabric, Nanos};
+use farbus_transport::{CloseReason, Event, Events, Fabric, Nanos, OpError};
 
 use self::bus::LenderBus;
 use crate::attachment::Activity;
@@ -227,6 +227,8 @@ impl<F: Fabric> LenderSession<F> {
                 tracing::warn!(%error, "an operation on the borrower's memory failed");
                 self.bus.operation_done(id, Err(DmaFault::Fenced));
             }
+            // The link ended with it under way; why is said by the event that follows.
+            Event::Failed(None, OpError::Closed) => {}
             Event::Failed(None, error) => {
                 tracing::error!(%error, "an operation that nobody waits for failed");
                 self.close(CloseReason::Protocol("an operation on the peer's memory failed"));
