@@ -20,7 +20,7 @@ pub(crate) struct Endpoint<F> {
     backlog: VecDeque<Event>,
     scratch: Events,
     stalled: bool,
-    /// The link's end waits in the backlog.
+    /// The link's end was polled; nothing follows it.
     ended: bool,
 }
 
@@ -38,6 +38,7 @@ impl<F: Fabric> Endpoint<F> {
         }
         if self.backlog.is_empty() {
             self.fabric.poll(now, events);
+            self.ended |= ends(events);
         }
     }
 
@@ -89,7 +90,7 @@ impl<F: Fabric> Endpoint<F> {
                 self.fabric.poll(now, &mut self.scratch);
             }
             self.backlog.extend(self.scratch.as_slice());
-            self.ended = self.scratch.as_slice().iter().any(|event| matches!(event, Event::Closed(_)));
+            self.ended = ends(&self.scratch);
             if self.fabric.post(signal, op).is_ok() {
                 return;
             }
@@ -100,4 +101,10 @@ impl<F: Fabric> Endpoint<F> {
             }
         }
     }
+}
+
+/// The end of a link is the last event of all.
+#[inline]
+fn ends(events: &Events) -> bool {
+    matches!(events.as_slice().last(), Some(Event::Closed(_)))
 }
