@@ -20,13 +20,13 @@ pub(crate) struct Endpoint<F> {
     backlog: VecDeque<Event>,
     scratch: Events,
     stalled: bool,
-    /// The link's end was polled; nothing follows it.
-    ended: bool,
+    /// Nothing can be sent any more; what is posted is dropped, and whoever takes the events learns why.
+    closed: bool,
 }
 
 impl<F: Fabric> Endpoint<F> {
     pub(crate) fn new(fabric: F) -> Self {
-        Self { fabric, backlog: VecDeque::new(), scratch: Events::new(), stalled: false, ended: false }
+        Self { fabric, backlog: VecDeque::new(), scratch: Events::new(), stalled: false, closed: false }
     }
 
     /// Events in order, earlier ones first.
@@ -37,8 +37,9 @@ impl<F: Fabric> Endpoint<F> {
             events.push(event);
         }
         if self.backlog.is_empty() {
+            let before = events.as_slice().len();
             self.fabric.poll(now, events);
-            self.ended |= ends(events);
+            self.closed |= events.as_slice().get(before..).is_some_and(|new| matches!(new.last(), Some(Event::Closed(_))));
         }
     }
 
@@ -69,6 +70,7 @@ impl<F: Fabric> Endpoint<F> {
     }
 
     pub(crate) fn close(&mut self) {
+        self.closed = true;
         self.fabric.close();
     }
 
@@ -81,16 +83,15 @@ impl<F: Fabric> Endpoint<F> {
     fn post_when_there_is_room(&mut self, signal: Signal, op: Op<'_>) {
         let started = Nanos::now();
         let mut rounds = 0_u32;
-        // A link that has ended has no room ever again; what is not sent is lost with it.
-        while !self.stalled && !self.ended {
+        while !self.stalled && !self.closed {
             self.fabric.flush();
             let now = Nanos::now();
             self.scratch.clear();
             if self.backlog.len() < MAX_BACKLOG {
                 self.fabric.poll(now, &mut self.scratch);
             }
+            self.closed = self.scratch.as_slice().iter().any(|event| matches!(event, Event::Closed(_)));
             self.backlog.extend(self.scratch.as_slice());
-            self.ended = ends(&self.scratch);
             if self.fabric.post(signal, op).is_ok() {
                 return;
             }
@@ -101,10 +102,4 @@ impl<F: Fabric> Endpoint<F> {
             }
         }
     }
-}
-
-/// The end of a link is the last event of all.
-#[inline]
-fn ends(events: &Events) -> bool {
-    matches!(events.as_slice().last(), Some(Event::Closed(_)))
 }
