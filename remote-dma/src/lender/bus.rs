@@ -136,7 +136,13 @@ impl<F: Fabric> LenderBus<F> {
     }
 
     pub(super) fn unmap_windows(&mut self, iova: Iova, len: u64) -> Result<Weak<()>, Outcome> {
-        self.windows.unmap(iova, len)
+        let in_use = self.windows.unmap(iova, len)?;
+        // What was asked of the guest's side is ahead of the acknowledgement; what waits for a slot would come behind it.
+        for (index, generation) in self.mediator.withdraw(iova, len) {
+            self.part_done(index, generation, Err(DmaFault::Unmapped { iova, len }));
+        }
+        self.advance();
+        Ok(in_use)
     }
 
     pub(super) fn withdraw(&mut self, key: u64) -> Outcome {
@@ -172,6 +178,8 @@ impl<F: Fabric> LenderBus<F> {
                 self.free.push(index as u32);
             }
         }
+        // What waited behind them waits for nothing now.
+        self.advance();
     }
 
     /// An operation of a pending DMA ended.
@@ -204,6 +212,13 @@ impl<F: Fabric> LenderBus<F> {
         } else {
             self.mediator.hold(message);
         }
+    }
+
+    /// Sends an answer to a question of the borrower. It may pass mediated writes that wait for a staging slot, for who waits for the answer
+    /// is who frees slots; the device has not been told that those writes are done.
+    #[inline]
+    pub(super) fn send_answer(&mut self, message: ToBorrower) {
+        self.post_message(message);
     }
 
     fn part_done(&mut self, index: u32, generation: u32, result: Result<(), DmaFault>) {
@@ -293,7 +308,8 @@ impl<F: Fabric> LenderBus<F> {
         self.counters.direct_dma += 1;
         self.counters.direct_bytes += len;
         if direction == Direction::Write && !self.link.fabric.limits().peer_mappable {
-            self.send_in_order(ToBorrower::Dirty { iova, len });
+            // The bytes are on their way already, whatever else waits.
+            self.post_message(ToBorrower::Dirty { iova, len });
         }
         Ok(if immediate { Progress::Done } else { Progress::Pending })
     }
@@ -437,14 +453,14 @@ impl<F: Fabric> Bus for LenderBus<F> {
                 }
                 (Progress::Done, None)
             }
-            Some(_) => {
+            Some(_) if idle => {
                 let mut copy = [0; MAX_POLLED_WRITE];
                 for (to, from) in copy.iter_mut().zip(bytes) {
                     *to = *from;
                 }
                 (Progress::Done, Some(ToBorrower::StorePolled { iova, len: bytes.len() as u8, bytes: copy }))
             }
-            None => {
+            _ => {
                 let pending = self.start(tag, 1, None);
                 let mut copy = [0; MAX_POLLED_WRITE];
                 for (to, from) in copy.iter_mut().zip(bytes) {
@@ -457,7 +473,7 @@ impl<F: Fabric> Bus for LenderBus<F> {
             }
         };
         if let Some(message) = message {
-            self.send_in_order(message);
+            self.post_message(message);
         }
         Ok(progress)
     }

@@ -140,6 +140,23 @@ impl Mediator {
         }
     }
 
+    /// Takes out what is queued for a range; the DMAs that it belonged to, one name for each chunk.
+    pub(super) fn withdraw(&mut self, iova: Iova, len: u64) -> Vec<PendingName> {
+        let mut withdrawn = Vec::new();
+        self.queue.retain(|queued| match queued {
+            Queued::Chunk(chunk) => {
+                let end = chunk.iova.0.saturating_add(u64::from(chunk.len));
+                let stays = end <= iova.0 || chunk.iova.0 >= iova.0.saturating_add(len);
+                if !stays {
+                    withdrawn.push(chunk.pending);
+                }
+                stays
+            }
+            Queued::Message(_) => true,
+        });
+        withdrawn
+    }
+
     /// The next thing that can be sent now; `None` where nothing waits or no slot is free.
     pub(super) fn next<F: Fabric>(&mut self, fabric: &F) -> Option<Step> {
         let staging = self.store_staging;
