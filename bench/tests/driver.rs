@@ -130,7 +130,8 @@ fn a_failed_read_is_never_taken_for_data() {
 
 #[test]
 fn a_controller_that_fails_hangs_leaves_or_lies_is_named_in_bounded_time() {
-    let expectations: [(Fault, fn(&DriverError) -> bool); 4] = [
+    type Expected = fn(&DriverError) -> bool;
+    let expectations: [(Fault, Expected); 4] = [
         (Fault::Fatal, |error| matches!(error, DriverError::Fatal { csts: 3 })),
         (Fault::Hang, |error| matches!(error, DriverError::Timeout { queue: 1, in_flight: 1, .. })),
         (Fault::Gone, |error| matches!(error, DriverError::Gone)),

@@ -2,6 +2,7 @@
 //!
 //! A client registers vector 3, the device asks for a store and raises 3: the eventfd stays silent until the client has answered the
 //! `DMA_WRITE`, and is signalled right after.
+#![expect(clippy::unwrap_used, clippy::expect_used, reason = "a panic is how a test fails")]
 
 mod vfio_user_support;
 
@@ -286,6 +287,78 @@ fn an_interrupt_is_not_signalled_before_the_stores_it_announces() {
 }
 
 #[test]
+fn twin_without_holding_interrupts_back_one_overtakes_its_data() {
+    let server = serve(Options::default());
+    server.device.state().claims_order = true;
+    let mut client = server.client();
+    client.dma_map(0x10000, 0x1000, 3, None).unwrap();
+    let fds = eventfds(1);
+    client.set_irqs(MSIX, EVENTFD, 0, 1, &[], &[fds[0].as_fd()]).unwrap();
+    server.device.play([Step::Store { iova: 0x10000, bytes: vec![1; 4], polled: false }, Step::Raise(0)]);
+    // Nothing has been answered, and the guest is told already.
+    wait_signal(&fds[0]);
+    assert!(server.device.state().answers.is_empty());
+}
+
+#[test]
+fn twin_an_entry_not_marked_as_polled_is_out_before_its_data_is_answered() {
+    let server = serve(Options::default());
+    let mut client = server.client();
+    client.dma_map(0x10000, 0x2000, 3, None).unwrap();
+    server.device.play([
+        Step::Store { iova: 0x10000, bytes: vec![1; 512], polled: false },
+        Step::Store { iova: 0x11000, bytes: vec![3; 16], polled: false },
+    ]);
+    client.next_request(DEADLINE).unwrap().unwrap();
+    assert!(client.next_request(DEADLINE).unwrap().is_some());
+}
+
+#[test]
+fn accesses_to_the_same_bytes_keep_their_order() {
+    let server = serve(Options::default());
+    let mut client = server.client();
+    client.dma_map(0x10000, 0x2000, 3, None).unwrap();
+    server.device.play([
+        Step::Store { iova: 0x10000, bytes: vec![1; 64], polled: false },
+        Step::Store { iova: 0x1003c, bytes: vec![2; 8], polled: false },
+        Step::Fetch { iova: 0x10000, len: 128 },
+    ]);
+    let mut guest = Guest::new(0x10000, 0x1000);
+    for _ in 0..3 {
+        let (header, body) = client.next_request(DEADLINE).unwrap().unwrap();
+        assert!(client.next_request(QUIET).unwrap().is_none(), "one at a time");
+        client.answer(&header, &body, &mut guest).unwrap();
+    }
+    server.device.wait("the fetch", |state| state.answers.len() == 3);
+    let expected = [[1; 60].as_slice(), &[2; 8], &[0; 60]].concat();
+    assert_eq!(server.device.state().answers[2].1, Answer::Fetched(expected));
+}
+
+#[test]
+fn a_client_that_never_reads_is_not_read_from_for_ever_and_can_be_stopped() {
+    let mut server = serve(Options::default());
+    let client = server.client();
+    let socket = client.socket().try_clone_to_owned().unwrap();
+    let access = [0_u64, 4096 << 32 | 7].as_bytes().to_vec();
+    let header = farbus_pci_shim::vfio_user::wire::Header::command(1, Command::RegionRead, 16);
+    let message = [header.as_bytes(), &access].concat().repeat(64);
+    // Replies are 128 times as long as the questions: the server must stop asking the kernel for more.
+    let mut sent = 0;
+    let start = std::time::Instant::now();
+    while start.elapsed() < Duration::from_millis(300) {
+        if let Ok(bytes) = rustix::net::send(&socket, &message, rustix::net::SendFlags::DONTWAIT | rustix::net::SendFlags::NOSIGNAL)
+        {
+            sent += bytes;
+        } else {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+    assert!(sent < 4 << 20, "{sent} bytes of questions were taken");
+    server.stop.stop();
+    assert_eq!(server.end(), Ended::Stopped);
+}
+
+#[test]
 fn a_client_that_does_not_answer_makes_faults_not_hangs() {
     let server = serve(Options { dma_deadline: Duration::from_millis(100), ..Options::default() });
     let mut client = server.client();
@@ -507,4 +580,42 @@ fn a_client_that_takes_100_bytes_a_message_is_served_in_pieces() {
     let whole: Vec<u8> = (0..4096).map(|i| i as u8).collect();
     assert_eq!(server.device.state().answers[0].1, Answer::Fetched(whole));
     assert_eq!(guest.writes, [(0x10000, 100), (0x10064, 100), (0x100c8, 46), (0x100f6, 4)]);
+}
+
+#[test]
+fn maps_and_unmaps_follow_a_model_of_pages() {
+    use proptest::prelude::*;
+    let server = serve(Options::default());
+    let memory = Memory::memfd("guest", 16 << 12).unwrap();
+    let steps = proptest::collection::vec((any::<bool>(), 0_u64..12, 1_u64..5, any::<bool>()), 1..40);
+    let mut runner = proptest::test_runner::TestRunner::new(ProptestConfig::with_cases(200));
+    runner
+        .run(&steps, |steps| {
+            let mut client = server.client();
+            let mut model: Vec<(u64, u64)> = vec![];
+            for (map, first, pages, shared) in steps {
+                let (start, end) = (first << 12, (first + pages) << 12);
+                let touches = |(a, b): &(u64, u64)| *a < end && start < *b;
+                let within = |(a, b): &(u64, u64)| start <= *a && *b <= end;
+                let expected = if map {
+                    (!model.iter().any(touches)).then_some(()).ok_or(Errno::EXIST)
+                } else {
+                    model.iter().filter(|w| touches(w)).all(within).then_some(()).ok_or(Errno::INVAL)
+                };
+                let backing = shared.then(|| (memory.file().unwrap().0, start));
+                let answered =
+                    if map { client.dma_map(start, end - start, 3, backing) } else { client.dma_unmap(start, end - start, 0) };
+                prop_assert_eq!(answered.map_err(|error| error.errno().unwrap()), expected);
+                if expected.is_ok() {
+                    model.retain(|window| !within(window));
+                    model.extend(map.then_some((start, end)));
+                }
+                let mut windows: Vec<_> = server.device.state().windows.iter().map(|w| (w.iova.0, w.iova.0 + w.len)).collect();
+                windows.sort_unstable();
+                model.sort_unstable();
+                prop_assert_eq!(&windows, &model);
+            }
+            Ok(())
+        })
+        .unwrap();
 }

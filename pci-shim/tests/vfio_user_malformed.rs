@@ -2,6 +2,7 @@
 //!
 //! A client that sends 300 random bytes and five descriptors, or a valid map with one bit flipped, is followed by one that reads the device's
 //! information as if nothing had happened.
+#![expect(clippy::unwrap_used, reason = "a panic is how a test fails")]
 
 mod vfio_user_support;
 
@@ -141,7 +142,7 @@ fn no_bytes_and_no_descriptors_keep_the_next_client_out() {
     let fds = || proptest::collection::vec(0_usize..6, 0..5);
     let random = proptest::collection::vec(any::<u8>(), 1..400);
     let piece = prop_oneof![1 => (random, fds()), 6 => (mutated(), fds())];
-    let mut runner = proptest::test_runner::TestRunner::new(ProptestConfig::with_cases(400));
+    let mut runner = proptest::test_runner::TestRunner::new(ProptestConfig::default());
     runner
         .run(&(any::<bool>(), proptest::collection::vec(piece, 1..12)), |(version_first, pieces)| {
             misbehave(&server, version_first || pieces.len() > 4, &pieces);

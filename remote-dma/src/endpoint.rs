@@ -20,11 +20,13 @@ pub(crate) struct Endpoint<F> {
     backlog: VecDeque<Event>,
     scratch: Events,
     stalled: bool,
+    /// Nothing can be sent any more; what is posted is dropped, and whoever takes the events learns why.
+    closed: bool,
 }
 
 impl<F: Fabric> Endpoint<F> {
     pub(crate) fn new(fabric: F) -> Self {
-        Self { fabric, backlog: VecDeque::new(), scratch: Events::new(), stalled: false }
+        Self { fabric, backlog: VecDeque::new(), scratch: Events::new(), stalled: false, closed: false }
     }
 
     /// Events in order, earlier ones first.
@@ -35,7 +37,9 @@ impl<F: Fabric> Endpoint<F> {
             events.push(event);
         }
         if self.backlog.is_empty() {
+            let before = events.as_slice().len();
             self.fabric.poll(now, events);
+            self.closed |= events.as_slice().get(before..).is_some_and(|new| matches!(new.last(), Some(Event::Closed(_))));
         }
     }
 
@@ -66,6 +70,7 @@ impl<F: Fabric> Endpoint<F> {
     }
 
     pub(crate) fn close(&mut self) {
+        self.closed = true;
         self.fabric.close();
     }
 
@@ -78,13 +83,14 @@ impl<F: Fabric> Endpoint<F> {
     fn post_when_there_is_room(&mut self, signal: Signal, op: Op<'_>) {
         let started = Nanos::now();
         let mut rounds = 0_u32;
-        while !self.stalled {
+        while !self.stalled && !self.closed {
             self.fabric.flush();
             let now = Nanos::now();
             self.scratch.clear();
             if self.backlog.len() < MAX_BACKLOG {
                 self.fabric.poll(now, &mut self.scratch);
             }
+            self.closed = self.scratch.as_slice().iter().any(|event| matches!(event, Event::Closed(_)));
             self.backlog.extend(self.scratch.as_slice());
             if self.fabric.post(signal, op).is_ok() {
                 return;

@@ -7,6 +7,8 @@
 //! seed). Wrappers in [`wrap`] inject faults and record traces, and are fabrics themselves.
 
 pub mod barrier;
+#[cfg(feature = "conformance")]
+pub mod conformance;
 pub mod fabric;
 pub mod link;
 pub mod local;

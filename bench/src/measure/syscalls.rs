@@ -23,6 +23,8 @@ pub struct SyscallCounts {
     pub total: u64,
     /// Those that wait for or wake a lock (`futex`).
     pub futex: u64,
+    /// The number of the last one, which is where the search for its origin begins.
+    pub last: Option<u64>,
 }
 
 /// Why system calls cannot be counted here.
@@ -44,6 +46,7 @@ thread_local! {
     static SELECTOR: AtomicU8 = const { AtomicU8::new(ALLOW) };
     static TOTAL: AtomicU64 = const { AtomicU64::new(0) };
     static FUTEX: AtomicU64 = const { AtomicU64::new(0) };
+    static LAST: AtomicU64 = const { AtomicU64::new(0) };
     static COUNTING: Cell<bool> = const { Cell::new(false) };
 }
 
@@ -65,7 +68,9 @@ pub fn count_syscalls<T>(work: impl FnOnce() -> T) -> Result<(T, SyscallCounts),
     drop(counting);
     let total = TOTAL.with(|total| total.load(Ordering::Relaxed));
     let futex = FUTEX.with(|futex| futex.load(Ordering::Relaxed));
-    Ok((result, SyscallCounts { total, futex }))
+    let last = LAST.with(|last| last.load(Ordering::Relaxed));
+    let last = (total > 0).then_some(last);
+    Ok((result, SyscallCounts { total, futex, last }))
 }
 
 /// Ends the counting also where the work panics.
@@ -162,6 +167,7 @@ mod trap {
         let registers = unsafe { &mut (*context).uc_mcontext.gregs };
         let number = registers[libc::REG_RAX as usize];
         TOTAL.with(|total| total.fetch_add(1, Ordering::Relaxed));
+        LAST.with(|last| last.store(number as u64, Ordering::Relaxed));
         if number == libc::SYS_futex {
             FUTEX.with(|futex| futex.fetch_add(1, Ordering::Relaxed));
         }
@@ -237,7 +243,8 @@ mod tests {
             })
             .unwrap();
             assert_eq!(sum, calls * u64::from(pid), "the calls must still answer");
-            assert_eq!(counts, SyscallCounts { total: calls, futex: 0 });
+            let last = (calls > 0).then_some(libc::SYS_getpid as u64);
+            assert_eq!(counts, SyscallCounts { total: calls, futex: 0, last });
         }
     }
 

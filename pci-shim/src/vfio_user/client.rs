@@ -308,7 +308,7 @@ impl Client {
     pub fn reply_to(&mut self, sent: &Header) -> Result<Header, ClientError> {
         let start = Instant::now();
         loop {
-            while let Some(incoming) = self.input.next() {
+            while let Some(incoming) = self.input.next_message() {
                 let Incoming::Message { header, body, .. } = incoming else {
                     return Err(ClientError::Reply { command: sent.command });
                 };
@@ -337,13 +337,11 @@ impl Client {
     /// [`ClientError`].
     pub fn answer_dma(&mut self, memory: &mut dyn ClientMemory, quiet: Duration) -> Result<usize, ClientError> {
         let mut answered = 0;
-        loop {
-            while let Some((header, body)) = self.next_request(quiet)? {
-                self.answer(&header, &body, memory)?;
-                answered += 1;
-            }
-            return Ok(answered);
+        while let Some((header, body)) = self.next_request(quiet)? {
+            self.answer(&header, &body, memory)?;
+            answered += 1;
         }
+        Ok(answered)
     }
 
     /// The next `DMA_READ` or `DMA_WRITE` of the server; `None` where none comes within `wait`.
@@ -353,7 +351,7 @@ impl Client {
     pub fn next_request(&mut self, wait: Duration) -> Result<Option<(Header, Vec<u8>)>, ClientError> {
         let start = Instant::now();
         loop {
-            while let Some(Incoming::Message { header, body, .. }) = self.input.next() {
+            while let Some(Incoming::Message { header, body, .. }) = self.input.next_message() {
                 if !header.is_reply() {
                     self.requests.push_back((header, body.to_vec()));
                 }

@@ -23,7 +23,7 @@ use super::served::Served;
 use super::share::{Evidence, MAX_TRIES, STRIKES, Sample, Trust};
 use super::socket::Output;
 use super::wire::{Command, DmaAccess, FLAG_ERROR, Header};
-use crate::mediation::{MediationKind, MediationRequest};
+use crate::{MediationKind, MediationRequest};
 
 /// Messages that wait for a reply at the same time.
 const MAX_OUTSTANDING: usize = 32;
@@ -408,10 +408,10 @@ fn command_of(kind: &Kind) -> Command {
 
 /// Whether an operation keeps its order if it is sent now.
 fn may_start(operation: &Operation, outstanding: &HashMap<u16, Outstanding>, unanswered_stores: &BTreeSet<u64>) -> bool {
-    if let Kind::Store { polled: true, number, .. } = &operation.kind {
-        if unanswered_stores.first().is_some_and(|first| first < number) {
-            return false;
-        }
+    if let Kind::Store { polled: true, number, .. } = &operation.kind
+        && unanswered_stores.first().is_some_and(|first| first < number)
+    {
+        return false;
     }
     let stores = |kind: &Kind| matches!(kind, Kind::Store { .. });
     !outstanding.values().filter(|message| !message.abandoned).any(|message| {

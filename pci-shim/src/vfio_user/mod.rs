@@ -10,11 +10,12 @@
 //! ```
 
 pub mod client;
-mod function;
+mod commands;
 mod irqs;
 mod maps;
 mod mediation;
 pub mod message;
+mod options;
 mod served;
 mod server;
 mod session;
@@ -24,7 +25,7 @@ pub mod version;
 pub mod wire;
 
 pub use irqs::ClientInterrupts;
-pub use served::{NoRegister, Served};
+pub use options::{ClientEnd, OnGone, Options, ServeError};
+pub use served::Served;
 pub use server::{BindError, Ended, Server, StopHandle, serve_all};
-pub use session::{ClientEnd, OnGone, Options, ServeError};
 pub use share::OnUnshared;

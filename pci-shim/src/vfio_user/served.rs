@@ -11,15 +11,9 @@ use farbus_remote_dma::{
     Width, Window,
 };
 use farbus_transport::{CloseReason, Memory, Nanos};
-use thiserror::Error;
 
 use super::irqs::ClientInterrupts;
-use crate::mediation::MediationRequest;
-
-/// The access is outside the function's registers, or misaligned.
-#[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
-#[error("no register of the function is there")]
-pub struct NoRegister;
+use crate::{AccessError, Function, IrqSink, MediationRequest, MessageInterrupt};
 
 /// A PCI function as a server sees it; the methods mean what those of `Function` of the same names mean. None blocks for longer than a
 /// register access.
@@ -30,26 +24,26 @@ pub trait Served {
     /// Reads configuration space, any bytes of its 4,096.
     ///
     /// # Errors
-    /// [`NoRegister`] past its end.
-    fn config_read(&mut self, offset: u16, into: &mut [u8]) -> Result<(), NoRegister>;
+    /// [`AccessError`] past its end.
+    fn config_read(&mut self, offset: u16, into: &mut [u8]) -> Result<(), AccessError>;
 
     /// Writes configuration space.
     ///
     /// # Errors
-    /// [`NoRegister`] past its end.
-    fn config_write(&mut self, offset: u16, bytes: &[u8]) -> Result<(), NoRegister>;
+    /// [`AccessError`] past its end.
+    fn config_write(&mut self, offset: u16, bytes: &[u8]) -> Result<(), AccessError>;
 
     /// Reads a register; all ones where the device is gone.
     ///
     /// # Errors
-    /// [`NoRegister`] for an address outside the BARs, or misaligned.
-    fn bar_read(&mut self, at: BarAddress, width: Width) -> Result<u64, NoRegister>;
+    /// [`AccessError`] for an address outside the BARs, or misaligned.
+    fn bar_read(&mut self, at: BarAddress, width: Width) -> Result<u64, AccessError>;
 
     /// Posts a register write.
     ///
     /// # Errors
     /// As [`Served::bar_read`].
-    fn bar_write(&mut self, at: BarAddress, width: Width, value: u64) -> Result<(), NoRegister>;
+    fn bar_write(&mut self, at: BarAddress, width: Width, value: u64) -> Result<(), AccessError>;
 
     /// Lets the device use a range.
     ///
@@ -93,6 +87,96 @@ pub trait Served {
     /// Why the device is gone, once it is.
     fn gone(&self) -> Option<CloseReason>;
 
+    /// Whether interrupts are told only once the stores before them are answered. Where not, the server holds them back.
+    fn orders_interrupts(&self) -> bool {
+        false
+    }
+
     /// The client's interrupts: what the device raised, and whom to tell.
     fn interrupts(&mut self) -> &mut ClientInterrupts;
+}
+
+/// Make it with [`crate::InterruptOwner::Client`].
+impl Served for Function<ClientInterrupts> {
+    fn description(&self) -> &DeviceDescription {
+        self.description()
+    }
+
+    fn config_read(&mut self, offset: u16, into: &mut [u8]) -> Result<(), AccessError> {
+        self.config_read(offset, into)
+    }
+
+    fn config_write(&mut self, offset: u16, bytes: &[u8]) -> Result<(), AccessError> {
+        self.config_write(offset, bytes)
+    }
+
+    fn bar_read(&mut self, at: BarAddress, width: Width) -> Result<u64, AccessError> {
+        self.bar_read(at, width)
+    }
+
+    fn bar_write(&mut self, at: BarAddress, width: Width, value: u64) -> Result<(), AccessError> {
+        self.bar_write(at, width, value)
+    }
+
+    fn map(&mut self, window: Window) -> Result<(), MapError> {
+        self.map(window)
+    }
+
+    fn unmap(&mut self, iova: Iova, len: u64) -> Result<(), MapError> {
+        self.unmap(iova, len)
+    }
+
+    fn prove(&mut self, memory: &Arc<Memory>) {
+        self.prove(memory);
+    }
+
+    fn next_mediation(&mut self) -> Option<MediationRequest> {
+        self.next_mediation()
+    }
+
+    fn answer(&mut self, ticket: Ticket, answer: MediationAnswer<'_>) {
+        self.answer(ticket, answer);
+    }
+
+    fn set_client_interrupts(&mut self, mode: InterruptMode) {
+        self.set_client_interrupts(mode);
+    }
+
+    fn reset(&mut self, kind: ResetKind) -> Result<(), AttachmentError> {
+        self.reset(kind)
+    }
+
+    fn poll(&mut self, now: Nanos) -> Activity {
+        self.poll(now)
+    }
+
+    fn arm(&mut self) -> bool {
+        self.arm()
+    }
+
+    fn wake_fd(&self) -> Option<BorrowedFd<'_>> {
+        self.wake_fd()
+    }
+
+    fn gone(&self) -> Option<CloseReason> {
+        self.gone()
+    }
+
+    fn orders_interrupts(&self) -> bool {
+        true
+    }
+
+    fn interrupts(&mut self) -> &mut ClientInterrupts {
+        self.sink_mut()
+    }
+}
+
+impl IrqSink for ClientInterrupts {
+    fn pin(&mut self, asserted: bool) {
+        self.pin(asserted);
+    }
+
+    fn message(&mut self, irq: MessageInterrupt) {
+        self.message(irq.vector);
+    }
 }

@@ -20,8 +20,9 @@ use rustix::io::Errno;
 use rustix::net::SocketFlags;
 use thiserror::Error;
 
+use super::options::{ClientEnd, Options, ServeError, host};
 use super::served::Served;
-use super::session::{ClientEnd, Options, ServeError, host, serve_client};
+use super::session::serve_client;
 
 /// Why a socket cannot be listened on.
 #[derive(Debug, Error)]
@@ -193,10 +194,11 @@ impl Server {
 impl Drop for Server {
     fn drop(&mut self) {
         let ours = fs::symlink_metadata(&self.path).ok().map(|data| (data.dev(), data.ino()));
-        if ours.is_some() && ours == self.identity {
-            if let Err(error) = fs::remove_file(&self.path) {
-                tracing::debug!(%error, path = %self.path.display(), "a socket file stays behind");
-            }
+        if ours.is_some()
+            && ours == self.identity
+            && let Err(error) = fs::remove_file(&self.path)
+        {
+            tracing::debug!(%error, path = %self.path.display(), "a socket file stays behind");
         }
     }
 }

@@ -7,113 +7,40 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::Duration;
 
-use farbus_remote_dma::{Activity, BarAddress, InterruptMode, ResetKind, Width};
+use farbus_remote_dma::{Activity, InterruptMode, ResetKind};
 use farbus_transport::Nanos;
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::io::Errno;
-use thiserror::Error;
-use zerocopy::IntoBytes;
 
 use super::maps::Maps;
 use super::mediation::{Finding, Mediator};
-use super::message::{Request, parse};
+use super::message::parse;
+use super::options::{ClientEnd, OnGone, Options, ServeError, host};
 use super::served::Served;
 use super::server::StopHandle;
 use super::share::{OnUnshared, Trust};
 use super::socket::{Incoming, Input, Output, Received};
-use super::version::agree;
-use super::wire::{
-    BAR_REGIONS, CONFIG_BYTES, CONFIG_REGION, Command, DEVICE_PCI, DEVICE_RESETS, DeviceInfo, DmaUnmap, Header, IRQ_INDEXES,
-    MAX_DATA_BYTES, REGION_READ, REGION_WRITE, REGIONS, RegionAccess, RegionInfo, RegionIoFds,
-};
+use super::wire::{Command, Header, MAX_DATA_BYTES};
 
 /// Bytes that wait for a client, above which nothing more is read from it.
 const MAX_BACKLOG: usize = 4 << 20;
 /// Polls of a busy device between two looks at the socket.
 const BUSY_POLLS: u32 = 16;
 
-/// What to do while a client is connected and the device goes.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum OnGone {
-    /// Serve on until the client leaves: reads are all ones, as from an empty slot, so that a guest can end in good order.
-    #[default]
-    ServeAllOnes,
-    /// Close the connection.
-    End,
-}
-
-/// How a server behaves.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Options {
-    /// How long to poll after the last event before sleeping. 0 sleeps at once.
-    pub spin: Duration,
-    /// How long a client may take to answer one `DMA_READ` or `DMA_WRITE`.
-    pub dma_deadline: Duration,
-    /// How long a client may take from connecting to `VERSION`.
-    pub version_deadline: Duration,
-    /// Where a map's file is not the guest's memory.
-    pub on_unshared: OnUnshared,
-    /// Where the device goes.
-    pub on_gone: OnGone,
-}
-
-impl Default for Options {
-    fn default() -> Self {
-        Self {
-            spin: Duration::from_micros(50),
-            dma_deadline: Duration::from_secs(5),
-            version_deadline: Duration::from_secs(10),
-            on_unshared: OnUnshared::default(),
-            on_gone: OnGone::default(),
-        }
-    }
-}
-
-/// Why a client is not served any more.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum ClientEnd {
-    /// It closed the connection.
-    Left,
-    /// The server was stopped.
-    Stopped,
-    /// The device is gone and [`OnGone::End`] was asked for.
-    DeviceGone,
-    /// It broke the protocol so that its stream cannot be followed.
-    Misbehaved(&'static str),
-    /// A map's file is not its guest's memory, and [`OnUnshared::Refuse`] was asked for.
-    NotShared,
-}
-
-/// Why a server cannot go on.
-#[derive(Debug, Error)]
-pub enum ServeError {
-    /// The kernel does not let us wait or accept.
-    #[error("cannot {what}: {source}")]
-    Host {
-        /// What was tried.
-        what: &'static str,
-        /// What the kernel answered.
-        source: io::Error,
-    },
-}
-
-pub(super) fn host(what: &'static str) -> impl FnOnce(Errno) -> ServeError {
-    move |errno| ServeError::Host { what, source: errno.into() }
-}
-
-struct Session<'a, D> {
-    device: &'a mut D,
+/// One client's connection and all that it set up.
+pub(super) struct Session<'a, D> {
+    pub(super) device: &'a mut D,
     options: &'a Options,
     socket: BorrowedFd<'a>,
     output: Output,
-    maps: Maps,
-    mediator: Mediator,
+    pub(super) maps: Maps,
+    pub(super) mediator: Mediator,
     /// The body of the reply that is being made.
-    reply: Vec<u8>,
-    agreed: bool,
+    pub(super) reply: Vec<u8>,
+    pub(super) agreed: bool,
     proof_due: bool,
-    mode: InterruptMode,
-    end: Option<ClientEnd>,
+    pub(super) mode: InterruptMode,
+    pub(super) end: Option<ClientEnd>,
 }
 
 /// Serves one client until it ends; its maps and descriptors are gone when this returns, and the device is reset if it was used.
@@ -163,7 +90,9 @@ impl<D: Served> Session<'_, D> {
                 }
             }
             busy_polls = 0;
-            let received = self.receive(&mut input);
+            if self.end.is_none() && (activity == Activity::Busy || Nanos::now() < awake_until) && self.receive(&mut input) {
+                activity = Activity::Busy;
+            }
             if let Some(end) = self.end {
                 return Ok(end);
             }
@@ -171,14 +100,12 @@ impl<D: Served> Session<'_, D> {
                 return Ok(ClientEnd::Stopped);
             }
             let now = Nanos::now();
-            if received || activity == Activity::Busy {
-                awake_until = now + self.options.spin;
-                if activity == Activity::Busy {
-                    continue;
-                }
-            }
             if self.options.on_gone == OnGone::End && self.device.gone().is_some() {
                 return Ok(ClientEnd::DeviceGone);
+            }
+            if activity == Activity::Busy {
+                awake_until = now + self.options.spin;
+                continue;
             }
             let version_deadline = (!self.agreed).then_some(started + self.options.version_deadline);
             if version_deadline.is_some_and(|deadline| deadline <= now) {
@@ -216,19 +143,20 @@ impl<D: Served> Session<'_, D> {
         }
         let unmask = self.device.interrupts().unmask_fd().map(|fd| fd.try_clone_to_owned());
         let unmask = unmask.transpose().map_err(|source| ServeError::Host { what: "copy a descriptor", source })?;
-        let (socket, unmasked) = {
-            let mut fds = Vec::with_capacity(4);
-            fds.push(PollFd::from_borrowed_fd(self.socket, events));
-            fds.push(PollFd::from_borrowed_fd(stop.fd(), PollFlags::IN));
-            fds.extend(unmask.iter().map(|fd| PollFd::from_borrowed_fd(fd.as_fd(), PollFlags::IN)));
-            fds.extend(self.device.wake_fd().map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN)));
-            match rustix::event::poll(&mut fds, timeout.as_ref()) {
-                Ok(_) | Err(Errno::INTR) => {}
-                Err(errno) => return Err(host("wait for a client")(errno)),
-            }
-            let revents = |i: usize| fds.get(i).map_or(PollFlags::empty(), PollFd::revents);
-            (revents(0), unmask.is_some() && !revents(2).is_empty())
-        };
+        let polled = |fd, events| PollFd::from_borrowed_fd(fd, events);
+        let stopped = || polled(stop.fd(), PollFlags::IN);
+        let mut fds = [
+            polled(self.socket, events),
+            stopped(),
+            unmask.as_ref().map_or_else(stopped, |fd| polled(fd.as_fd(), PollFlags::IN)),
+            self.device.wake_fd().map_or_else(stopped, |fd| polled(fd, PollFlags::IN)),
+        ];
+        match rustix::event::poll(&mut fds, timeout.as_ref()) {
+            Ok(_) | Err(Errno::INTR) => {}
+            Err(errno) => return Err(host("wait for a client")(errno)),
+        }
+        let [socket, _, unmasked, _] = fds.map(|fd| fd.revents());
+        let unmasked = unmask.is_some() && !unmasked.is_empty();
         if unmasked {
             self.device.interrupts().take_unmask();
         }
@@ -257,7 +185,7 @@ impl<D: Served> Session<'_, D> {
             }
         }
         while self.end.is_none() {
-            match input.next() {
+            match input.next_message() {
                 Some(Incoming::Message { header, body, fds, excess_fds }) => self.message(&header, body, fds, excess_fds),
                 Some(Incoming::TooLong(header)) => self.refuse(&header, Errno::TOOBIG),
                 Some(Incoming::Broken(header)) => {
@@ -289,149 +217,6 @@ impl<D: Served> Session<'_, D> {
             }
         }
         self.settle();
-    }
-
-    fn dispatch(&mut self, request: &Request<'_>, fds: Vec<OwnedFd>) -> Result<(), Errno> {
-        match *request {
-            Request::RegionRead(access) => self.region_read(access),
-            Request::RegionWrite(access, data) => {
-                self.region_write(access, data)?;
-                self.reply.extend_from_slice(access.as_bytes());
-                Ok(())
-            }
-            Request::RegionWriteMulti(writes) => {
-                let mut done = 0_u64;
-                for (access, data) in writes.iter() {
-                    let written =
-                        data.get(..access.count as usize).ok_or(Errno::INVAL).and_then(|data| self.region_write(access, data));
-                    match written {
-                        Ok(()) => done += 1,
-                        Err(errno) if done == 0 => return Err(errno),
-                        Err(_) => break,
-                    }
-                }
-                self.reply.extend_from_slice(done.as_bytes());
-                Ok(())
-            }
-            Request::Version { major, minor, data } => self.version(major, minor, data),
-            Request::DmaMap(map) => self.maps.map(self.device, &map, fds),
-            Request::DmaUnmap(unmap) => self.unmap(&unmap),
-            Request::DeviceInfo => {
-                let info = DeviceInfo {
-                    argsz: size_of::<DeviceInfo>() as u32,
-                    flags: DEVICE_RESETS | DEVICE_PCI,
-                    num_regions: REGIONS,
-                    num_irqs: IRQ_INDEXES,
-                };
-                self.reply.extend_from_slice(info.as_bytes());
-                Ok(())
-            }
-            Request::RegionInfo { index } => {
-                let size = self.region_size(index)?;
-                let info = RegionInfo {
-                    argsz: size_of::<RegionInfo>() as u32,
-                    flags: if size > 0 { REGION_READ | REGION_WRITE } else { 0 },
-                    index,
-                    cap_offset: 0,
-                    size,
-                    offset: 0,
-                };
-                self.reply.extend_from_slice(info.as_bytes());
-                Ok(())
-            }
-            Request::RegionIoFds { index } => {
-                self.region_size(index)?;
-                // No part of a region has a descriptor of its own.
-                let fds = RegionIoFds { argsz: size_of::<RegionIoFds>() as u32, flags: 0, index, count: 0 };
-                self.reply.extend_from_slice(fds.as_bytes());
-                Ok(())
-            }
-            Request::IrqInfo { index } => {
-                let info = self.device.interrupts().info(index).ok_or(Errno::INVAL)?;
-                self.reply.extend_from_slice(info.as_bytes());
-                Ok(())
-            }
-            Request::SetIrqs(set) => {
-                self.device.interrupts().set(&set, fds)?;
-                let mode = self.device.interrupts().mode();
-                if mode != self.mode {
-                    self.mode = mode;
-                    self.device.set_client_interrupts(mode);
-                }
-                Ok(())
-            }
-            Request::DeviceReset => {
-                self.mediator.fault_all(self.device);
-                let outcome = self.device.reset(ResetKind::Conventional);
-                self.mediator.fault_all(self.device);
-                self.device.interrupts().clear();
-                outcome.map_err(|error| {
-                    tracing::warn!(%error, "the device cannot be reset");
-                    Errno::IO
-                })
-            }
-            // As the kernel answers for a feature that a device does not have: no migration, no dirty logging by IOVA.
-            Request::DeviceFeature { .. } | Request::MigrationData => Err(Errno::NOTTY),
-        }
-    }
-
-    fn version(&mut self, major: u16, minor: u16, data: &[u8]) -> Result<(), Errno> {
-        if self.agreed {
-            return Err(Errno::INVAL);
-        }
-        let agreed = agree(major, minor, data);
-        let (agreement, text) = agreed.inspect_err(|_| self.end = Some(ClientEnd::Misbehaved("no version could be agreed on")))?;
-        self.agreed = true;
-        self.mediator.set_max_data(agreement.client_max_data);
-        self.reply.extend_from_slice([major, agreement.minor].as_bytes());
-        self.reply.extend_from_slice(&text);
-        Ok(())
-    }
-
-    fn unmap(&mut self, unmap: &DmaUnmap) -> Result<(), Errno> {
-        let windows = self.maps.range_to_unmap(unmap)?;
-        for (iova, len) in &windows {
-            self.mediator.fault_range(self.device, *iova, *len);
-        }
-        self.maps.unmap(self.device, &windows)?;
-        self.reply.extend_from_slice(unmap.as_bytes());
-        Ok(())
-    }
-
-    fn region_size(&self, index: u32) -> Result<u64, Errno> {
-        match index {
-            CONFIG_REGION => Ok(CONFIG_BYTES),
-            _ if index < BAR_REGIONS => Ok(self.device.description().bar_size(index as u8).unwrap_or(0)),
-            _ if index < REGIONS => Ok(0),
-            _ => Err(Errno::INVAL),
-        }
-    }
-
-    fn region_read(&mut self, access: RegionAccess) -> Result<(), Errno> {
-        self.reply.extend_from_slice(access.as_bytes());
-        if access.region < BAR_REGIONS {
-            let (at, width) = bar_access(access)?;
-            let value = self.device.bar_read(at, width).map_err(|_| Errno::INVAL)?;
-            let bytes = value.to_le_bytes();
-            self.reply.extend(bytes.into_iter().take(access.count as usize));
-            return Ok(());
-        }
-        let offset = config_access(access)?;
-        let begin = self.reply.len();
-        self.reply.resize(begin + access.count as usize, 0);
-        let into = self.reply.get_mut(begin..).ok_or(Errno::INVAL)?;
-        self.device.config_read(offset, into).map_err(|_| Errno::INVAL)
-    }
-
-    fn region_write(&mut self, access: RegionAccess, data: &[u8]) -> Result<(), Errno> {
-        if access.region < BAR_REGIONS {
-            let (at, width) = bar_access(access)?;
-            let mut bytes = [0; 8];
-            bytes.get_mut(..data.len()).ok_or(Errno::INVAL)?.copy_from_slice(data);
-            return self.device.bar_write(at, width, u64::from_le_bytes(bytes)).map_err(|_| Errno::INVAL);
-        }
-        let offset = config_access(access)?;
-        self.device.config_write(offset, data).map_err(|_| Errno::INVAL)
     }
 
     fn client_reply(&mut self, header: &Header, body: &[u8]) {
@@ -470,7 +255,7 @@ impl<D: Served> Session<'_, D> {
                 self.end = Some(ClientEnd::Misbehaved("it answers no DMA_READ and DMA_WRITE"));
             }
         }
-        let (newest, oldest) = self.mediator.stores();
+        let (newest, oldest) = if self.device.orders_interrupts() { (0, None) } else { self.mediator.stores() };
         let interrupts = self.device.interrupts();
         if interrupts.has_news() {
             interrupts.deliver(newest, oldest);
@@ -487,18 +272,18 @@ impl<D: Served> Session<'_, D> {
     }
 
     fn acknowledge(&mut self, header: &Header) {
-        if !header.no_reply() {
-            if let Err(error) = self.output.send(self.socket, &header.reply(self.reply.len()), [&self.reply, &[]]) {
-                self.broken(&error);
-            }
+        if !header.no_reply()
+            && let Err(error) = self.output.send(self.socket, &header.reply(self.reply.len()), [&self.reply, &[]])
+        {
+            self.broken(&error);
         }
     }
 
     fn refuse(&mut self, header: &Header, errno: Errno) {
-        if !header.no_reply() {
-            if let Err(error) = self.output.send(self.socket, &header.refusal(errno), [&[], &[]]) {
-                self.broken(&error);
-            }
+        if !header.no_reply()
+            && let Err(error) = self.output.send(self.socket, &header.refusal(errno), [&[], &[]])
+        {
+            self.broken(&error);
         }
     }
 
@@ -535,20 +320,6 @@ impl<D: Served> Session<'_, D> {
             self.device.set_client_interrupts(InterruptMode::Pin);
         }
     }
-}
-
-fn bar_access(access: RegionAccess) -> Result<(BarAddress, Width), Errno> {
-    let width = Width::from_bytes(u64::from(access.count)).ok_or(Errno::INVAL)?;
-    let at = BarAddress { bar: u8::try_from(access.region).map_err(|_| Errno::INVAL)?, offset: access.offset };
-    Ok((at, width))
-}
-
-fn config_access(access: RegionAccess) -> Result<u16, Errno> {
-    let end = access.offset.checked_add(u64::from(access.count)).ok_or(Errno::INVAL)?;
-    if access.region != CONFIG_REGION || end > CONFIG_BYTES {
-        return Err(Errno::INVAL);
-    }
-    u16::try_from(access.offset).map_err(|_| Errno::INVAL)
 }
 
 fn timespec(duration: Duration) -> Timespec {

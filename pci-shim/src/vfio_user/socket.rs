@@ -23,7 +23,7 @@ const FIRST_BUFFER: usize = 64 << 10;
 /// What one `recvmsg` brought.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Received {
-    /// Some bytes: ask [`Input::next`].
+    /// Some bytes: ask [`Input::next_message`].
     Bytes,
     /// Nothing is there yet.
     Nothing,
@@ -82,7 +82,7 @@ impl Input {
         Self { buffer: vec![0; FIRST_BUFFER], start: 0, end: 0, position: 0, skip: 0, batches: VecDeque::new() }
     }
 
-    /// One `recvmsg`. Call [`Input::next`] until it is empty before calling again.
+    /// One `recvmsg`. Call [`Input::next_message`] until it is empty before calling again.
     ///
     /// # Errors
     /// What the kernel answered, a connection reset among it.
@@ -129,7 +129,7 @@ impl Input {
     }
 
     /// The next whole message that was received.
-    pub fn next(&mut self) -> Option<Incoming<'_>> {
+    pub fn next_message(&mut self) -> Option<Incoming<'_>> {
         if self.skip > 0 {
             let skipped = self.skip.min((self.end - self.start) as u64);
             self.skip -= skipped;
@@ -272,7 +272,7 @@ mod tests {
     fn drain(input: &mut Input, socket: &UnixStream) -> Vec<(u16, usize, usize, bool)> {
         let mut seen = Vec::new();
         while input.receive(socket.as_fd(), false).unwrap() == Received::Bytes {
-            while let Some(incoming) = input.next() {
+            while let Some(incoming) = input.next_message() {
                 match incoming {
                     Incoming::Message { header, body, fds, excess_fds } => {
                         assert!(body.iter().enumerate().all(|(i, b)| *b == i as u8 ^ header.message_id as u8));

@@ -3,6 +3,7 @@
 //! `device.play([Step::Store { .. }, Step::Raise(3)])` has the device ask for a store and raise vector 3 in its next poll, in that order; the
 //! test then sees, as a client, when each arrives.
 #![allow(dead_code, reason = "each test program uses a part")]
+#![allow(clippy::unwrap_used, reason = "a panic is how a test fails")]
 
 use std::collections::VecDeque;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -12,11 +13,12 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use farbus_pci_shim::vfio_user::client::{Client, ClientMemory};
-use farbus_pci_shim::vfio_user::{ClientInterrupts, Ended, NoRegister, Options, Served, Server, StopHandle};
-use farbus_pci_shim::{MediationKind, MediationRequest};
+use farbus_pci_shim::vfio_user::{ClientInterrupts, Ended, Options, Served, Server, StopHandle};
+use farbus_pci_shim::{AccessError, MediationKind, MediationRequest};
+use farbus_remote_dma::dirty_log::DirtyLog;
 use farbus_remote_dma::{
-    Activity, AttachmentError, BarAddress, BarDescription, BarKind, DeviceDescription, InterruptMode, Iova, MapError,
-    MediationAnswer, MsixLocation, ResetKind, Ticket, Width, Window, WindowMemory,
+    Activity, Attachment, AttachmentError, BarAddress, BarDescription, BarKind, DeviceDescription, Host, InterruptMode, Iova,
+    MapError, Mediation, MediationAnswer, MsixLocation, ResetKind, Ticket, Width, Window, WindowMemory,
 };
 use farbus_transport::{CloseReason, Memory, Nanos};
 use rustix::event::{EventfdFlags, eventfd};
@@ -51,8 +53,8 @@ pub struct State {
     pub proven: usize,
     pub modes: Vec<InterruptMode>,
     pub gone: Option<CloseReason>,
-    /// Raised by every BAR write, before it returns.
-    pub raise_on_write: Option<u16>,
+    /// Claims to hold interrupts back itself, which it does not.
+    pub claims_order: bool,
 }
 
 pub struct Scripted {
@@ -141,10 +143,10 @@ impl Scripted {
     }
 }
 
-fn range(state: &State, at: BarAddress, width: Width) -> Result<std::ops::Range<usize>, NoRegister> {
+fn range(state: &State, at: BarAddress, width: Width) -> Result<std::ops::Range<usize>, AccessError> {
     let inside = at.bar == 0 && at.offset.checked_add(width.bytes()).is_some_and(|end| end <= state.bar0.len() as u64);
     if !inside || !width.aligned(at.offset) {
-        return Err(NoRegister);
+        return Err(AccessError::NoBar { bar: at.bar });
     }
     Ok(at.offset as usize..(at.offset + width.bytes()) as usize)
 }
@@ -154,20 +156,22 @@ impl Served for Scripted {
         &self.description
     }
 
-    fn config_read(&mut self, offset: u16, into: &mut [u8]) -> Result<(), NoRegister> {
+    fn config_read(&mut self, offset: u16, into: &mut [u8]) -> Result<(), AccessError> {
         let from = usize::from(offset);
-        into.copy_from_slice(self.state.lock().unwrap().config.get(from..from + into.len()).ok_or(NoRegister)?);
+        into.copy_from_slice(
+            self.state.lock().unwrap().config.get(from..from + into.len()).ok_or(AccessError::Config { offset, len: from })?,
+        );
         Ok(())
     }
 
-    fn config_write(&mut self, offset: u16, bytes: &[u8]) -> Result<(), NoRegister> {
+    fn config_write(&mut self, offset: u16, bytes: &[u8]) -> Result<(), AccessError> {
         let from = usize::from(offset);
         let mut state = self.state.lock().unwrap();
-        state.config.get_mut(from..from + bytes.len()).ok_or(NoRegister)?.copy_from_slice(bytes);
+        state.config.get_mut(from..from + bytes.len()).ok_or(AccessError::Config { offset, len: from })?.copy_from_slice(bytes);
         Ok(())
     }
 
-    fn bar_read(&mut self, at: BarAddress, width: Width) -> Result<u64, NoRegister> {
+    fn bar_read(&mut self, at: BarAddress, width: Width) -> Result<u64, AccessError> {
         let state = self.state.lock().unwrap();
         let range = range(&state, at, width)?;
         if state.gone.is_some() {
@@ -178,14 +182,11 @@ impl Served for Scripted {
         Ok(u64::from_le_bytes(bytes))
     }
 
-    fn bar_write(&mut self, at: BarAddress, width: Width, value: u64) -> Result<(), NoRegister> {
+    fn bar_write(&mut self, at: BarAddress, width: Width, value: u64) -> Result<(), AccessError> {
         let mut state = self.state.lock().unwrap();
         let range = range(&state, at, width)?;
         let len = range.len();
         state.bar0[range].copy_from_slice(&value.to_le_bytes()[..len]);
-        if let Some(vector) = state.raise_on_write {
-            self.interrupts.message(vector);
-        }
         Ok(())
     }
 
@@ -194,10 +195,10 @@ impl Served for Scripted {
         state.windows.push(window);
         let mut distinct: Vec<*const Memory> = vec![];
         for window in &state.windows {
-            if let WindowMemory::Mapped { memory, .. } = &window.memory {
-                if !distinct.contains(&Arc::as_ptr(memory)) {
-                    distinct.push(Arc::as_ptr(memory));
-                }
+            if let WindowMemory::Mapped { memory, .. } = &window.memory
+                && !distinct.contains(&Arc::as_ptr(memory))
+            {
+                distinct.push(Arc::as_ptr(memory));
             }
         }
         state.most_mappings = state.most_mappings.max(distinct.len());
@@ -270,6 +271,10 @@ impl Served for Scripted {
 
     fn gone(&self) -> Option<CloseReason> {
         self.state.lock().unwrap().gone
+    }
+
+    fn orders_interrupts(&self) -> bool {
+        self.state.lock().unwrap().claims_order
     }
 
     fn interrupts(&mut self) -> &mut ClientInterrupts {
@@ -378,5 +383,84 @@ pub fn wait_signal(fd: &OwnedFd) {
     while signals(fd) == 0 {
         assert!(start.elapsed() < DEADLINE, "an interrupt is missing");
         std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+/// The scripted device behind a real function.
+pub struct Lent(Scripted);
+
+impl Lent {
+    pub fn new() -> (Self, Handle) {
+        let (device, handle) = Scripted::new();
+        (Self(device), handle)
+    }
+
+    fn hand_over(&mut self, host: &mut dyn Host) {
+        while let Some(request) = self.0.mediations.pop_front() {
+            let mediation = match &request.kind {
+                MediationKind::Fetch { len } => Mediation::Fetch { iova: request.iova, len: *len },
+                MediationKind::Store { bytes, polled } => Mediation::Store { iova: request.iova, bytes, polled: *polled },
+            };
+            host.mediate(request.ticket, mediation);
+        }
+    }
+}
+
+impl Attachment for Lent {
+    fn description(&self) -> &DeviceDescription {
+        &self.0.description
+    }
+    fn bar_read(&mut self, at: BarAddress, width: Width, _: &mut dyn Host) -> u64 {
+        Served::bar_read(&mut self.0, at, width).unwrap()
+    }
+    fn bar_write(&mut self, at: BarAddress, width: Width, value: u64, _: &mut dyn Host) {
+        Served::bar_write(&mut self.0, at, width, value).unwrap();
+    }
+    fn map(&mut self, window: Window, _: &mut dyn Host) -> Result<(), MapError> {
+        Served::map(&mut self.0, window)
+    }
+    fn unmap(&mut self, iova: Iova, len: u64, _: &mut dyn Host) -> Result<(), MapError> {
+        Served::unmap(&mut self.0, iova, len)
+    }
+    fn prove(&mut self, memory: &Arc<Memory>, _: &mut dyn Host) {
+        Served::prove(&mut self.0, memory);
+    }
+    fn answer(&mut self, ticket: Ticket, answer: MediationAnswer<'_>, _: &mut dyn Host) {
+        Served::answer(&mut self.0, ticket, answer);
+    }
+    fn set_interrupt_mode(&mut self, mode: InterruptMode, _: &mut dyn Host) {
+        Served::set_client_interrupts(&mut self.0, mode);
+    }
+    fn set_bus_master(&mut self, _: bool, _: &mut dyn Host) {}
+    fn reset(&mut self, kind: ResetKind, _: &mut dyn Host) -> Result<(), AttachmentError> {
+        Served::reset(&mut self.0, kind)
+    }
+    fn poll(&mut self, now: Nanos, host: &mut dyn Host) -> Activity {
+        let _ = rustix::io::read(&self.0.wake, &mut [0_u8; 8]);
+        let _ = now;
+        let steps = std::mem::take(&mut self.0.state.lock().unwrap().steps);
+        let busy = !steps.is_empty();
+        for step in steps {
+            match step {
+                Step::Fetch { iova, len } => self.0.mediate(iova, MediationKind::Fetch { len }),
+                Step::Store { iova, bytes, polled } => self.0.mediate(iova, MediationKind::Store { bytes, polled }),
+                Step::Raise(vector) => host.interrupt(vector),
+                Step::Pin(level) => host.pin(level),
+            }
+            self.hand_over(host);
+        }
+        if busy { Activity::Busy } else { Activity::Idle(None) }
+    }
+    fn arm(&mut self) -> bool {
+        Served::arm(&mut self.0)
+    }
+    fn wake_fd(&self) -> Option<BorrowedFd<'_>> {
+        Served::wake_fd(&self.0)
+    }
+    fn gone(&self) -> Option<CloseReason> {
+        Served::gone(&self.0)
+    }
+    fn dirty_log(&mut self, _: &Arc<Memory>, _: &mut dyn Host) -> Option<&DirtyLog> {
+        None
     }
 }

@@ -7,6 +7,7 @@
 mod options;
 mod regions;
 mod seed;
+mod wire;
 mod world;
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};

@@ -1,0 +1,78 @@
+//! The second process of the demo: this same program as `farbus lend`.
+//!
+//! It is ready when it has printed `{"event":"listening",…}`; it is ended by SIGTERM, and killed if this process fails before.
+
+use std::io::{BufRead, BufReader};
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+
+use anyhow::{Context, anyhow, bail};
+
+use crate::link_address::LinkAddress;
+
+/// A running `farbus lend`.
+pub struct LenderProcess {
+    child: Child,
+    address: LinkAddress,
+}
+
+impl LenderProcess {
+    /// Lends `image` at `socket`; returns when it listens.
+    pub fn start(image: &Path, socket: &Path) -> anyhow::Result<Self> {
+        let image = image
+            .to_str()
+            .filter(|path| !path.contains(','))
+            .ok_or_else(|| anyhow!("a scratch folder with a comma or odd letters in its name"))?;
+        let address = LinkAddress::Shm(socket.to_path_buf());
+        let program = std::env::current_exe().context("cannot find this program to start it again")?;
+        let mut child = Command::new(program)
+            // Longer than any pause inside a round: the device's thread does not sleep while it is measured.
+            .args([
+                "lend",
+                "--once",
+                "--json",
+                "--spin",
+                "5ms",
+                "--device",
+                &format!("nvme:{image}"),
+                "--listen",
+                &address.to_string(),
+            ])
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .spawn()
+            .context("cannot start the lender")?;
+        let mut line = String::new();
+        if let Some(stdout) = child.stdout.as_mut() {
+            BufReader::new(stdout).read_line(&mut line).context("cannot hear the lender")?;
+        }
+        let lender = Self { child, address };
+        if !line.contains("\"listening\"") {
+            bail!("the lender did not start; it said {line:?}");
+        }
+        Ok(lender)
+    }
+
+    /// Where it listens.
+    pub fn address(&self) -> &LinkAddress {
+        &self.address
+    }
+
+    /// Waits for its end: with `--once` it follows when the borrower has left.
+    pub fn end(mut self) -> anyhow::Result<()> {
+        let status = self.child.wait().context("cannot wait for the lender")?;
+        if !status.success() {
+            bail!("the lender ended with {status}");
+        }
+        Ok(())
+    }
+}
+
+impl Drop for LenderProcess {
+    fn drop(&mut self) {
+        // Ended already in the good case; nothing can be done about the other.
+        if self.child.try_wait().is_ok_and(|status| status.is_none()) && self.child.kill().is_ok() {
+            drop(self.child.wait());
+        }
+    }
+}

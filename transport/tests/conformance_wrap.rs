@@ -1,0 +1,61 @@
+//! The conformance suite on wrapped ends: faults and traces must be fabrics like any other, asleep and awake.
+//!
+//! With seed 3 every fifth post is refused as `Full` for no reason and every third event comes up to four polls late; no case may notice.
+
+use farbus_transport::conformance::{Pair, Provider};
+use farbus_transport::sim::{self, Seed, SimOptions};
+use farbus_transport::wrap::{FaultRates, Faults, Trace};
+use farbus_transport::{Fabric, Nanos};
+
+type Wrap = fn(Box<dyn Fabric>, u64) -> Box<dyn Fabric>;
+
+/// Wrapped ends on links that are drawn, or that sleep on descriptors in real time.
+struct Wrapped(Wrap, bool);
+
+impl Provider for Wrapped {
+    fn connect(&self, seed: u64) -> Result<Pair, String> {
+        let Self(wrap, sleeping) = self;
+        let options = if *sleeping {
+            SimOptions { descriptors: true, ..SimOptions::default() }
+        } else {
+            SimOptions::drawn(&mut Seed::new(seed))
+        };
+        let (left, right, world) = sim::pair(seed, options);
+        Ok(Pair {
+            ends: [wrap(Box::new(left), seed), wrap(Box::new(right), !seed)],
+            clock: if *sleeping { Box::new(Nanos::now) } else { Box::new(move || world.step()) },
+        })
+    }
+
+    fn seeds(&self) -> u64 {
+        4
+    }
+}
+
+fn faults(inner: Box<dyn Fabric>, seed: u64) -> Box<dyn Fabric> {
+    Box::new(Faults::new(inner, seed, FaultRates::drawn(&mut Seed::new(seed))))
+}
+
+fn trace(inner: Box<dyn Fabric>, _seed: u64) -> Box<dyn Fabric> {
+    Box::new(Trace::new(inner, 32))
+}
+
+mod faulty {
+    use super::{Wrapped, faults};
+    farbus_transport::conformance_suite!(Wrapped(faults, false));
+}
+
+mod faulty_and_sleeping {
+    use super::{Wrapped, faults};
+    farbus_transport::conformance_suite!(Wrapped(faults, true));
+}
+
+mod traced {
+    use super::{Wrapped, trace};
+    farbus_transport::conformance_suite!(Wrapped(trace, false));
+}
+
+mod traced_and_sleeping {
+    use super::{Wrapped, trace};
+    farbus_transport::conformance_suite!(Wrapped(trace, true));
+}
