@@ -45,7 +45,7 @@ pub use counters::Counters;
 use events::Events;
 use features::Features;
 use log_pages::ErrorLog;
-use media::{BLOCK_BYTES, FileMedia, Job, MAX_JOBS, Media, MediaError, MemoryMedia};
+use media::{BLOCK_BYTES, Job, MAX_JOBS, Media, MediaError, MemoryMedia};
 use queues::{CompletionQueue, SubmissionQueue};
 use registers::Registers;
 use scratch::Scratch;
@@ -151,14 +151,14 @@ impl std::fmt::Debug for Nvme {
 }
 
 impl Nvme {
-    /// A controller over an image file or a block device.
+    /// A controller over an image file or a block device; a file in memory is mapped ([`media::open`]).
     ///
     /// # Errors
     /// [`MediaError`] where the image cannot be lent.
     pub fn open(path: &Path, options: NvmeOptions) -> Result<Self, MediaError> {
-        let media = FileMedia::open(path, options.read_only)?;
+        let media = media::open(path, options.read_only)?;
         let name = path.file_name().unwrap_or(path.as_os_str()).to_string_lossy();
-        Self::over(&name, Box::new(media), options)
+        Self::over(&name, media, options)
     }
 
     /// A controller over an image in memory: its data goes by DMA straight between image and guest.
@@ -271,7 +271,8 @@ impl Backend for Nvme {
     fn attach(&mut self, bus: &mut dyn Bus) -> Result<(), AttachError> {
         let region = bus.register(Arc::clone(self.scratch.memory()), Access::READ_WRITE)?;
         let image = match self.media.memory() {
-            Some(image) => Some(bus.register(Arc::clone(image), Access::READ_WRITE)?),
+            Some(image) if image.writable() => Some(bus.register(Arc::clone(image), Access::READ_WRITE)?),
+            Some(image) => Some(bus.register(Arc::clone(image), Access::READ)?),
             None => None,
         };
         self.scratch.set_region(Some(region));
