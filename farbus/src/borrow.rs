@@ -9,7 +9,7 @@ use farbus_pci_shim::{Function, FunctionOptions, InterruptOwner};
 use farbus_remote_dma::DeviceDescription;
 use farbus_remote_dma::borrower::{BorrowerOptions, BorrowerSession};
 use farbus_transport::link::hello::{Hello, Role, SPOKEN};
-use farbus_transport::shm::{Connection, ShmFabric, ShmOptions, connect};
+use farbus_transport::shm::{Connection, ListenError, ShmFabric, ShmOptions, connect};
 use serde_json::json;
 
 use crate::cli::{BorrowArgs, Unshared};
@@ -32,11 +32,7 @@ pub fn run(args: &BorrowArgs) -> anyhow::Result<()> {
     let session = attach(&args.from, options)?;
     let name = session_name(&session);
     let interrupts = ClientInterrupts::new(farbus_remote_dma::Attachment::description(&session));
-    let mut function = Function::new(
-        Box::new(session),
-        interrupts,
-        FunctionOptions { interrupts: InterruptOwner::Client, ..FunctionOptions::default() },
-    )?;
+    let mut function = Function::new(Box::new(session), interrupts, FunctionOptions { interrupts: InterruptOwner::Client })?;
     let socket = args.vfio_user.display().to_string();
     events.say(
         "serving",
@@ -77,11 +73,12 @@ pub fn run(args: &BorrowArgs) -> anyhow::Result<()> {
 pub fn attach(from: &LinkAddress, options: BorrowerOptions) -> anyhow::Result<BorrowerSession<ShmFabric>> {
     let LinkAddress::Shm(path) = from;
     let hello = Hello { versions: SPOKEN, role: Role::Borrower, features: FEATURE_BUSY, epoch: 0, description: Vec::new() };
-    let Connection { fabric, agreed } = connect(path, &hello, ShmOptions::default())
-        .with_context(|| format!("cannot borrow from {from}: is `farbus lend` running there?"))?;
-    if agreed.features & FEATURE_BUSY != 0 {
-        bail!("the device at {from} is lent to another borrower: try again when that one has left");
-    }
+    let Connection { fabric, agreed } = match connect(path, &hello, ShmOptions::default()) {
+        Err(ListenError::Refused { agreed, .. }) if agreed.features & FEATURE_BUSY != 0 => {
+            bail!("the device at {from} is lent to another borrower: try again when that one has left")
+        }
+        connected => connected.with_context(|| format!("cannot borrow from {from}: is `farbus lend` running there?"))?,
+    };
     let description = DeviceDescription::decode(&agreed.peer.description)
         .with_context(|| format!("the lender at {from} is wrong about its device"))?;
     BorrowerSession::new(fabric, description, options).context("cannot share memory with the lender")

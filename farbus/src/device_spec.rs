@@ -7,6 +7,7 @@ use std::str::FromStr;
 
 use anyhow::Context;
 use farbus_remote_dma::Backend;
+use farbus_remote_dma::model::edu::Edu;
 use farbus_remote_dma::model::nvme::{Nvme, NvmeOptions};
 use thiserror::Error;
 
@@ -82,7 +83,7 @@ impl DeviceSpec {
     /// Opens the device.
     pub fn open(&self) -> anyhow::Result<Box<dyn Backend>> {
         match self {
-            Self::Edu => anyhow::bail!("edu not yet"),
+            Self::Edu => Ok(Box::new(Edu::new().context("cannot make the edu device")?)),
             Self::Nvme { path, options } => {
                 let nvme = Nvme::open(path, options.clone()).with_context(|| format!("cannot lend {}", path.display()))?;
                 Ok(Box::new(nvme))

@@ -37,8 +37,19 @@ fn main() -> ExitCode {
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("farbus: {error:#}");
+            eprintln!("farbus: {}", whole_story(&error));
             ExitCode::FAILURE
         }
     }
+}
+
+/// An error and its causes, each said once: many an error's own text ends with its cause.
+fn whole_story(error: &anyhow::Error) -> String {
+    let mut story = error.to_string();
+    for cause in error.chain().skip(1).map(ToString::to_string) {
+        if !story.ends_with(&cause) {
+            story = format!("{story}: {cause}");
+        }
+    }
+    story
 }

@@ -2,6 +2,8 @@
 //!
 //! The first test is the life of one DMA: map 1 MiB, tell the engine where, see bytes, polled word, dirty pages and vector 3 in that order.
 
+#![expect(clippy::unwrap_used, reason = "a panic is how a test fails, in its helpers too")]
+
 mod common;
 
 use std::sync::Arc;

@@ -1,1 +1,11 @@
-//! x
+//! What the whole-system tests share: the `farbus` program as users run it, processes with limits, and the guest lab.
+//!
+//! `Running::farbus(&["lend", "--device", "nvme:disk.img", "--listen", "shm:/tmp/x"])` starts a lender whose `event("listening", …)` says
+//! when it is up; whatever happens to the test, the process is gone when the value is dropped.
+
+pub mod guest;
+pub mod process;
+pub mod program;
+
+pub use process::{End, Running};
+pub use program::farbus;

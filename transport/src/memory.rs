@@ -55,6 +55,13 @@ pub enum MemoryError {
     },
 }
 
+impl MemoryError {
+    /// For `map_err`: what the host refused.
+    pub fn from_host(what: &'static str) -> impl FnOnce(std::io::Error) -> Self {
+        move |source| Self::Host { what, source }
+    }
+}
+
 fn host(what: &'static str) -> impl FnOnce(rustix::io::Errno) -> MemoryError {
     move |errno| MemoryError::Host { what, source: errno.into() }
 }

@@ -10,7 +10,7 @@ use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::time::Duration;
 
-use farbus_transport::{CloseReason, Event, Events, Fabric, GrantError, Memory, Nanos};
+use farbus_transport::{CloseReason, Event, Events, Fabric, GrantError, Memory, Nanos, OpError};
 
 use self::memory::Memories;
 use self::staging::Staging;
@@ -212,6 +212,8 @@ impl<F: Fabric> BorrowerSession<F> {
                 Err(error) => self.close(CloseReason::Protocol(error.text())),
             },
             Event::Closed(reason) => self.close(reason),
+            // The link ended with it under way; why is said by the event that follows.
+            Event::Failed(_, OpError::Closed) => {}
             Event::Failed(_, error) => {
                 tracing::warn!(%error, "an operation on the lender's staging memory failed");
                 self.close(CloseReason::Protocol("an operation on the peer's memory failed"));

@@ -14,7 +14,7 @@ use std::os::fd::BorrowedFd;
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
-use farbus_transport::{CloseReason, Event, Events, Fabric, Nanos};
+use farbus_transport::{CloseReason, Event, Events, Fabric, Nanos, OpError};
 
 use self::bus::LenderBus;
 use crate::attachment::Activity;
@@ -85,15 +85,16 @@ impl<F: Fabric> LenderSession<F> {
             activity = Activity::Busy;
             if let Some(event) = self.events.as_slice().get(index).copied() {
                 self.handle(event);
+                // A register read that comes behind the end of a DMA finds the device knowing of it.
+                self.tell_finished();
             }
         }
         if self.closed.is_some() {
             return Activity::Idle(None);
         }
         activity = activity.and(self.backend.poll(&mut self.bus));
-        while let Some((tag, result)) = self.bus.next_finished() {
+        if self.tell_finished() {
             activity = Activity::Busy;
-            self.backend.dma_done(tag, result, &mut self.bus);
         }
         if !self.waiting.is_empty() {
             self.answer_waiting();
@@ -107,6 +108,8 @@ impl<F: Fabric> LenderSession<F> {
 
     /// Polls until the link ends or `stop` is set; sleeps when there is nothing to do.
     pub fn run(&mut self, options: PollOptions, stop: &Waker) -> CloseReason {
+        /// Reading the clock costs more than a poll, so it is read now and then, busy or not.
+        const POLLS_PER_LOOK: u32 = 64;
         let mut now = Nanos::now();
         let mut busy_at = now;
         let mut polls = 0_u32;
@@ -115,19 +118,21 @@ impl<F: Fabric> LenderSession<F> {
             if let Some(reason) = self.closed {
                 return reason;
             }
+            polls = polls.wrapping_add(1);
+            let look = polls.is_multiple_of(POLLS_PER_LOOK);
+            if look {
+                now = Nanos::now();
+                if stop.is_set() {
+                    return CloseReason::Local;
+                }
+            }
             let Activity::Idle(wait) = activity else {
                 busy_at = now;
-                polls = 63;
                 continue;
             };
-            polls += 1;
-            if !polls.is_multiple_of(64) {
+            if !look {
                 std::hint::spin_loop();
                 continue;
-            }
-            now = Nanos::now();
-            if stop.is_set() {
-                return CloseReason::Local;
             }
             // While an answer waits for the device, nothing may announce its end: keep polling.
             if now.since(busy_at) >= options.spin && self.waiting.is_empty() {
@@ -168,9 +173,7 @@ impl<F: Fabric> LenderSession<F> {
         loop {
             self.bus.set_now(Nanos::now());
             self.bus.fail_pending(self.closed.is_some());
-            while let Some((tag, result)) = self.bus.next_finished() {
-                self.backend.dma_done(tag, result, &mut self.bus);
-            }
+            self.tell_finished();
             if self.backend.in_flight() == 0 && !self.bus.has_pending() {
                 break;
             }
@@ -195,6 +198,17 @@ impl<F: Fabric> LenderSession<F> {
         self.backend
     }
 
+    /// Tells the device which of its DMAs ended; true where one did.
+    #[inline]
+    fn tell_finished(&mut self) -> bool {
+        let mut any = false;
+        while let Some((tag, result)) = self.bus.next_finished() {
+            any = true;
+            self.backend.dma_done(tag, result, &mut self.bus);
+        }
+        any
+    }
+
     fn close(&mut self, reason: CloseReason) {
         if self.closed.is_none() {
             self.closed = Some(reason);
@@ -213,6 +227,8 @@ impl<F: Fabric> LenderSession<F> {
                 tracing::warn!(%error, "an operation on the borrower's memory failed");
                 self.bus.operation_done(id, Err(DmaFault::Fenced));
             }
+            // The link ended with it under way; why is said by the event that follows.
+            Event::Failed(None, OpError::Closed) => {}
             Event::Failed(None, error) => {
                 tracing::error!(%error, "an operation that nobody waits for failed");
                 self.close(CloseReason::Protocol("an operation on the peer's memory failed"));

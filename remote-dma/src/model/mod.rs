@@ -2,6 +2,8 @@
 //!
 //! They know nothing of links: `Nvme` hears of a doorbell through `bar_write`, and reaches guest memory only through [`crate::Bus`].
 
+pub mod edu;
 pub mod nvme;
 
+pub use edu::Edu;
 pub use nvme::{Nvme, NvmeOptions};

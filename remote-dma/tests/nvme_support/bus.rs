@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use farbus_remote_dma::{Backend, Bus, DmaFault, DmaTag, Iova, Progress};
+use farbus_transport::local::LocalRegions;
 use farbus_transport::{Access, LocalRegion, LocalSpan, Mapped, Memory, Nanos, RegisterError};
 
 /// A small generator (xorshift), so that a seed is one number.
@@ -48,9 +49,11 @@ pub struct TestBus {
     pub dmas: u64,
     /// Late DMAs that end with a fault, of 1,000.
     pub late_faults_permille: u64,
+    /// Breaks the seam's promise: completions may overtake the data written before them.
+    pub overtaking: bool,
     late: Option<Random>,
     queue: Vec<Late>,
-    regions: Vec<(LocalRegion, Arc<Memory>)>,
+    locals: LocalRegions,
 }
 
 impl TestBus {
@@ -66,9 +69,10 @@ impl TestBus {
             direct: Vec::new(),
             dmas: 0,
             late_faults_permille: 0,
+            overtaking: false,
             late: None,
             queue: Vec::new(),
-            regions: Vec::new(),
+            locals: LocalRegions::default(),
         }
     }
 
@@ -88,7 +92,7 @@ impl TestBus {
     /// The session ended: regions and late DMAs are gone.
     pub fn end(&mut self) {
         self.queue.clear();
-        self.regions.clear();
+        self.locals = LocalRegions::default();
     }
 
     /// Ends up to `count` late DMAs; false where none was left.
@@ -135,6 +139,9 @@ impl TestBus {
     /// A late operation that may end now: reads at any time; writes before the first ordered operation; that one once it is first.
     fn pick(&mut self) -> Option<usize> {
         let random = self.late.as_mut()?;
+        if self.overtaking && !self.queue.is_empty() {
+            return Some(random.below(self.queue.len() as u64) as usize);
+        }
         let mut fence_seen = false;
         let mut earlier_writes = false;
         let mut eligible = Vec::new();
@@ -158,17 +165,12 @@ impl TestBus {
     }
 
     fn copy(&self, iova: Iova, local: LocalSpan, from_guest: bool) {
-        let access = if from_guest { Access::WRITE } else { Access::READ };
-        let memory = self.memory_of(local, access).expect("a span of a region that is registered");
+        let (memory, offset) = self.locals.resolve(local).expect("a span of a region that is registered");
         if from_guest {
-            memory.copy_from(local.offset(), &self.guest, iova.0, u64::from(local.len())).unwrap();
+            memory.copy_from(offset, &self.guest, iova.0, u64::from(local.len())).unwrap();
         } else {
-            self.guest.copy_from(iova.0, memory, local.offset(), u64::from(local.len())).unwrap();
+            self.guest.copy_from(iova.0, memory, offset, u64::from(local.len())).unwrap();
         }
-    }
-
-    fn memory_of(&self, span: LocalSpan, access: Access) -> Option<&Arc<Memory>> {
-        self.regions.iter().find(|(region, _)| region.span(span.offset(), span.len(), access) == Ok(span)).map(|(_, memory)| memory)
     }
 
     fn check(&self, iova: Iova, len: u64) -> Result<(), DmaFault> {
@@ -185,38 +187,13 @@ impl TestBus {
     }
 }
 
-/// What `LocalRegion` holds, in its order: regions are made by fabrics only, and this bus has none behind it.
-struct RegionParts {
-    _name: NameParts,
-    _len: u64,
-    _access: Access,
-}
-
-struct NameParts {
-    _index: u32,
-    _generation: u32,
-}
-
-fn region(index: u32, len: u64, access: Access) -> LocalRegion {
-    const { assert!(size_of::<RegionParts>() == size_of::<LocalRegion>()) };
-    let parts = RegionParts { _name: NameParts { _index: index, _generation: 0 }, _len: len, _access: access };
-    // SAFETY: same size, and plain integers and booleans in the same order; that the compiler laid both out alike is checked below by all
-    // that the public interface shows.
-    let region: LocalRegion = unsafe { std::mem::transmute(parts) };
-    assert_eq!((region.len(), region.access()), (len, access));
-    assert!(format!("{region:?}").contains(&format!("index: {index}, generation: 0")));
-    region
-}
-
 impl Bus for TestBus {
     fn now(&self) -> Nanos {
         self.clock
     }
 
     fn register(&mut self, memory: Arc<Memory>, access: Access) -> Result<LocalRegion, RegisterError> {
-        let region = region(self.regions.len() as u32, memory.len(), access);
-        self.regions.push((region, memory));
-        Ok(region)
+        self.locals.register(memory, access)
     }
 
     fn dma_read(&mut self, tag: DmaTag, iova: Iova, into: LocalSpan) -> Result<Progress, DmaFault> {

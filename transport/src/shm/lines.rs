@@ -14,6 +14,8 @@ const CONSUMED_AT: u64 = 0;
 /// Two lines on, because CPUs fetch lines in pairs.
 const ARMED_AT: u64 = 128;
 const SLOTS_AT: u64 = 256;
+/// Where the side that fills this ring says that it is inside the peer's memory.
+const BUSY_AT: u64 = 192;
 /// Bytes of one ring with its words, in whole pages.
 pub(super) const RING_BYTES: u64 = (SLOTS_AT + SLOTS as u64 * LINE_BYTES as u64).next_multiple_of(4096);
 
@@ -38,6 +40,15 @@ impl SharedLines {
     fn at(&self, offset: u64) -> *mut u8 {
         // SAFETY: `new` checked that RING_BYTES from `base` are mapped, and every caller stays below that.
         unsafe { self.memory.base().as_ptr().add((self.base + offset) as usize) }
+    }
+}
+
+impl SharedLines {
+    /// 1 while the side that fills this ring touches granted memory.
+    #[inline]
+    pub(super) fn busy(&self) -> &AtomicU64 {
+        // SAFETY: inside the ring, aligned, and valid for every bit pattern.
+        unsafe { AtomicU64::from_ptr(self.at(BUSY_AT).cast()) }
     }
 }
 

@@ -50,6 +50,14 @@ pub enum ListenError {
     /// The hello failed.
     #[error(transparent)]
     Hello(#[from] ExchangeError),
+    /// The peer said hello and then goodbye: what it said may tell why ([`Listener::refuse`]).
+    #[error("the peer at {path} gave no link after its hello")]
+    Refused {
+        /// The socket.
+        path: PathBuf,
+        /// What both said.
+        agreed: Box<Agreed>,
+    },
     /// The host refused.
     #[error("cannot {what} {path}: {source}")]
     Host {
@@ -189,8 +197,16 @@ fn establish(
         return Err(ListenError::Stranger { peer, ours });
     }
     let agreed = exchange(&mut stream, hello, HELLO_LIMIT)?;
-    let fabric = ShmFabric::establish(stream, side, options).map_err(host("share rings at"))?;
-    Ok(Connection { fabric, agreed })
+    match ShmFabric::establish(stream, side, options) {
+        Ok(fabric) => Ok(Connection { fabric, agreed }),
+        Err(error) if is_the_end(&error) => Err(ListenError::Refused { path: path.to_path_buf(), agreed: Box::new(agreed) }),
+        Err(error) => Err(host("share rings at")(error)),
+    }
+}
+
+/// Which of them is seen depends on who was faster.
+fn is_the_end(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::UnexpectedEof | io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset)
 }
 
 #[cfg(test)]
@@ -220,6 +236,22 @@ mod tests {
         assert_eq!(borrower.join().unwrap().agreed.peer.description, b"a device");
         drop((lender, listener));
         assert!(matches!(connect(&path, &hello(Role::Borrower), ShmOptions::default()), Err(ListenError::NobodyThere { .. })));
+    }
+
+    #[test]
+    fn a_refused_peer_hears_why() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("link");
+        let listener = Listener::bind(&path).unwrap();
+        let borrower = {
+            let path = path.clone();
+            std::thread::spawn(move || connect(path, &Hello { features: 0b11, ..hello(Role::Borrower) }, ShmOptions::default()))
+        };
+        let stream = listener.accept().unwrap();
+        listener.refuse(stream, &Hello { features: 0b10, ..hello(Role::Lender) }).unwrap();
+        let error = borrower.join().unwrap().unwrap_err();
+        let ListenError::Refused { agreed, .. } = error else { panic!("{error}") };
+        assert_eq!(agreed.features, 0b10);
     }
 
     #[test]

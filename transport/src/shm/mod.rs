@@ -5,6 +5,7 @@
 
 mod lines;
 mod listen;
+mod revoke;
 mod socket;
 
 pub use listen::{Connection, HELLO_LIMIT, ListenError, Listener, connect};
@@ -18,7 +19,8 @@ use std::sync::Arc;
 use rustix::event::{EventfdFlags, epoll};
 
 use self::lines::{RING_BYTES, SLOTS, SharedLines};
-use self::socket::GrantSocket;
+use self::revoke::{LIVES_BYTES, Revocations, Slot};
+use self::socket::{Delivered, GrantSocket};
 use crate::barrier;
 use crate::fabric::{
     CloseReason, Event, Events, Fabric, Full, Grant, GrantError, Limits, MAX_MESSAGE, Message, Op, OpError, Regions, RegisterError,
@@ -27,7 +29,7 @@ use crate::fabric::{
 use crate::local::LocalRegions;
 use crate::memory::{Mapped, Memory, MemoryError};
 use crate::ring::{Consumer, Fencing, Producer, RingError, Taken};
-use crate::span::{Access, LocalRegion, LocalSpan, RemoteRegion, RemoteSpan};
+use crate::span::{Access, LocalRegion, LocalSpan, RegionName, RemoteRegion, RemoteSpan};
 use crate::table::{MAX_REGIONS, Table};
 use crate::time::Nanos;
 
@@ -60,19 +62,30 @@ pub struct ShmOptions {
     pub accept_unsealed: bool,
 }
 
+/// Both rings, then the lives of the lender's grants and of the borrower's.
+const SHARED_BYTES: u64 = 2 * RING_BYTES + 2 * LIVES_BYTES;
+
+/// A region of the peer's, mapped.
+struct Remote {
+    memory: Arc<Memory>,
+    slot: Slot,
+}
+
 /// One end of a shared-memory link.
 pub struct ShmFabric {
     tx: Producer<SharedLines>,
     rx: Consumer<SharedLines>,
     ready: VecDeque<Event>,
     locals: LocalRegions,
-    remotes: Table<Arc<Memory>>,
+    remotes: Table<Remote>,
+    /// Grants of ours that are alive, with the region they are of.
+    granted: Vec<(RegionName, Slot)>,
+    revocations: Revocations,
     closed: Option<CloseReason>,
     close_reported: bool,
     peer_left: bool,
     asleep: bool,
     empty_polls: u32,
-    next_key: u64,
     options: ShmOptions,
     own_wake: OwnedFd,
     peer_wake: OwnedFd,
@@ -103,7 +116,7 @@ impl ShmFabric {
         let invalid = |error: MemoryError| io::Error::new(io::ErrorKind::InvalidData, error);
         let (rings, own_wake, peer_wake, peer_asymmetric) = match side {
             Side::Lender => {
-                let rings = Memory::memfd("farbus-rings", 2 * RING_BYTES).map_err(io::Error::other)?;
+                let rings = Memory::memfd("farbus-rings", SHARED_BYTES).map_err(io::Error::other)?;
                 let wake = || rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
                 let (own, peer) = (wake()?, wake()?);
                 let (fd, _) = rings.file().ok_or(io::ErrorKind::InvalidData)?;
@@ -114,7 +127,7 @@ impl ShmFabric {
             Side::Borrower => {
                 let (fds, peer_asymmetric) = socket.receive_setup(3)?;
                 let [rings, peer, own] = <[OwnedFd; 3]>::try_from(fds).map_err(|_| io::ErrorKind::InvalidData)?;
-                let rings = Memory::map_file(rings, 0, 2 * RING_BYTES, true).map_err(invalid)?;
+                let rings = Memory::map_file(rings, 0, SHARED_BYTES, true).map_err(invalid)?;
                 if !rings.sealed() {
                     return Err(io::Error::new(io::ErrorKind::InvalidData, "the peer's rings are not sealed"));
                 }
@@ -127,8 +140,12 @@ impl ShmFabric {
         };
         let fencing = if asymmetric && peer_asymmetric { Fencing::Sleeper } else { Fencing::Both };
         let (tx_at, rx_at) = if side == Side::Lender { (0, RING_BYTES) } else { (RING_BYTES, 0) };
-        let tx = Producer::new(SharedLines::new(Arc::clone(&rings), tx_at).map_err(invalid)?, fencing);
-        let rx = Consumer::new(SharedLines::new(rings, rx_at).map_err(invalid)?, fencing);
+        let lines = |base| SharedLines::new(Arc::clone(&rings), base).map_err(invalid);
+        let lives = |ring_at: u64| 2 * RING_BYTES + ring_at / RING_BYTES * LIVES_BYTES;
+        let busy = (lines(tx_at)?, lines(rx_at)?);
+        let revocations = Revocations::new(&rings, (lives(tx_at), lives(rx_at)), busy, fencing).map_err(invalid)?;
+        let tx = Producer::new(lines(tx_at)?, fencing);
+        let rx = Consumer::new(lines(rx_at)?, fencing);
         let wait = epoll::create(epoll::CreateFlags::CLOEXEC)?;
         epoll::add(&wait, &own_wake, epoll::EventData::new_u64(0), epoll::EventFlags::IN)?;
         epoll::add(&wait, &socket, epoll::EventData::new_u64(1), epoll::EventFlags::RDHUP)?;
@@ -138,12 +155,13 @@ impl ShmFabric {
             ready: VecDeque::with_capacity(SLOTS as usize + 1),
             locals: LocalRegions::default(),
             remotes: Table::default(),
+            granted: Vec::new(),
+            revocations,
             closed: None,
             close_reported: false,
             peer_left: false,
             asleep: false,
             empty_polls: 0,
-            next_key: 1,
             options,
             own_wake,
             peer_wake,
@@ -182,12 +200,21 @@ impl ShmFabric {
         if from != to || from > LIMITS.max_op_len {
             return Err(OpError::Mismatch { from, to });
         }
+        let (read, written) = if to_remote { (local.access, remote.access) } else { (remote.access, local.access) };
+        if !read.read || !written.write {
+            return Err(OpError::Denied);
+        }
         let (ours, at) = self.locals.resolve(local).ok_or(OpError::Revoked)?;
         let theirs = self.remotes.find(remote.name).ok_or(OpError::Revoked)?;
         let len = u64::from(from);
-        let copied =
-            if to_remote { theirs.copy_from(remote.offset, ours, at, len) } else { ours.copy_from(at, theirs, remote.offset, len) };
-        copied.map_err(|_| OpError::Revoked)
+        let copied = self.revocations.inside(theirs.slot, || {
+            if to_remote {
+                theirs.memory.copy_from(remote.offset, ours, at, len)
+            } else {
+                ours.copy_from(at, &theirs.memory, remote.offset, len)
+            }
+        });
+        copied.ok_or(OpError::Revoked)?.map_err(|_| OpError::Denied)
     }
 
     #[inline]
@@ -239,6 +266,13 @@ impl Regions for ShmFabric {
     }
 
     fn deregister(&mut self, region: LocalRegion) {
+        let (ended, alive): (Vec<_>, Vec<_>) = self.granted.drain(..).partition(|(name, _)| *name == region.name);
+        self.granted = alive;
+        let slots: Vec<Slot> = ended.into_iter().map(|(_, slot)| slot).collect();
+        let Self { revocations, socket, .. } = self;
+        if !revocations.end(&slots, || socket.peer_is_there()) {
+            self.closed.get_or_insert(CloseReason::Protocol("an operation on revoked memory that does not end"));
+        }
         self.locals.deregister(region);
     }
 
@@ -256,9 +290,10 @@ impl Regions for ShmFabric {
             return Err(GrantError::Widened { asked: access, allowed: region.access });
         }
         let (fd, offset) = memory.file().ok_or(GrantError::NoDescriptor)?;
-        let grant = Grant { key: self.next_key, len: region.len, access };
+        let slot = self.revocations.begin().ok_or(GrantError::TooMany { limit: MAX_REGIONS })?;
+        let grant = Grant { key: slot.key(), len: region.len, access };
+        self.granted.push((region.name, slot));
         self.socket.send_grant(&grant, fd, offset).map_err(|_| GrantError::Closed)?;
-        self.next_key += 1;
         Ok(grant)
     }
 
@@ -266,7 +301,15 @@ impl Regions for ShmFabric {
         if self.closed.is_some() {
             return Err(GrantError::Closed);
         }
-        let (fd, offset) = self.socket.receive_grant(grant)?;
+        let slot = Slot::from_key(grant.key).ok_or(GrantError::Missing { key: grant.key })?;
+        let Delivered { fd, offset, granted, .. } = self.socket.receive_grant(grant)?;
+        // What the owner sent with the descriptor counts; a grant that says more was altered on its way.
+        if grant.len > granted.len {
+            return Err(GrantError::TooLong { granted: grant.len, actual: granted.len });
+        }
+        if !granted.access.allows(grant.access) {
+            return Err(GrantError::Widened { asked: grant.access, allowed: granted.access });
+        }
         let memory = Memory::map_file(fd, offset, grant.len, grant.access.write).map_err(|error| match error {
             MemoryError::FileTooShort { actual, .. } => GrantError::TooLong { granted: grant.len, actual },
             other => GrantError::Memory(other),
@@ -274,7 +317,7 @@ impl Regions for ShmFabric {
         if !memory.sealed() && !self.options.accept_unsealed {
             return Err(GrantError::NotSealed);
         }
-        let name = self.remotes.insert(memory).ok_or(GrantError::TooMany { limit: MAX_REGIONS })?;
+        let name = self.remotes.insert(Remote { memory, slot }).ok_or(GrantError::TooMany { limit: MAX_REGIONS })?;
         Ok(RemoteRegion { name, len: grant.len, access: grant.access })
     }
 
@@ -283,8 +326,8 @@ impl Regions for ShmFabric {
     }
 
     fn map_remote(&self, span: RemoteSpan) -> Option<Mapped> {
-        let memory = self.remotes.find(span.name)?;
-        Mapped::new(Arc::clone(memory), span.offset, u64::from(span.len)).ok()
+        let remote = self.remotes.find(span.name)?;
+        Mapped::new(Arc::clone(&remote.memory), span.offset, u64::from(span.len)).ok()
     }
 }
 

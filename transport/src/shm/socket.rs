@@ -14,6 +14,7 @@ use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
 
 use crate::fabric::{Grant, GrantError};
+use crate::span::Access;
 
 /// Bytes of every frame on the socket after the hello.
 const FRAME_BYTES: usize = 32;
@@ -64,10 +65,11 @@ impl Frame {
 
 /// Memory that arrived and was not asked for yet.
 #[derive(Debug)]
-struct Delivered {
-    key: u64,
-    fd: OwnedFd,
-    offset: u64,
+pub(super) struct Delivered {
+    /// What the owner granted, as it said with the descriptor.
+    pub(super) granted: Grant,
+    pub(super) fd: OwnedFd,
+    pub(super) offset: u64,
 }
 
 /// The socket of a link after the hello.
@@ -90,19 +92,20 @@ impl GrantSocket {
     }
 
     /// The memory that the peer sent for `grant` and the offset in it; waits a bounded time for it.
-    pub(super) fn receive_grant(&mut self, grant: &Grant) -> Result<(OwnedFd, u64), GrantError> {
+    pub(super) fn receive_grant(&mut self, grant: &Grant) -> Result<Delivered, GrantError> {
         let deadline = Instant::now() + DELIVERY;
         loop {
-            if let Some(at) = self.waiting.iter().position(|delivered| delivered.key == grant.key) {
-                let Delivered { fd, offset, .. } = self.waiting.remove(at).ok_or(GrantError::Missing { key: grant.key })?;
-                return Ok((fd, offset));
+            if let Some(at) = self.waiting.iter().position(|delivered| delivered.granted.key == grant.key) {
+                return self.waiting.remove(at).ok_or(GrantError::Missing { key: grant.key });
             }
             let (frame, mut fds) = self.receive(deadline, 1).map_err(|_| GrantError::Missing { key: grant.key })?;
             if frame.kind != FrameKind::Grant as u32 || self.waiting.len() >= MAX_WAITING {
                 return Err(GrantError::Missing { key: grant.key });
             }
             let fd = fds.pop().ok_or(GrantError::Missing { key: grant.key })?;
-            self.waiting.push_back(Delivered { key: frame.key, fd, offset: frame.detail & !ACCESS_BITS });
+            let access = Access::from_bits((frame.detail & ACCESS_BITS) as u8).ok_or(GrantError::Missing { key: grant.key })?;
+            let granted = Grant { key: frame.key, len: frame.len, access };
+            self.waiting.push_back(Delivered { granted, fd, offset: frame.detail & !ACCESS_BITS });
         }
     }
 
@@ -207,7 +210,6 @@ impl AsFd for GrantSocket {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::span::Access;
     use std::io::Write;
 
     fn pair() -> (GrantSocket, GrantSocket) {
@@ -227,7 +229,7 @@ mod tests {
             a.send_grant(&grant(key), file.as_fd(), key * 4096).unwrap();
         }
         for key in [3, 1, 2] {
-            assert_eq!(b.receive_grant(&grant(key)).unwrap().1, key * 4096);
+            assert_eq!(b.receive_grant(&grant(key)).unwrap().offset, key * 4096);
         }
     }
 

@@ -225,14 +225,13 @@ impl Nvme {
         }
     }
 
-    /// The vectors that may be announced at present.
+    /// The vectors that may be announced at present; by pin, all of which the level is not yet made.
     pub(super) fn raised_deliverable(&self) -> u128 {
         match self.mode {
             _ if self.fenced => 0,
-            InterruptMode::Msix => self.raised,
+            InterruptMode::Msix | InterruptMode::Pin => self.raised,
             // INTMS masks MSI (section 3.1.3).
             InterruptMode::Msi(_) => self.raised & !u128::from(self.registers.masked),
-            InterruptMode::Pin => 0,
         }
     }
 

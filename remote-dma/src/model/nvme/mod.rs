@@ -1,7 +1,7 @@
 //! An NVMe 1.4 controller with one namespace, as a [`Backend`]: this file has the object that owns everything and the calls of a session.
 //!
-//! A guest stores 17 to BAR0 + 0x1018: [`control`] finds submission queue 3's tail doorbell, [`engine`] fetches slots 9 to 16 with one DMA and takes
-//! each command as far as it gets, [`completion`] posts the entries and then raises vector 3 once. What is missing on the way
+//! A guest stores 17 to BAR0 + 0x1018: `control` finds submission queue 3's tail doorbell, `fetch` gets slots 9 to 16 with one DMA and `engine` takes
+//! each command as far as it gets, `completion` posts the entries and then raises vector 3 once. What is missing on the way
 //! (a DMA, the media, room) leaves the command in its slot until `dma_done` or `poll` brings it.
 //!
 //! ```text
@@ -17,6 +17,7 @@ mod counters;
 mod engine;
 mod events;
 mod features;
+mod fetch;
 mod identify;
 mod io;
 mod log_pages;
@@ -34,7 +35,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use farbus_transport::{Access, LocalRegion, Memory, Nanos};
+use farbus_transport::{Access, LocalRegion, Memory, MemoryError, Nanos};
 
 use crate::address::{BarAddress, Width};
 use crate::attachment::Activity;
@@ -164,8 +165,11 @@ impl Nvme {
     /// A controller over an image in memory: its data goes by DMA straight between image and guest.
     ///
     /// # Errors
-    /// [`MediaError`] where the image has no whole number of blocks.
+    /// [`MediaError`] where the image has no whole number of blocks, or cannot be written and is not lent read-only.
     pub fn in_memory(image: Arc<Memory>, options: NvmeOptions) -> Result<Self, MediaError> {
+        if !image.writable() && !options.read_only {
+            return Err(MediaError::Memory(MemoryError::ReadOnly));
+        }
         Self::over("memory", Box::new(MemoryMedia::new(image)?), options)
     }
 
@@ -271,8 +275,8 @@ impl Backend for Nvme {
     fn attach(&mut self, bus: &mut dyn Bus) -> Result<(), AttachError> {
         let region = bus.register(Arc::clone(self.scratch.memory()), Access::READ_WRITE)?;
         let image = match self.media.memory() {
-            Some(image) if image.writable() => Some(bus.register(Arc::clone(image), Access::READ_WRITE)?),
-            Some(image) => Some(bus.register(Arc::clone(image), Access::READ)?),
+            Some(image) if self.options.read_only => Some(bus.register(Arc::clone(image), Access::READ)?),
+            Some(image) => Some(bus.register(Arc::clone(image), Access::READ_WRITE)?),
             None => None,
         };
         self.scratch.set_region(Some(region));
@@ -355,6 +359,7 @@ impl Backend for Nvme {
         self.reap_without_effect();
     }
 
+    /// Falls in `dma_done` and, for the workers' jobs, in `poll`.
     fn in_flight(&self) -> usize {
         self.dmas + self.jobs_running
     }

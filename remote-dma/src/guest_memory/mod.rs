@@ -3,12 +3,18 @@
 //! A region of 512 MiB at guest address 0 backed by a memfd is granted to the lender by descriptor; a region without one is reached by
 //! `read` and `write`. Implemented for `vm_memory::GuestMemoryMmap` (feature `vm-memory`) and for a single [`Memory`].
 
+#[cfg(feature = "vm-memory")]
+mod vm_memory;
+
 use std::sync::Arc;
 
 use farbus_transport::Memory;
 use thiserror::Error;
 
 use crate::address::GuestAddress;
+
+#[cfg(feature = "vm-memory")]
+pub use self::vm_memory::VmMemory;
 
 /// Why guest memory could not be reached.
 #[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]

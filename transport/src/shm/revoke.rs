@@ -1,0 +1,148 @@
+//! Revocation: how an owner makes sure that a peer which mapped its memory does not touch it any more.
+//!
+//! Grant 0x3_6b00_0007 is slot 7 in its third life. The peer checks, for every operation, that slot 7 is still in that life; the owner ends
+//! the life, then waits until the peer is outside of any operation. Which of the two is first is decided as for the rings' sleep: the owner
+//! lets every running thread fence (membarrier(2)), so that an operation costs its maker two plain stores and a load.
+//!
+//! It binds a peer that keeps to the protocol. A hostile process that was given a descriptor can touch the memory for ever: shared memory
+//! trusts the user it is shared with, which is why a link is refused to any other user.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use super::lines::SharedLines;
+use crate::barrier;
+use crate::memory::{Memory, MemoryError};
+use crate::ring::Fencing;
+use crate::sync::{Ordering, fence};
+use crate::table::MAX_REGIONS;
+
+/// Bytes of the lives of one side's grants.
+pub(super) const LIVES_BYTES: u64 = MAX_REGIONS as u64 * 4;
+/// In every key, so that zero and small numbers are none.
+const KEY_TAG: u32 = 0x6b00_0000;
+/// How long a peer may be inside one operation before it counts as stuck: 1 GiB takes a quarter of a second.
+const OPERATION_LIMIT: Duration = Duration::from_secs(5);
+
+/// A slot and its life, as the key of a grant carries them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Slot {
+    index: u32,
+    life: u32,
+}
+
+impl Slot {
+    pub(super) fn key(self) -> u64 {
+        u64::from(self.life) << 32 | u64::from(KEY_TAG | self.index)
+    }
+
+    /// From a peer's grant; `None` where no such slot can exist.
+    pub(super) fn from_key(key: u64) -> Option<Self> {
+        let slot = Self { index: key as u32 ^ KEY_TAG, life: (key >> 32) as u32 };
+        (slot.index < MAX_REGIONS).then_some(slot)
+    }
+}
+
+/// The lives of the grants that one side made.
+struct Lives {
+    memory: Arc<Memory>,
+    base: u64,
+}
+
+impl Lives {
+    fn word(&self, index: u32) -> Result<&crate::sync::AtomicU32, MemoryError> {
+        self.memory.atomic_u32(self.base + u64::from(index) * 4)
+    }
+}
+
+/// Both sides' lives, as one side uses them.
+pub(super) struct Revocations {
+    own: Lives,
+    peers: Lives,
+    /// Slots of our own that are free.
+    free: Vec<u32>,
+    unused: u32,
+    /// Says when we are inside the peer's memory.
+    own_busy: SharedLines,
+    /// Says when the peer is inside ours.
+    peer_busy: SharedLines,
+    fencing: Fencing,
+}
+
+impl Revocations {
+    pub(super) fn new(
+        memory: &Arc<Memory>,
+        (own, peers): (u64, u64),
+        (own_busy, peer_busy): (SharedLines, SharedLines),
+        fencing: Fencing,
+    ) -> Result<Self, MemoryError> {
+        for base in [own, peers] {
+            memory.at(base, LIVES_BYTES)?;
+        }
+        let lives = |base| Lives { memory: Arc::clone(memory), base };
+        Ok(Self { own: lives(own), peers: lives(peers), free: Vec::new(), unused: 0, own_busy, peer_busy, fencing })
+    }
+
+    /// A slot for a new grant of ours; `None` where all are taken.
+    pub(super) fn begin(&mut self) -> Option<Slot> {
+        let index = match self.free.pop() {
+            Some(index) => index,
+            None if self.unused < MAX_REGIONS => {
+                self.unused += 1;
+                self.unused - 1
+            }
+            None => return None,
+        };
+        let life = self.own.word(index).ok()?.load(Ordering::Relaxed);
+        Some(Slot { index, life })
+    }
+
+    /// Ends grants of ours; when it returns, the peer is outside of every operation that could have used them. False where the peer does not
+    /// come out: then the link is of no use any more.
+    pub(super) fn end(&mut self, slots: &[Slot], peer_is_there: impl Fn() -> bool) -> bool {
+        if slots.is_empty() {
+            return true;
+        }
+        for slot in slots {
+            let Ok(word) = self.own.word(slot.index) else { continue };
+            // A peer that scribbles here revokes its own grants, or uses memory it has anyway.
+            word.store(slot.life.wrapping_add(1), Ordering::SeqCst);
+            if slot.life < u32::MAX - 1 {
+                self.free.push(slot.index);
+            }
+        }
+        match self.fencing {
+            Fencing::Both => fence(Ordering::SeqCst),
+            Fencing::Sleeper if barrier::global() => {}
+            Fencing::Sleeper => return false,
+        }
+        let deadline = Instant::now() + OPERATION_LIMIT;
+        while self.peer_busy.busy().load(Ordering::Acquire) == 1 {
+            if Instant::now() > deadline {
+                return false;
+            }
+            if !peer_is_there() {
+                return true;
+            }
+            std::hint::spin_loop();
+        }
+        true
+    }
+
+    /// Runs `operation` on memory of the peer's grant `slot`, unless that grant has ended.
+    #[inline]
+    pub(super) fn inside<T>(&self, slot: Slot, operation: impl FnOnce() -> T) -> Option<T> {
+        let busy = self.own_busy.busy();
+        busy.store(1, Ordering::Relaxed);
+        // The order "busy, then looked at the life" against the owner's "life ended, then looked at busy": one of the two sees the other.
+        // Without it an operation could begin after the owner was told that none will. The owner's half is in `end`.
+        match self.fencing {
+            Fencing::Both => fence(Ordering::SeqCst),
+            Fencing::Sleeper => std::sync::atomic::compiler_fence(Ordering::SeqCst),
+        }
+        let alive = self.peers.word(slot.index).is_ok_and(|word| word.load(Ordering::Acquire) == slot.life);
+        let result = alive.then(operation);
+        busy.store(0, Ordering::Release);
+        result
+    }
+}
