@@ -10,6 +10,7 @@ use std::io::Write as _;
 use std::sync::Arc;
 use std::time::Duration;
 
+use farbus_remote_dma::model::nvme::media::FileMedia;
 use farbus_remote_dma::model::{Nvme, NvmeOptions};
 use farbus_remote_dma::{Backend, BarAddress, ResetKind, Width};
 use farbus_transport::Memory;
@@ -244,11 +245,17 @@ fn file() -> tempfile::NamedTempFile {
     file
 }
 
+/// With workers, also where temporary files are in memory.
+fn over_file(file: &tempfile::NamedTempFile, options: NvmeOptions) -> Nvme {
+    let media = FileMedia::open(file.path(), options.read_only).unwrap();
+    Nvme::over("file", Box::new(media), options).unwrap()
+}
+
 #[test]
 fn a_file_is_right_by_direct_access() {
     for late in [false, true] {
         let file = file();
-        let nvme = Nvme::open(file.path(), NvmeOptions::default()).unwrap();
+        let nvme = over_file(&file, NvmeOptions::default());
         let driver = storm(nvme, if late { bus().late(3) } else { bus() }, 12, 1500);
         let counters = driver.nvme.counters();
         assert!(counters.direct_jobs > 500 && counters.writes > 200, "{counters:?}");
@@ -261,7 +268,7 @@ fn a_file_is_right_by_direct_access() {
 fn a_file_is_right_through_buffers() {
     for late in [false, true] {
         let file = file();
-        let nvme = Nvme::open(file.path(), NvmeOptions::default()).unwrap();
+        let nvme = over_file(&file, NvmeOptions::default());
         let mut bus = if late { bus().late(4) } else { bus() };
         bus.mappable = false;
         let driver = storm(nvme, bus, 13, 1500);
@@ -287,7 +294,7 @@ fn a_reset_under_io_leaves_nothing_behind() {
         let nvme = if in_memory {
             Nvme::in_memory(Memory::memfd("image", IMAGE_BYTES).unwrap(), NvmeOptions::default()).unwrap()
         } else {
-            Nvme::open(file.path(), NvmeOptions::default()).unwrap()
+            over_file(&file, NvmeOptions::default())
         };
         let mut bus = bus().late(seed);
         bus.mappable = seed % 3 == 0;
@@ -468,7 +475,7 @@ proptest! {
         let mut file = tempfile::NamedTempFile::new().unwrap();
         file.write_all(&vec![7; 1 << 20]).unwrap();
         let options = NvmeOptions { latency: Duration::from_micros(latency * 20), ..NvmeOptions::default() };
-        let nvme = Nvme::open(file.path(), options).unwrap();
+        let nvme = over_file(&file, options);
         let mut bus = if late { TestBus::new(16 << 20).late(seed) } else { TestBus::new(16 << 20) };
         bus.mappable = mappable;
         misbehave(nvme, bus, faults, &deeds)?;

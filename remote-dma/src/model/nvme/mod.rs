@@ -46,7 +46,7 @@ pub use counters::Counters;
 use events::Events;
 use features::Features;
 use log_pages::ErrorLog;
-use media::{BLOCK_BYTES, FileMedia, Job, MAX_JOBS, Media, MediaError, MemoryMedia};
+use media::{BLOCK_BYTES, Job, MAX_JOBS, Media, MediaError, MemoryMedia};
 use queues::{CompletionQueue, SubmissionQueue};
 use registers::Registers;
 use scratch::Scratch;
@@ -152,14 +152,14 @@ impl std::fmt::Debug for Nvme {
 }
 
 impl Nvme {
-    /// A controller over an image file or a block device.
+    /// A controller over an image file or a block device; a file in memory is mapped ([`media::open`]).
     ///
     /// # Errors
     /// [`MediaError`] where the image cannot be lent.
     pub fn open(path: &Path, options: NvmeOptions) -> Result<Self, MediaError> {
-        let media = FileMedia::open(path, options.read_only)?;
+        let media = media::open(path, options.read_only)?;
         let name = path.file_name().unwrap_or(path.as_os_str()).to_string_lossy();
-        Self::over(&name, Box::new(media), options)
+        Self::over(&name, media, options)
     }
 
     /// A controller over an image in memory: its data goes by DMA straight between image and guest.

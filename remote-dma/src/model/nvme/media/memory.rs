@@ -29,19 +29,20 @@ pub struct MemoryMedia {
 
 impl MemoryMedia {
     /// Blocks in `image`, all of it. A mapping of a file that somebody may shorten meanwhile is no good image: use
-    /// [`super::FileMedia`] for files.
+    /// [`super::open`] for files.
     ///
     /// # Errors
     /// [`MediaError::Empty`], [`MediaError::Unaligned`].
     pub fn new(image: Arc<Memory>) -> Result<Self, MediaError> {
         static NEXT: AtomicU64 = AtomicU64::new(1);
         checked_len(Path::new("(memory)"), image.len())?;
-        Ok(Self {
-            image,
-            identity: u64::from(std::process::id()) << 32 | NEXT.fetch_add(1, Ordering::Relaxed),
-            jobs: VecDeque::with_capacity(MAX_JOBS),
-            progress: 0,
-        })
+        let identity = u64::from(std::process::id()) << 32 | NEXT.fetch_add(1, Ordering::Relaxed);
+        Ok(Self::of_file(image, identity))
+    }
+
+    /// Blocks in a mapping of a file whose length was checked and whose pages are all there.
+    pub(super) fn of_file(image: Arc<Memory>, identity: u64) -> Self {
+        Self { image, identity, jobs: VecDeque::with_capacity(MAX_JOBS), progress: 0 }
     }
 
     /// Takes the first job up to `STEP_BYTES` further; true once it is done.

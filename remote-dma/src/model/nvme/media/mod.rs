@@ -4,6 +4,7 @@
 //! fills it and the controller hears of it in [`Media::reap`]. From memory the same read is one DMA and no job.
 
 mod file;
+mod image;
 mod memory;
 mod worker;
 
@@ -18,6 +19,7 @@ use thiserror::Error;
 use crate::address::Iova;
 
 pub use file::FileMedia;
+pub use image::open;
 pub use memory::MemoryMedia;
 
 /// Bytes of a logical block.
