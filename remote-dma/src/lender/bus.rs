@@ -283,7 +283,11 @@ impl<F: Fabric> LenderBus<F> {
                 Direction::Read => Op::Read { from: remote, into: ours },
                 Direction::Write => Op::Write { from: ours, to: remote },
             };
-            self.link.post(signal, op);
+            if !self.link.post(signal, op) {
+                // Never "done": the device would take its own stale bytes for the guest's, or announce data that is not there. What is pending
+                // is failed when the session ends, which it does now.
+                return if immediate { Err(DmaFault::Fenced) } else { Ok(Progress::Pending) };
+            }
             if let (Direction::Write, Some(log)) = (direction, log) {
                 log.mark(offset, part);
             }
@@ -332,13 +336,14 @@ impl<F: Fabric> LenderBus<F> {
         }
     }
 
+    /// The link's end may lie in the same batch of events as the doorbell that starts a DMA: it is known before the doorbell is obeyed.
     #[inline]
     fn allowed(&mut self) -> Result<(), DmaFault> {
-        if self.bus_master {
+        if self.bus_master && self.link.is_open() {
             return Ok(());
         }
         self.counters.faults += 1;
-        Err(DmaFault::NotBusMaster)
+        Err(if self.link.is_open() { DmaFault::NotBusMaster } else { DmaFault::Fenced })
     }
 
     fn counted<T>(&mut self, result: Result<T, DmaFault>) -> Result<T, DmaFault> {

@@ -1,0 +1,90 @@
+//! What a session does at its edges: a link that ended, memory that is reached in two ways at once, a borrower that never lets it rest.
+//!
+//! A doorbell and a goodbye arrive in one poll: the device that the doorbell wakes must be told that its DMA did not happen.
+
+#![expect(clippy::unwrap_used, reason = "a panic is how a test fails, in its helpers too")]
+
+mod common;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use common::{COMMAND, CopyEngine, IOVA, LEN, READ, Recorder, WRITE, bar0, description};
+use farbus_remote_dma::borrower::{BorrowerOptions, BorrowerSession};
+use farbus_remote_dma::lender::{LenderSession, PollOptions};
+use farbus_remote_dma::wait::Waker;
+use farbus_remote_dma::{Attachment, Iova, Width, Window, WindowMemory};
+use farbus_transport::shm::{ShmFabric, ShmOptions};
+use farbus_transport::{Access, CloseReason, Memory, Nanos};
+
+/// Both sides in one thread, so that what arrives together is up to the test.
+struct Steps {
+    borrower: Option<BorrowerSession<ShmFabric>>,
+    lender: LenderSession<ShmFabric>,
+    host: Recorder,
+}
+
+impl Steps {
+    fn new() -> Self {
+        let (lender, borrower) = ShmFabric::pair(ShmOptions::default()).unwrap();
+        let lender = LenderSession::new(lender, Box::new(CopyEngine::new())).map_err(|(error, _)| error).unwrap();
+        let options = BorrowerOptions {
+            read_deadline: Duration::from_millis(500),
+            control_deadline: Duration::from_millis(500),
+            ..BorrowerOptions::default()
+        };
+        let borrower = BorrowerSession::new(borrower, description(), options).unwrap();
+        let mut steps = Self { borrower: Some(borrower), lender, host: Recorder::default() };
+        steps.borrower.as_mut().unwrap().set_bus_master(true, &mut steps.host);
+        steps
+    }
+
+    /// Asks something of the borrower while the lender works beside it.
+    fn meanwhile<T>(&mut self, ask: impl FnOnce(&mut BorrowerSession<ShmFabric>, &mut Recorder) -> T) -> T {
+        let Self { borrower, lender, host, .. } = self;
+        let stop = Waker::new().unwrap();
+        std::thread::scope(|scope| {
+            let waker = stop.clone();
+            let lending = scope.spawn(move || lender.run(PollOptions::default(), &waker));
+            let answer = ask(borrower.as_mut().unwrap(), host);
+            stop.set();
+            assert_eq!(lending.join().unwrap(), CloseReason::Local);
+            answer
+        })
+    }
+
+    fn map(&mut self, iova: u64, memory: WindowMemory) {
+        let window = Window { iova: Iova(iova), len: 1 << 20, access: Access::READ_WRITE, memory };
+        self.meanwhile(|borrower, host| borrower.map(window, host)).unwrap();
+    }
+
+    fn direct(&mut self, iova: u64) -> Arc<Memory> {
+        let memory = Memory::memfd("guest", 1 << 20).unwrap();
+        self.map(iova, WindowMemory::Mapped { memory: Arc::clone(&memory), offset: 0, proven: true });
+        memory
+    }
+
+    fn command(&mut self, command: u64, iova: u64, len: u64) {
+        for (offset, value) in [(IOVA, iova), (LEN, len), (COMMAND, command)] {
+            self.borrower.as_mut().unwrap().bar_write(bar0(offset), Width::B8, value, &mut self.host);
+        }
+    }
+}
+
+#[test]
+fn a_doorbell_that_comes_with_the_end_of_its_link_makes_no_dma_that_claims_to_be_done() {
+    for command in [READ, WRITE] {
+        let mut steps = Steps::new();
+        let guest = steps.direct(0);
+        steps.command(command, 0x1000, 64);
+        steps.borrower = None;
+        steps.lender.pump(Nanos::now());
+        assert!(steps.lender.closed().is_some());
+        let counters = steps.lender.counters();
+        assert_eq!(counters.direct_dma, 0, "command {command}");
+        assert_eq!(counters.faults, 1, "command {command}: the device must hear of it");
+        let mut polled = [0; 8];
+        guest.read(0x1040, &mut polled).unwrap();
+        assert_eq!(polled, [0; 8], "a completion without its data");
+    }
+}
