@@ -9,11 +9,11 @@ mod common;
 use std::sync::Arc;
 use std::time::Duration;
 
-use common::{COMMAND, CopyEngine, IOVA, LEN, READ, Recorder, WRITE, bar0, description};
+use common::{COMMAND, CopyEngine, DONE, FAULTS, IOVA, LEN, READ, Recorder, Seen, WRITE, bar0, description};
 use farbus_remote_dma::borrower::{BorrowerOptions, BorrowerSession};
 use farbus_remote_dma::lender::{LenderSession, PollOptions};
 use farbus_remote_dma::wait::Waker;
-use farbus_remote_dma::{Attachment, Iova, Width, Window, WindowMemory};
+use farbus_remote_dma::{Attachment, Iova, MediationAnswer, Width, Window, WindowMemory};
 use farbus_transport::shm::{ShmFabric, ShmOptions};
 use farbus_transport::{Access, CloseReason, Memory, Nanos};
 
@@ -69,6 +69,14 @@ impl Steps {
             self.borrower.as_mut().unwrap().bar_write(bar0(offset), Width::B8, value, &mut self.host);
         }
     }
+
+    fn read(&mut self, offset: u64) -> u64 {
+        self.meanwhile(|borrower, host| borrower.bar_read(bar0(offset), Width::B8, host))
+    }
+
+    fn borrower_polls(&mut self) {
+        self.borrower.as_mut().unwrap().poll(Nanos::now(), &mut self.host);
+    }
 }
 
 #[test]
@@ -87,4 +95,31 @@ fn a_doorbell_that_comes_with_the_end_of_its_link_makes_no_dma_that_claims_to_be
         guest.read(0x1040, &mut polled).unwrap();
         assert_eq!(polled, [0; 8], "a completion without its data");
     }
+}
+
+#[test]
+fn polled_bytes_in_direct_memory_do_not_overtake_stores_that_the_guests_side_has_not_made() {
+    let mut steps = Steps::new();
+    steps.map(0, WindowMemory::Mediated);
+    let guest = steps.direct(1 << 20);
+    // The last page of the data is in the one, the polled word in the other.
+    steps.command(WRITE, (1 << 20) - 4096, 4096);
+    steps.lender.pump(Nanos::now());
+    steps.borrower_polls();
+    let Some(Seen::Store(data, _, _, false)) = steps.host.0.pop_front() else { panic!("no store") };
+    let mut polled = [0; 8];
+    guest.read(0, &mut polled).unwrap();
+    assert_eq!(polled, [0; 8], "the guest sees a completion whose data it does not have");
+    steps.borrower.as_mut().unwrap().answer(data, MediationAnswer::Stored, &mut steps.host);
+    let Some(Seen::Store(word, _, bytes, true)) = steps.host.0.pop_front() else { panic!("no polled store: {:?}", steps.host.0) };
+    assert_eq!(bytes, b"lastword");
+    steps.borrower.as_mut().unwrap().answer(word, MediationAnswer::Stored, &mut steps.host);
+    assert_eq!(steps.host.0.pop_front(), Some(Seen::Interrupt(3)));
+    steps.lender.pump(Nanos::now());
+    assert_eq!((steps.read(DONE), steps.read(FAULTS)), (1, 0));
+    // Nothing is outstanding: directly again.
+    steps.command(WRITE, 1 << 20, 16);
+    steps.lender.pump(Nanos::now());
+    guest.read(16, &mut polled).unwrap();
+    assert_eq!(&polled, b"lastword");
 }

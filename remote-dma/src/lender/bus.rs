@@ -406,8 +406,8 @@ impl<F: Fabric> Bus for LenderBus<F> {
 
     fn dma_write(&mut self, tag: DmaTag, iova: Iova, from: LocalSpan) -> Result<Progress, DmaFault> {
         self.allowed()?;
-        // A write may not overtake a mediated one that waits: the guest could see the later without the earlier.
-        if self.mediator.is_idle() && self.try_immediate(iova, from, Direction::Write) {
+        // It may pass a mediated one: bytes of several writes arrive in any order until the next polled write, which passes none.
+        if self.try_immediate(iova, from, Direction::Write) {
             return Ok(Progress::Done);
         }
         let result = self.transfer(tag, iova, from, Direction::Write);
@@ -426,9 +426,11 @@ impl<F: Fabric> Bus for LenderBus<F> {
             Ok(_) => return self.counted(Err(DmaFault::Unmapped { iova, len })),
             Err(fault) => return self.counted(Err(fault)),
         };
-        let idle = self.mediator.is_idle();
-        let (progress, message) = match &piece.target.direct {
-            Some(direct) if idle && direct.mapped.is_some() => {
+        // A store of the guest's side that is asked for is not yet made: polled bytes go the same way then, however near their memory is, because
+        // only the guest's side knows when they may be seen.
+        let direct = piece.target.direct.as_ref().filter(|_| self.mediator.is_quiet());
+        let (progress, message) = match direct {
+            Some(direct) if direct.mapped.is_some() => {
                 let offset = piece.target.offset + piece.offset;
                 let stored = direct.mapped.as_ref().is_some_and(|mapped| {
                     let (memory, start) = mapped.parts();
