@@ -9,11 +9,11 @@ mod common;
 use std::sync::Arc;
 use std::time::Duration;
 
-use common::{COMMAND, CopyEngine, DONE, FAULTS, IOVA, LEN, READ, Recorder, Seen, WRITE, bar0, description};
+use common::{BUFFER_BYTES, COMMAND, CopyEngine, DONE, FAULTS, IOVA, LEN, READ, Recorder, Seen, WRITE, bar0, description};
 use farbus_remote_dma::borrower::{BorrowerOptions, BorrowerSession};
 use farbus_remote_dma::lender::{LenderSession, PollOptions};
 use farbus_remote_dma::wait::Waker;
-use farbus_remote_dma::{Attachment, Iova, MediationAnswer, Width, Window, WindowMemory};
+use farbus_remote_dma::{Attachment, Iova, MediationAnswer, ResetKind, Width, Window, WindowMemory};
 use farbus_transport::shm::{ShmFabric, ShmOptions};
 use farbus_transport::{Access, CloseReason, Memory, Nanos};
 
@@ -122,4 +122,27 @@ fn polled_bytes_in_direct_memory_do_not_overtake_stores_that_the_guests_side_has
     steps.lender.pump(Nanos::now());
     guest.read(16, &mut polled).unwrap();
     assert_eq!(&polled, b"lastword");
+}
+
+#[test]
+fn a_reset_is_answered_while_more_stores_wait_than_there_are_slots() {
+    let mut steps = Steps::new();
+    steps.map(0, WindowMemory::Mediated);
+    for _ in 0..3 {
+        steps.command(WRITE, 0, BUFFER_BYTES - 4096);
+    }
+    steps.lender.pump(Nanos::now());
+    steps.meanwhile(|borrower, host| borrower.reset(ResetKind::Function, host)).unwrap();
+    assert_eq!(steps.borrower.as_ref().unwrap().gone(), None);
+}
+
+#[test]
+fn an_unmap_is_answered_while_more_stores_wait_than_there_are_slots() {
+    let mut steps = Steps::new();
+    steps.map(0, WindowMemory::Mediated);
+    for _ in 0..3 {
+        steps.command(WRITE, 0, BUFFER_BYTES - 4096);
+    }
+    steps.lender.pump(Nanos::now());
+    steps.meanwhile(|borrower, host| borrower.unmap(Iova(0), 1 << 20, host)).unwrap();
 }

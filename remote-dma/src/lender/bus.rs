@@ -136,7 +136,12 @@ impl<F: Fabric> LenderBus<F> {
     }
 
     pub(super) fn unmap_windows(&mut self, iova: Iova, len: u64) -> Result<Weak<()>, Outcome> {
-        self.windows.unmap(iova, len)
+        let in_use = self.windows.unmap(iova, len)?;
+        for (index, generation) in self.mediator.withdraw(iova, len) {
+            self.part_done(index, generation, Err(DmaFault::Unmapped { iova, len }));
+        }
+        self.advance();
+        Ok(in_use)
     }
 
     pub(super) fn withdraw(&mut self, key: u64) -> Outcome {
@@ -194,6 +199,13 @@ impl<F: Fabric> LenderBus<F> {
             None => self.fault = Some(CloseReason::Protocol("an answer to a write that was not asked for")),
         }
         self.advance();
+    }
+
+    /// Sends a message at once, past mediated DMA that waits for a staging slot. Whoever asks a question may be unable to free one before it
+    /// is answered.
+    #[inline]
+    pub(super) fn answer(&mut self, message: ToBorrower) {
+        self.post_message(message);
     }
 
     /// Sends a message that must not pass mediated writes which still wait for a staging slot.
@@ -297,7 +309,7 @@ impl<F: Fabric> LenderBus<F> {
         self.counters.direct_dma += 1;
         self.counters.direct_bytes += len;
         if direction == Direction::Write && !self.link.fabric.limits().peer_mappable {
-            self.send_in_order(ToBorrower::Dirty { iova, len });
+            self.post_message(ToBorrower::Dirty { iova, len });
         }
         Ok(if immediate { Progress::Done } else { Progress::Pending })
     }

@@ -139,9 +139,23 @@ impl Mediator {
         self.queue.push_back(Queued::Message(message));
     }
 
-    /// Gives up what is queued or under way; answers that still come are ignored. Messages that were held are still sent.
+    /// Takes back what is queued for a range, and says whose it was.
+    pub(super) fn withdraw(&mut self, iova: Iova, len: u64) -> Vec<PendingName> {
+        let last = iova.0.saturating_add(len.saturating_sub(1));
+        let mut withdrawn = Vec::new();
+        self.queue.retain(|queued| match queued {
+            Queued::Chunk(chunk) if chunk.iova.0 <= last && iova.0 <= chunk.iova.0.saturating_add(u64::from(chunk.len) - 1) => {
+                withdrawn.push(chunk.pending);
+                false
+            }
+            _ => true,
+        });
+        withdrawn
+    }
+
+    /// Gives up what is queued or under way; answers that still come are ignored. Interrupts that were held announce nothing any more.
     pub(super) fn forget(&mut self) {
-        self.queue.retain(|queued| matches!(queued, Queued::Message(_)));
+        self.queue.clear();
         for slot in self.fetches.iter_mut().chain(&mut self.stores) {
             if !matches!(slot, Slot::Free) {
                 *slot = Slot::Forgotten;

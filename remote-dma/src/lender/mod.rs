@@ -287,7 +287,7 @@ impl<F: Fabric> LenderSession<F> {
     }
 
     fn acknowledge(&mut self, sequence: Sequence, outcome: Outcome) {
-        self.bus.send_in_order(ToBorrower::Ack { sequence, outcome });
+        self.bus.answer(ToBorrower::Ack { sequence, outcome });
         self.bus.flush();
     }
 
