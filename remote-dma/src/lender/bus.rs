@@ -298,7 +298,11 @@ impl<F: Fabric> LenderBus<F> {
                 Direction::Read => Op::Read { from: remote, into: ours },
                 Direction::Write => Op::Write { from: ours, to: remote },
             };
-            self.link.post(signal, op);
+            if !self.link.post(signal, op) {
+                // Never "done": the device would take its own stale bytes for the guest's, or announce data that is not there. What is pending
+                // is failed when the session ends, which it does now.
+                return if immediate { Err(DmaFault::Fenced) } else { Ok(Progress::Pending) };
+            }
             if let (Direction::Write, Some(log)) = (direction, log) {
                 log.mark(offset, part);
             }
@@ -348,13 +352,14 @@ impl<F: Fabric> LenderBus<F> {
         }
     }
 
+    /// The link's end may lie in the same batch of events as the doorbell that starts a DMA: it is known before the doorbell is obeyed.
     #[inline]
     fn allowed(&mut self) -> Result<(), DmaFault> {
-        if self.bus_master {
+        if self.bus_master && self.link.is_open() {
             return Ok(());
         }
         self.counters.faults += 1;
-        Err(DmaFault::NotBusMaster)
+        Err(if self.link.is_open() { DmaFault::NotBusMaster } else { DmaFault::Fenced })
     }
 
     fn counted<T>(&mut self, result: Result<T, DmaFault>) -> Result<T, DmaFault> {
@@ -417,8 +422,8 @@ impl<F: Fabric> Bus for LenderBus<F> {
 
     fn dma_write(&mut self, tag: DmaTag, iova: Iova, from: LocalSpan) -> Result<Progress, DmaFault> {
         self.allowed()?;
-        // A write may not overtake a mediated one that waits: the guest could see the later without the earlier.
-        if self.mediator.is_idle() && self.try_immediate(iova, from, Direction::Write) {
+        // It may pass a mediated one: bytes of several writes arrive in any order until the next polled write, which passes none.
+        if self.try_immediate(iova, from, Direction::Write) {
             return Ok(Progress::Done);
         }
         let result = self.transfer(tag, iova, from, Direction::Write);
@@ -437,9 +442,11 @@ impl<F: Fabric> Bus for LenderBus<F> {
             Ok(_) => return self.counted(Err(DmaFault::Unmapped { iova, len })),
             Err(fault) => return self.counted(Err(fault)),
         };
-        let idle = self.mediator.is_idle();
-        let (progress, message) = match &piece.target.direct {
-            Some(direct) if idle && direct.mapped.is_some() => {
+        // A store of the guest's side that is asked for is not yet made: polled bytes go the same way then, however near their memory is, because
+        // only the guest's side knows when they may be seen.
+        let direct = piece.target.direct.as_ref().filter(|_| self.mediator.is_quiet());
+        let (progress, message) = match direct {
+            Some(direct) if direct.mapped.is_some() => {
                 let offset = piece.target.offset + piece.offset;
                 let stored = direct.mapped.as_ref().is_some_and(|mapped| {
                     let (memory, start) = mapped.parts();
@@ -453,14 +460,14 @@ impl<F: Fabric> Bus for LenderBus<F> {
                 }
                 (Progress::Done, None)
             }
-            Some(_) if idle => {
+            Some(_) => {
                 let mut copy = [0; MAX_POLLED_WRITE];
                 for (to, from) in copy.iter_mut().zip(bytes) {
                     *to = *from;
                 }
                 (Progress::Done, Some(ToBorrower::StorePolled { iova, len: bytes.len() as u8, bytes: copy }))
             }
-            _ => {
+            None => {
                 let pending = self.start(tag, 1, None);
                 let mut copy = [0; MAX_POLLED_WRITE];
                 for (to, from) in copy.iter_mut().zip(bytes) {
