@@ -139,9 +139,10 @@ impl Mediator {
         self.queue.push_back(Queued::Message(message));
     }
 
-    /// Gives up what is queued or under way; answers that still come are ignored. Interrupts that were held announce nothing any more.
+    /// Gives up what is queued or under way; answers that still come are ignored. Messages that were held are still sent:
+    /// a spurious vector does no harm, a pin level that is never lowered does.
     pub(super) fn forget(&mut self) {
-        self.queue.clear();
+        self.queue.retain(|queued| matches!(queued, Queued::Message(_)));
         for slot in self.fetches.iter_mut().chain(&mut self.stores) {
             if !matches!(slot, Slot::Free) {
                 *slot = Slot::Forgotten;
