@@ -62,6 +62,8 @@ pub fn vfio_user_messages(bytes: &[u8]) {
         match socket.read(&mut answer) {
             Ok(0) => break,
             Ok(_) => {}
+            // The fuzzer's own clock.
+            Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
             Err(error) if error.kind() == std::io::ErrorKind::ConnectionReset => break,
             Err(error) => panic!("the server does not let go of a client that left: {error}"),
         }
@@ -122,5 +124,5 @@ fn send(socket: &UnixStream, bytes: &[u8], fds: &[BorrowedFd<'_>]) {
         assert!(control.push(SendAncillaryMessage::ScmRights(fds)), "four descriptors fit");
     }
     // A server that closed meanwhile is one of its right answers.
-    let _ = rustix::net::sendmsg(socket, &[IoSlice::new(bytes)], &mut control, SendFlags::NOSIGNAL);
+    let _ = rustix::io::retry_on_intr(|| rustix::net::sendmsg(socket, &[IoSlice::new(bytes)], &mut control, SendFlags::NOSIGNAL));
 }
