@@ -1,0 +1,33 @@
+//! What each fuzz target does with its bytes, shared by the fuzzer (fuzz/fuzz_targets) and the replay of its corpora (tests/tests/corpus_replay.rs).
+//!
+//! `nvme_registers(bytes)` reads the bytes as a guest's register writes, commands and memory, and panics where the device does, or where one
+//! of the invariants it asserts is broken; any bytes at all are a valid input.
+#![expect(clippy::expect_used, clippy::missing_panics_doc, reason = "a panic is what the fuzzer looks for")]
+
+mod config_writes;
+mod input;
+mod link_hello;
+mod nvme_registers;
+mod prp_lists;
+mod session_messages;
+mod vfio_user_messages;
+
+pub use config_writes::config_writes;
+pub use link_hello::link_hello;
+pub use nvme_registers::nvme_registers;
+pub use prp_lists::prp_lists;
+pub use session_messages::session_messages;
+pub use vfio_user_messages::vfio_user_messages;
+
+/// A target: its name, which is also its folder in fuzz/corpus, and its body.
+pub type Target = (&'static str, fn(&[u8]));
+
+/// All targets.
+pub const TARGETS: [Target; 6] = [
+    ("config_writes", config_writes),
+    ("link_hello", link_hello),
+    ("nvme_registers", nvme_registers),
+    ("prp_lists", prp_lists),
+    ("session_messages", session_messages),
+    ("vfio_user_messages", vfio_user_messages),
+];
