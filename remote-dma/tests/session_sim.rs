@@ -3,6 +3,8 @@
 //! FARBUS_SEEDS=5000 plays more of them, FARBUS_SEED=7 only that one. Each rule of the contract that a session leans on has a twin here: a
 //! link that breaks it must be found out within a few seeds, or the judge is blind.
 
+#![expect(clippy::unwrap_used, reason = "a panic is how a test fails")]
+
 mod common;
 mod sim_support;
 

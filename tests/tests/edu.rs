@@ -3,6 +3,8 @@
 //! The VMM is a vfio-user client with 64 KiB of guest memory: its first DMAs come as messages, and when a store has shown that the descriptor
 //! is the guest's memory, the lender's device reaches it without asking.
 
+#![expect(clippy::unwrap_used, reason = "a panic is how a test fails")]
+
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 use std::sync::Arc;

@@ -430,7 +430,7 @@ impl Play {
             let unordered = guest.expected.iter().any(|expected| match expected {
                 Expected::Write(write) => pieces.iter().any(|piece| {
                     let data = write.pieces.iter().any(|other| other.meets(piece));
-                    (data || write.polled.meets(piece)) && direct && !(write.direct && !write.polled.meets(piece))
+                    direct && (write.polled.meets(piece) || data && !write.direct)
                 }),
                 Expected::Vector(_) => false,
             });
