@@ -127,8 +127,9 @@ impl Play {
         }
         let mut guest = self.guest.lock().unwrap();
         guest.take_marks();
-        missing.extend(self.written_pages.drain(..).filter(|page| !guest.marked.contains(page)));
+        missing.extend(self.written_pages.drain(..).filter(|page| !guest.marked.contains(page) && !guest.stored.contains(page)));
         guest.marked.clear();
+        guest.stored.clear();
         if !missing.is_empty() {
             guest.complain(format!("pages {missing:?} were written and are not in the dirty log"));
         }
