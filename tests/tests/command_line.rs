@@ -3,6 +3,8 @@
 //! `farbus lend --device nvme:odd.img` over 1,000 bytes exits with status 1 and says that this is not a multiple of 512; a peer that sends
 //! an HTTP request to the link socket is turned away, and the borrower after it is served.
 
+#![expect(clippy::unwrap_used, reason = "a panic is how a test fails")]
+
 use std::io::{Read, Write};
 use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::{UnixListener, UnixStream};

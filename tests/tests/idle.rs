@@ -3,6 +3,8 @@
 //! A lender whose borrower is silent for a second uses less than 5 ms of CPU and is not scheduled once more than it must; the first register
 //! read after that is answered all the same.
 
+#![expect(clippy::unwrap_used, reason = "a panic is how a test fails")]
+
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::{Duration, Instant};
 

@@ -3,6 +3,8 @@
 //! `farbus lend` and `farbus borrow` are processes, the guest's own nvme driver is the judge inside, e2fsck and a comparison of every file the
 //! judge outside. The first run fetches QEMU and a kernel into a cache folder (`ci/guest/fetch`).
 
+#![expect(clippy::unwrap_used, reason = "a panic is how a test fails")]
+
 use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};

@@ -77,6 +77,8 @@ pub struct Guest {
     pub logs: Vec<Option<DirtyLog>>,
     /// Marks taken since the last look, by memory.
     pub marked: BTreeSet<(usize, u64)>,
+    /// Pages that the guest's side stored to itself, which is its own mark.
+    pub stored: BTreeSet<(usize, u64)>,
     /// Asked and not answered.
     pub tickets: Vec<(Ticket, Option<(Iova, u32)>)>,
     /// Mediations asked for since all was done.
@@ -107,6 +109,7 @@ impl Guest {
             expected: VecDeque::new(),
             logs,
             marked: BTreeSet::new(),
+            stored: BTreeSet::new(),
             tickets: Vec::new(),
             asked: 0,
             lenient: false,
@@ -264,6 +267,7 @@ impl Host for Seat {
             Mediation::Store { iova, bytes, .. } => {
                 match guest.resolve(iova.0, bytes.len() as u64) {
                     Some((pieces, _)) => {
+                        guest.stored.extend(pages(&pieces));
                         let mut from = bytes;
                         for piece in &pieces {
                             let (part, rest) = from.split_at((piece.range.end - piece.range.start) as usize);

@@ -1,0 +1,129 @@
+//! How a play ends: the lender leaves in order, or the link is cut with everything under way.
+//!
+//! After a cut a register read is all ones within its deadline, and once the lender has let go no byte of guest memory changes.
+
+use super::*;
+
+impl Play {
+    pub(super) fn finish(&mut self) {
+        self.sync();
+        self.dirty();
+        self.read_value();
+        let lender = self.machine.lock().unwrap().lender.take();
+        drop(lender.map(LenderSession::end));
+        self.await_the_end(CloseReason::PeerClosed);
+    }
+
+    pub(super) fn await_the_end(&mut self, reason: CloseReason) {
+        let started = self.world.now();
+        let mut seat = self.seat();
+        while self.session.gone().is_none() && self.world.now().since(started) < Duration::from_secs(20) {
+            self.session.poll(self.world.now(), &mut seat);
+            if self.world.next_at().is_none() {
+                self.world.advance(Duration::from_millis(100));
+            }
+        }
+        if self.session.gone() != Some(reason) {
+            let heard = self.session.gone();
+            self.guest().complain(format!("the borrower heard {heard:?} of its lender's end, not {reason}"));
+        }
+        self.cut = true;
+        if self.read(VALUE) != u64::MAX {
+            self.guest().complain("a device that is gone has a register");
+        }
+        self.write(VALUE, 1);
+        let unmapped = self.session.unmap(Iova(BASE), AREA_BYTES, &mut seat);
+        if let Err(error) = unmapped {
+            self.guest().complain(format!("memory cannot be taken from a lender that is gone: {error}"));
+        }
+        let is_gone = matches!(
+            self.session.reset(ResetKind::Function, &mut seat),
+            Err(AttachmentError::Gone(_)) if self.session.gone().is_some()
+        );
+        if !is_gone {
+            self.guest().complain("a device that is gone was reset");
+        }
+    }
+
+    /// The link is cut with everything under way.
+    pub(super) fn after_the_cut(&mut self, detection: Duration) {
+        // A queue that was full has room again when the end is known; an access waits for that too.
+        let limit = READ_DEADLINE.max(detection) + SLACK;
+        let before = self.choices.below(4);
+        for _ in 0..before {
+            // Posted writes to nobody; reads end at the deadline or when the cut is noticed.
+            self.write(VALUE, 7);
+            let asked = self.world.now();
+            let value = {
+                let mut seat = self.seat();
+                self.session.bar_read(bar0(VALUE), Width::B8, &mut seat)
+            };
+            let took = self.world.now().since(asked);
+            if value != u64::MAX {
+                self.guest().complain(format!("a cut link brought {value:#x}"));
+            }
+            if took > limit {
+                self.guest().complain(format!("a read over a cut link took {took:?}"));
+            }
+        }
+        if self.choices.chance(300) && self.session.gone().is_none() {
+            let mut seat = self.seat();
+            let asked = self.world.now();
+            let refused = self.session.unmap(Iova(BASE), AREA_BYTES, &mut seat);
+            let took = self.world.now().since(asked);
+            if took > CONTROL_DEADLINE + limit || matches!(refused, Err(MapError::Overlap { .. } | MapError::Range { .. })) {
+                self.guest().complain(format!("an unmap over a cut link took {took:?} and gave {refused:?}"));
+            }
+        } else {
+            self.await_the_end(CloseReason::PeerGone);
+        }
+        // The lender notices too, lets go of the memory and has its device back.
+        let started = self.world.now();
+        let lender = self.machine.lock().unwrap().lender.take();
+        let Some(mut lender) = lender else { return };
+        while lender.closed().is_none() && self.world.now().since(started) < Duration::from_secs(20) {
+            lender.pump(self.world.now());
+            if self.world.next_at().is_none() {
+                self.world.advance(Duration::from_millis(100));
+            }
+        }
+        if lender.closed() != Some(CloseReason::PeerGone) {
+            let heard = lender.closed();
+            self.guest().complain(format!("the lender heard {heard:?} of the cut"));
+        }
+        drop(lender.end());
+        self.nothing_else_changed();
+    }
+
+    /// Every byte is as foreseen, or was under way and is old or new.
+    pub(super) fn nothing_else_changed(&mut self) {
+        let snapshot: Vec<Vec<u8>> = {
+            let guest = self.guest();
+            (0..4).map(|memory| guest.read(&[Piece { memory, range: 0..guest.model[memory].len() as u64 }])).collect()
+        };
+        self.world.advance(Duration::from_secs(60));
+        let mut guest = self.guest.lock().unwrap();
+        let under_way: Vec<Piece> = guest
+            .expected
+            .iter()
+            .filter_map(|expected| match expected {
+                Expected::Write(write) => Some(write.pieces.iter().chain([&write.polled]).cloned().collect::<Vec<_>>()),
+                Expected::Vector(_) => None,
+            })
+            .flatten()
+            .collect();
+        for (memory, before) in snapshot.iter().enumerate() {
+            let now = guest.read(&[Piece { memory, range: 0..before.len() as u64 }]);
+            if now != *before {
+                guest.complain(format!("memory {memory} changed after the lender had let go"));
+            }
+            let strayed = now.iter().zip(&guest.model[memory]).enumerate().find(|(at, (is, should))| {
+                let byte = Piece { memory, range: *at as u64..*at as u64 + 1 };
+                is != should && !under_way.iter().any(|piece| piece.meets(&byte))
+            });
+            if let Some((at, _)) = strayed {
+                guest.complain(format!("memory {memory} changed at {at:#x}, where nothing was under way"));
+            }
+        }
+    }
+}
