@@ -85,15 +85,16 @@ impl<F: Fabric> LenderSession<F> {
             activity = Activity::Busy;
             if let Some(event) = self.events.as_slice().get(index).copied() {
                 self.handle(event);
+                // Before the next message is obeyed: a register read that follows the answer to a mediation sees what it led to.
+                self.hand_back();
             }
         }
         if self.closed.is_some() {
             return Activity::Idle(None);
         }
         activity = activity.and(self.backend.poll(&mut self.bus));
-        while let Some((tag, result)) = self.bus.next_finished() {
+        if self.hand_back() {
             activity = Activity::Busy;
-            self.backend.dma_done(tag, result, &mut self.bus);
         }
         if !self.waiting.is_empty() {
             self.answer_waiting();
@@ -168,9 +169,7 @@ impl<F: Fabric> LenderSession<F> {
         loop {
             self.bus.set_now(Nanos::now());
             self.bus.fail_pending(self.closed.is_some());
-            while let Some((tag, result)) = self.bus.next_finished() {
-                self.backend.dma_done(tag, result, &mut self.bus);
-            }
+            self.hand_back();
             if self.backend.in_flight() == 0 && !self.bus.has_pending() {
                 break;
             }
@@ -193,6 +192,16 @@ impl<F: Fabric> LenderSession<F> {
         // Said last: a borrower that hears it may reuse its memory.
         self.close(CloseReason::Local);
         self.backend
+    }
+
+    /// Tells the device which of its DMAs ended; true where some did.
+    fn hand_back(&mut self) -> bool {
+        let mut any = false;
+        while let Some((tag, result)) = self.bus.next_finished() {
+            any = true;
+            self.backend.dma_done(tag, result, &mut self.bus);
+        }
+        any
     }
 
     fn close(&mut self, reason: CloseReason) {
