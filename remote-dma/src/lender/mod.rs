@@ -111,24 +111,36 @@ impl<F: Fabric> LenderSession<F> {
         let mut now = Nanos::now();
         let mut busy_at = now;
         let mut polls = 0_u32;
+        let mut busy = false;
         loop {
             let activity = self.pump(now);
             if let Some(reason) = self.closed {
                 return reason;
             }
-            let Activity::Idle(wait) = activity else {
-                busy_at = now;
-                polls = 63;
-                continue;
+            // The clock and the stop flag are looked at every 64 polls, idle or busy: a borrower that never pauses neither freezes the
+            // device's timers nor keeps us from stopping. The first idle poll after work looks too.
+            polls = polls.wrapping_add(1);
+            let wait = match activity {
+                Activity::Busy => None,
+                Activity::Idle(wait) => Some(wait),
             };
-            polls += 1;
-            if !polls.is_multiple_of(64) {
-                std::hint::spin_loop();
+            let was_busy = std::mem::replace(&mut busy, wait.is_none());
+            if !polls.is_multiple_of(64) && !(was_busy && wait.is_some()) {
+                if wait.is_some() {
+                    std::hint::spin_loop();
+                }
                 continue;
             }
             now = Nanos::now();
             if stop.is_set() {
                 return CloseReason::Local;
+            }
+            let Some(wait) = wait else {
+                busy_at = now;
+                continue;
+            };
+            if was_busy {
+                busy_at = now;
             }
             // While an answer waits for the device, nothing may announce its end: keep polling.
             if now.since(busy_at) >= options.spin && self.waiting.is_empty() {
