@@ -206,6 +206,12 @@ impl<L: Lines> Consumer<L> {
         self.lines.armed().store(0, Ordering::Relaxed);
     }
 
+    /// The shared part, for tests that play a peer who lies.
+    #[cfg(test)]
+    pub(crate) fn lines(&self) -> &L {
+        &self.lines
+    }
+
     fn publish(&mut self) {
         self.published = self.taken;
         self.lines.consumed().store(self.taken, Ordering::Release);

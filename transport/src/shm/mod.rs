@@ -190,7 +190,13 @@ impl ShmFabric {
     }
 
     fn has_room(&mut self) -> bool {
-        self.tx.has_room().unwrap_or(false) && self.ready.len() < SLOTS as usize
+        match self.tx.has_room() {
+            Ok(room) => room && self.ready.len() < SLOTS as usize,
+            Err(error) => {
+                self.fail(error);
+                false
+            }
+        }
     }
 
     /// The one copy of a one-sided operation.
@@ -506,6 +512,17 @@ mod tests {
         assert_eq!(rustix::event::poll(&mut fds, None), Ok(1));
         assert_eq!(drain(&mut borrower), [Event::Closed(CloseReason::PeerClosed)]);
         assert!(drain(&mut borrower).is_empty());
+    }
+
+    #[test]
+    fn a_peer_that_claims_to_have_taken_what_was_never_sent_is_cut_off_at_once() {
+        use crate::ring::Lines;
+        let (mut lender, borrower) = ShmFabric::pair(ShmOptions::default()).unwrap();
+        while lender.post(Signal::No, Op::Send { message: b"x" }).is_ok() {}
+        borrower.rx.lines().consumed().store(99_999, std::sync::atomic::Ordering::Relaxed);
+        assert_eq!(lender.post(Signal::No, Op::Send { message: b"x" }), Err(Full));
+        let closed = Event::Closed(CloseReason::Protocol("a ring index that cannot be true"));
+        assert_eq!(drain(&mut lender), [closed]);
     }
 
     #[test]
