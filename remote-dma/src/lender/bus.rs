@@ -213,8 +213,8 @@ impl<F: Fabric> LenderBus<F> {
     pub(super) fn send_in_order(&mut self, message: ToBorrower) {
         if self.mediator.is_idle() {
             self.post_message(message);
-        } else {
-            self.mediator.hold(message);
+        } else if !self.mediator.hold(message) {
+            self.fault = Some(CloseReason::Protocol("stores that are never answered"));
         }
     }
 

@@ -28,6 +28,9 @@ pub(crate) use self::mediation::{SLOT_BYTES, SLOTS, STAGING_BYTES};
 /// How long the device may take to end what is in flight before its borrower's memory is let go of regardless of an answer.
 const QUIESCE_LIMIT: Duration = Duration::from_secs(10);
 
+/// Questions that may wait for DMA to end; a borrower waits for each answer before it asks the next.
+const MAX_WAITING: usize = 16;
+
 /// How a session polls.
 #[derive(Clone, Copy, Debug)]
 pub struct PollOptions {
@@ -125,7 +128,7 @@ impl<F: Fabric> LenderSession<F> {
                 Activity::Idle(wait) => Some(wait),
             };
             let was_busy = std::mem::replace(&mut busy, wait.is_none());
-            if !polls.is_multiple_of(64) && !(was_busy && wait.is_some()) {
+            if !(polls.is_multiple_of(64) || was_busy && wait.is_some()) {
                 if wait.is_some() {
                     std::hint::spin_loop();
                 }
@@ -275,10 +278,7 @@ impl<F: Fabric> LenderSession<F> {
                 self.acknowledge(sequence, outcome);
             }
             ToLender::Unmap { sequence, iova, len } => match self.bus.unmap_windows(iova, len) {
-                Ok(in_use) => {
-                    self.waiting.push_back(Waiting::Unmap { sequence, in_use });
-                    self.answer_waiting();
-                }
+                Ok(in_use) => self.wait_for_dma(Waiting::Unmap { sequence, in_use }),
                 Err(outcome) => self.acknowledge(sequence, outcome),
             },
             ToLender::Withdraw { sequence, key } => {
@@ -289,8 +289,7 @@ impl<F: Fabric> LenderSession<F> {
             ToLender::Reset { sequence, kind } => {
                 self.backend.fence();
                 self.bus.fail_pending(false);
-                self.waiting.push_back(Waiting::Reset { sequence, kind });
-                self.answer_waiting();
+                self.wait_for_dma(Waiting::Reset { sequence, kind });
             }
             ToLender::Fence { sequence } => self.acknowledge(sequence, Outcome::Done),
             ToLender::Fetched { ticket, ok } => self.bus.fetched(ticket, ok),
@@ -310,6 +309,14 @@ impl<F: Fabric> LenderSession<F> {
     fn acknowledge(&mut self, sequence: Sequence, outcome: Outcome) {
         self.bus.answer(ToBorrower::Ack { sequence, outcome });
         self.bus.flush();
+    }
+
+    fn wait_for_dma(&mut self, question: Waiting) {
+        if self.waiting.len() >= MAX_WAITING {
+            return self.close(CloseReason::Protocol("more questions at once than a borrower has"));
+        }
+        self.waiting.push_back(question);
+        self.answer_waiting();
     }
 
     /// Answers the questions whose DMA has ended, in the order they were asked.
