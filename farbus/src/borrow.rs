@@ -46,16 +46,17 @@ pub fn run(args: &BorrowArgs) -> anyhow::Result<()> {
         Unshared::Refuse => OnUnshared::Refuse,
     };
     let options = Options { spin: args.spin, on_unshared, ..Options::default() };
+    let (serves, served) = tokio::sync::oneshot::channel::<()>();
     let serving = std::thread::Builder::new().name("farbus-borrower".into()).spawn(move || {
+        // Dropped when the thread ends, however it does.
+        let _serves = serves;
         let ended = server.serve(&mut function, &options);
         (ended, function.counters())
     })?;
     let signal = runtime.block_on(async {
-        // The thread cannot be awaited; a closed socket pair says when it has ended.
-        let watched = watch(&serving);
         tokio::select! {
             signal = signals.next() => Some(signal),
-            () = watched => None,
+            _ = served => None,
         }
     });
     stop.stop();
@@ -85,10 +86,4 @@ pub fn attach(from: &LinkAddress, options: BorrowerOptions) -> anyhow::Result<Bo
 
 fn session_name(session: &BorrowerSession<ShmFabric>) -> String {
     farbus_remote_dma::Attachment::description(session).name.clone()
-}
-
-async fn watch<T>(thread: &std::thread::JoinHandle<T>) {
-    while !thread.is_finished() {
-        tokio::time::sleep(std::time::Duration::from_millis(50)).await;
-    }
 }
