@@ -19,7 +19,7 @@ use farbus_remote_dma::{
     MediationAnswer, ResetKind, Width, Window, WindowMemory,
 };
 use farbus_transport::shm::{ShmFabric, ShmOptions};
-use farbus_transport::{Access, CloseReason, Memory, Nanos};
+use farbus_transport::{Access, CloseReason, Event, Events, Fabric, Memory, Nanos, Op, Signal};
 
 /// Both sides in one thread, so that what arrives together is up to the test.
 struct Steps {
@@ -149,6 +149,23 @@ fn an_unmap_is_answered_while_more_stores_wait_than_there_are_slots() {
     }
     steps.lender.pump(Nanos::now());
     steps.meanwhile(|borrower, host| borrower.unmap(Iova(0), 1 << 20, host)).unwrap();
+}
+
+#[test]
+fn a_borrower_hears_that_its_session_failed_only_when_nothing_touches_its_memory_any_more() {
+    let (lender, mut borrower) = ShmFabric::pair(ShmOptions::default()).unwrap();
+    let mut session = LenderSession::new(lender, Box::new(CopyEngine::new())).map_err(|(error, _)| error).unwrap();
+    borrower.post(Signal::No, Op::Send { message: b"nonsense" }).unwrap();
+    session.pump(Nanos::now());
+    assert!(matches!(session.closed(), Some(CloseReason::Protocol(_))));
+    let mut closed = || {
+        let mut events = Events::new();
+        borrower.poll(Nanos::now(), &mut events);
+        events.as_slice().iter().any(|event| matches!(event, Event::Closed(_)))
+    };
+    assert!(!closed(), "the device has not been fenced yet");
+    session.end();
+    assert!(closed());
 }
 
 /// A device that always has something to do.

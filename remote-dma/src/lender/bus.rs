@@ -111,8 +111,14 @@ impl<F: Fabric> LenderBus<F> {
         self.link.wake_fd()
     }
 
+    /// Says goodbye.
     pub(super) fn close(&mut self) {
         self.link.close();
+    }
+
+    /// Carries out no DMA and sends nothing from now on.
+    pub(super) fn refuse(&mut self) {
+        self.link.refuse();
     }
 
     pub(super) fn fault(&mut self) -> Option<CloseReason> {

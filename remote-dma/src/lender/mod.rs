@@ -204,8 +204,8 @@ impl<F: Fabric> LenderSession<F> {
         }
         self.backend.reset(ResetKind::Conventional, &mut self.bus);
         self.backend.detach();
-        // Said last: a borrower that hears it may reuse its memory.
-        self.close(CloseReason::Local);
+        // Said last, whatever ended the session: a borrower that hears it may reuse its memory.
+        self.bus.close();
         self.backend
     }
 
@@ -219,10 +219,11 @@ impl<F: Fabric> LenderSession<F> {
         any
     }
 
+    /// Nothing is begun any more. The borrower hears of it from [`LenderSession::end`], when what is under way has ended.
     fn close(&mut self, reason: CloseReason) {
         if self.closed.is_none() {
             self.closed = Some(reason);
-            self.bus.close();
+            self.bus.refuse();
         }
     }
 
