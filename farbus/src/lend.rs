@@ -101,6 +101,11 @@ async fn accept(listener: &UnixListener) -> std::io::Result<UnixStream> {
     loop {
         match listener.accept().await {
             Err(error) if error.kind() == std::io::ErrorKind::ConnectionAborted => {}
+            // The borrower that is served may have offered as much memory as there are descriptors: that must not end its session.
+            Err(error) if matches!(error.raw_os_error(), Some(libc::EMFILE | libc::ENFILE | libc::ENOBUFS | libc::ENOMEM)) => {
+                tracing::warn!(%error, "a borrower cannot be accepted yet");
+                tokio::time::sleep(std::time::Duration::from_millis(100)).await;
+            }
             accepted => return accepted?.0.into_std(),
         }
     }

@@ -46,7 +46,7 @@ impl<F: Fabric> Endpoint<F> {
     /// Posts; where the queue is full, waits a bounded time for room. False where the link ended or the peer is stuck: nothing was posted.
     #[inline]
     pub(crate) fn post(&mut self, signal: Signal, op: Op<'_>) -> bool {
-        self.fabric.post(signal, op).is_ok() || self.post_when_there_is_room(signal, op)
+        self.is_open() && (self.fabric.post(signal, op).is_ok() || self.post_when_there_is_room(signal, op))
     }
 
     /// Whether anything that is posted can still be carried out.
@@ -72,6 +72,11 @@ impl<F: Fabric> Endpoint<F> {
 
     pub(crate) fn wake_fd(&self) -> Option<BorrowedFd<'_>> {
         self.fabric.wake_fd()
+    }
+
+    /// Nothing is posted from now on; the peer does not hear of it.
+    pub(crate) fn refuse(&mut self) {
+        self.closed = true;
     }
 
     pub(crate) fn close(&mut self) {

@@ -6,6 +6,7 @@
 
 mod common;
 
+use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -13,9 +14,12 @@ use common::{BUFFER_BYTES, COMMAND, CopyEngine, DONE, FAULTS, IOVA, LEN, READ, R
 use farbus_remote_dma::borrower::{BorrowerOptions, BorrowerSession};
 use farbus_remote_dma::lender::{LenderSession, PollOptions};
 use farbus_remote_dma::wait::Waker;
-use farbus_remote_dma::{Attachment, Iova, MediationAnswer, ResetKind, Width, Window, WindowMemory};
+use farbus_remote_dma::{
+    Activity, AttachError, Attachment, Backend, BarAddress, Bus, DeviceDescription, DmaFault, DmaTag, InterruptMode, Iova,
+    MediationAnswer, ResetKind, Width, Window, WindowMemory,
+};
 use farbus_transport::shm::{ShmFabric, ShmOptions};
-use farbus_transport::{Access, CloseReason, Memory, Nanos};
+use farbus_transport::{Access, CloseReason, Event, Events, Fabric, Memory, Nanos, Op, Signal};
 
 /// Both sides in one thread, so that what arrives together is up to the test.
 struct Steps {
@@ -115,7 +119,7 @@ fn polled_bytes_in_direct_memory_do_not_overtake_stores_that_the_guests_side_has
     assert_eq!(bytes, b"lastword");
     steps.borrower.as_mut().unwrap().answer(word, MediationAnswer::Stored, &mut steps.host);
     assert_eq!(steps.host.0.pop_front(), Some(Seen::Interrupt(3)));
-    steps.lender.pump(Nanos::now());
+    // Read in the same poll as the last answer, and still after it.
     assert_eq!((steps.read(DONE), steps.read(FAULTS)), (1, 0));
     // Nothing is outstanding: directly again.
     steps.command(WRITE, 1 << 20, 16);
@@ -145,4 +149,84 @@ fn an_unmap_is_answered_while_more_stores_wait_than_there_are_slots() {
     }
     steps.lender.pump(Nanos::now());
     steps.meanwhile(|borrower, host| borrower.unmap(Iova(0), 1 << 20, host)).unwrap();
+}
+
+#[test]
+fn a_borrower_hears_that_its_session_failed_only_when_nothing_touches_its_memory_any_more() {
+    let (lender, mut borrower) = ShmFabric::pair(ShmOptions::default()).unwrap();
+    let mut session = LenderSession::new(lender, Box::new(CopyEngine::new())).map_err(|(error, _)| error).unwrap();
+    borrower.post(Signal::No, Op::Send { message: b"nonsense" }).unwrap();
+    session.pump(Nanos::now());
+    assert!(matches!(session.closed(), Some(CloseReason::Protocol(_))));
+    let mut closed = || {
+        let mut events = Events::new();
+        borrower.poll(Nanos::now(), &mut events);
+        events.as_slice().iter().any(|event| matches!(event, Event::Closed(_)))
+    };
+    assert!(!closed(), "the device has not been fenced yet");
+    session.end();
+    assert!(closed());
+}
+
+/// A device that always has something to do.
+struct Restless(CopyEngine);
+
+impl Backend for Restless {
+    fn description(&self) -> &DeviceDescription {
+        self.0.description()
+    }
+    fn attach(&mut self, bus: &mut dyn Bus) -> Result<(), AttachError> {
+        self.0.attach(bus)
+    }
+    fn detach(&mut self) {
+        self.0.detach();
+    }
+    fn bar_read(&mut self, at: BarAddress, width: Width, bus: &mut dyn Bus) -> u64 {
+        self.0.bar_read(at, width, bus)
+    }
+    fn bar_write(&mut self, at: BarAddress, width: Width, value: u64, bus: &mut dyn Bus) {
+        self.0.bar_write(at, width, value, bus);
+    }
+    fn dma_done(&mut self, tag: DmaTag, result: Result<(), DmaFault>, bus: &mut dyn Bus) {
+        self.0.dma_done(tag, result, bus);
+    }
+    fn poll(&mut self, _bus: &mut dyn Bus) -> Activity {
+        Activity::Busy
+    }
+    fn arm(&mut self) -> bool {
+        false
+    }
+    fn wake_fd(&self) -> Option<BorrowedFd<'_>> {
+        None
+    }
+    fn set_interrupt_mode(&mut self, mode: InterruptMode, bus: &mut dyn Bus) {
+        self.0.set_interrupt_mode(mode, bus);
+    }
+    fn fence(&mut self) {
+        self.0.fence();
+    }
+    fn in_flight(&self) -> usize {
+        self.0.in_flight()
+    }
+    fn reset(&mut self, kind: ResetKind, bus: &mut dyn Bus) {
+        self.0.reset(kind, bus);
+    }
+}
+
+#[test]
+fn a_session_that_never_rests_stops_when_it_is_told() {
+    let (lender, borrower) = ShmFabric::pair(ShmOptions::default()).unwrap();
+    let stop = Waker::new().unwrap();
+    let waker = stop.clone();
+    let (told, hear) = std::sync::mpsc::channel();
+    std::thread::spawn(move || {
+        let restless = Box::new(Restless(CopyEngine::new()));
+        let mut session = LenderSession::new(lender, restless).map_err(|(error, _)| error).unwrap();
+        told.send(session.run(PollOptions::default(), &waker)).unwrap();
+    });
+    stop.set();
+    let reason = hear.recv_timeout(Duration::from_secs(10));
+    // Dropped only now: its goodbye must not be what ends the session. It also ends a thread that does not stop.
+    drop(borrower);
+    assert_eq!(reason, Ok(CloseReason::Local));
 }

@@ -66,6 +66,11 @@ fn host(what: &'static str) -> impl FnOnce(rustix::io::Errno) -> MemoryError {
     move |errno| MemoryError::Host { what, source: errno.into() }
 }
 
+/// Whether a file is sealed against shrinking. Ask before its length: a seal cannot be taken off, but a file can shrink until it is sealed.
+pub(crate) fn is_sealed(fd: impl AsFd) -> bool {
+    rustix::fs::fcntl_get_seals(fd).is_ok_and(|seals| seals.contains(SealFlags::SHRINK))
+}
+
 enum Backing {
     /// Mapped by us and unmapped when dropped.
     Mapped,
@@ -153,9 +158,7 @@ impl Memory {
 
     /// Whether the file behind the memory is sealed against shrinking, so that nobody can make an access fault.
     pub fn sealed(&self) -> bool {
-        self.file
-            .as_ref()
-            .is_some_and(|(fd, _)| rustix::fs::fcntl_get_seals(fd).is_ok_and(|seals| seals.contains(SealFlags::SHRINK)))
+        self.file.as_ref().is_some_and(|(fd, _)| is_sealed(fd))
     }
 
     /// Copies `into.len()` bytes from `offset` out. Bytes that somebody writes meanwhile may arrive mixed.

@@ -137,8 +137,10 @@ impl<L: Lines> Producer<L> {
 
     /// Whether the consumer must be woken for what was pushed. True at most once per sleep.
     pub fn must_wake(&mut self) -> bool {
-        if self.fencing == Fencing::Both {
-            fence(Ordering::SeqCst);
+        match self.fencing {
+            Fencing::Both => fence(Ordering::SeqCst),
+            // The sleeper's membarrier(2) orders what this thread executes; that the compiler keeps stamp and look in this order is our part.
+            Fencing::Sleeper => std::sync::atomic::compiler_fence(Ordering::SeqCst),
         }
         let armed = self.lines.armed();
         armed.load(Ordering::Relaxed) == 1 && armed.swap(0, Ordering::AcqRel) == 1
@@ -204,6 +206,12 @@ impl<L: Lines> Consumer<L> {
     /// Awake again.
     pub fn disarm(&mut self) {
         self.lines.armed().store(0, Ordering::Relaxed);
+    }
+
+    /// The shared part, for tests that play a peer who lies.
+    #[cfg(test)]
+    pub(crate) fn lines(&self) -> &L {
+        &self.lines
     }
 
     fn publish(&mut self) {

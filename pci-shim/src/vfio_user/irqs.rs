@@ -9,6 +9,7 @@
 
 use std::collections::VecDeque;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
 
 use farbus_remote_dma::{DeviceDescription, InterruptMode};
 use rustix::event::{PollFd, PollFlags, Timespec};
@@ -96,7 +97,7 @@ pub struct ClientInterrupts {
     pin_raised: bool,
     pin_after_store: Option<u64>,
     /// A client's descriptor that unmasks INTx when it is signalled.
-    unmask: Option<OwnedFd>,
+    unmask: Option<Arc<OwnedFd>>,
     mode: InterruptMode,
 }
 
@@ -214,7 +215,8 @@ impl ClientInterrupts {
                 let none = fds.is_empty();
                 let fd = fds.into_iter().next();
                 // Read by us, so it must never make us wait.
-                self.unmask = fd.map(Doorbell::new).transpose()?.filter(|doorbell| !doorbell.may_block).map(|doorbell| doorbell.fd);
+                self.unmask =
+                    fd.map(Doorbell::new).transpose()?.filter(|doorbell| !doorbell.may_block).map(|doorbell| Arc::new(doorbell.fd));
                 (set.count == 1 && (self.unmask.is_some() || none)).then_some(()).ok_or(Errno::INVAL)
             }
             (IrqAction::Mask | IrqAction::Unmask, IrqData::Eventfd) => Err(Errno::NOTTY),
@@ -233,8 +235,8 @@ impl ClientInterrupts {
     }
 
     /// A descriptor that unmasks INTx when it becomes readable.
-    pub fn unmask_fd(&self) -> Option<BorrowedFd<'_>> {
-        self.unmask.as_ref().map(AsFd::as_fd)
+    pub fn unmask_fd(&self) -> Option<Arc<OwnedFd>> {
+        self.unmask.clone()
     }
 
     /// Takes a signal of [`ClientInterrupts::unmask_fd`].

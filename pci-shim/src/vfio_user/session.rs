@@ -141,8 +141,7 @@ impl<D: Served> Session<'_, D> {
         if backlog > 0 {
             events |= PollFlags::OUT;
         }
-        let unmask = self.device.interrupts().unmask_fd().map(|fd| fd.try_clone_to_owned());
-        let unmask = unmask.transpose().map_err(|source| ServeError::Host { what: "copy a descriptor", source })?;
+        let unmask = self.device.interrupts().unmask_fd();
         let polled = |fd, events| PollFd::from_borrowed_fd(fd, events);
         let stopped = || polled(stop.fd(), PollFlags::IN);
         let mut fds = [

@@ -111,8 +111,14 @@ impl<F: Fabric> LenderBus<F> {
         self.link.wake_fd()
     }
 
+    /// Says goodbye.
     pub(super) fn close(&mut self) {
         self.link.close();
+    }
+
+    /// Carries out no DMA and sends nothing from now on.
+    pub(super) fn refuse(&mut self) {
+        self.link.refuse();
     }
 
     pub(super) fn fault(&mut self) -> Option<CloseReason> {
@@ -209,8 +215,8 @@ impl<F: Fabric> LenderBus<F> {
     pub(super) fn send_in_order(&mut self, message: ToBorrower) {
         if self.mediator.is_idle() {
             self.post_message(message);
-        } else {
-            self.mediator.hold(message);
+        } else if !self.mediator.hold(message) {
+            self.fault = Some(CloseReason::Protocol("stores that are never answered"));
         }
     }
 

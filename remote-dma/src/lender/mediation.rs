@@ -25,6 +25,10 @@ pub(crate) const STAGING_BYTES: u64 = SLOTS as u64 * SLOT_BYTES as u64;
 /// Tickets of stores begin here; those of fetches at 0.
 const FIRST_STORE: u32 = SLOTS;
 
+/// Chunks and messages that wait, above which no more messages are kept: 4,096 commands of 1 MiB are 2^20 chunks, and nothing honest says as
+/// much about them again.
+const MAX_QUEUED: usize = 1 << 21;
+
 /// Names the DMA that a part belongs to: index and generation.
 type PendingName = (u32, u32);
 
@@ -135,8 +139,13 @@ impl Mediator {
         self.queue.push_back(Queued::Chunk(chunk));
     }
 
-    pub(super) fn hold(&mut self, message: ToBorrower) {
-        self.queue.push_back(Queued::Message(message));
+    /// Keeps a message behind what is queued; false where so many are that the borrower must be leaving stores unanswered on purpose.
+    pub(super) fn hold(&mut self, message: ToBorrower) -> bool {
+        let fits = self.queue.len() < MAX_QUEUED;
+        if fits {
+            self.queue.push_back(Queued::Message(message));
+        }
+        fits
     }
 
     /// Gives up what is queued or under way; answers that still come are ignored. Messages that were held are still sent:

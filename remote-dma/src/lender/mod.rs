@@ -28,6 +28,9 @@ pub(crate) use self::mediation::{SLOT_BYTES, SLOTS, STAGING_BYTES};
 /// How long the device may take to end what is in flight before its borrower's memory is let go of regardless of an answer.
 const QUIESCE_LIMIT: Duration = Duration::from_secs(10);
 
+/// Questions that may wait for DMA to end; a borrower waits for each answer before it asks the next.
+const MAX_WAITING: usize = 16;
+
 /// How a session polls.
 #[derive(Clone, Copy, Debug)]
 pub struct PollOptions {
@@ -193,8 +196,8 @@ impl<F: Fabric> LenderSession<F> {
         }
         self.backend.reset(ResetKind::Conventional, &mut self.bus);
         self.backend.detach();
-        // Said last: a borrower that hears it may reuse its memory.
-        self.close(CloseReason::Local);
+        // Said last, whatever ended the session: a borrower that hears it may reuse its memory.
+        self.bus.close();
         self.backend
     }
 
@@ -209,10 +212,11 @@ impl<F: Fabric> LenderSession<F> {
         any
     }
 
+    /// Nothing is begun any more. The borrower hears of it from [`LenderSession::end`], when what is under way has ended.
     fn close(&mut self, reason: CloseReason) {
         if self.closed.is_none() {
             self.closed = Some(reason);
-            self.bus.close();
+            self.bus.refuse();
         }
     }
 
@@ -270,10 +274,7 @@ impl<F: Fabric> LenderSession<F> {
                 self.acknowledge(sequence, outcome);
             }
             ToLender::Unmap { sequence, iova, len } => match self.bus.unmap_windows(iova, len) {
-                Ok(in_use) => {
-                    self.waiting.push_back(Waiting::Unmap { sequence, in_use });
-                    self.answer_waiting();
-                }
+                Ok(in_use) => self.wait_for_dma(Waiting::Unmap { sequence, in_use }),
                 Err(outcome) => self.acknowledge(sequence, outcome),
             },
             ToLender::Withdraw { sequence, key } => {
@@ -284,8 +285,7 @@ impl<F: Fabric> LenderSession<F> {
             ToLender::Reset { sequence, kind } => {
                 self.backend.fence();
                 self.bus.fail_pending(false);
-                self.waiting.push_back(Waiting::Reset { sequence, kind });
-                self.answer_waiting();
+                self.wait_for_dma(Waiting::Reset { sequence, kind });
             }
             ToLender::Fence { sequence } => self.acknowledge(sequence, Outcome::Done),
             ToLender::Fetched { ticket, ok } => self.bus.fetched(ticket, ok),
@@ -305,6 +305,14 @@ impl<F: Fabric> LenderSession<F> {
     fn acknowledge(&mut self, sequence: Sequence, outcome: Outcome) {
         self.bus.send_answer(ToBorrower::Ack { sequence, outcome });
         self.bus.flush();
+    }
+
+    fn wait_for_dma(&mut self, question: Waiting) {
+        if self.waiting.len() >= MAX_WAITING {
+            return self.close(CloseReason::Protocol("more questions at once than a borrower has"));
+        }
+        self.waiting.push_back(question);
+        self.answer_waiting();
     }
 
     /// Answers the questions whose DMA has ended, in the order they were asked.

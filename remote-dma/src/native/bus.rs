@@ -55,6 +55,14 @@ impl DirectBus {
         self.raised.pop_front()
     }
 
+    pub(super) fn first_raised(&self) -> Option<Raised> {
+        self.raised.front().copied()
+    }
+
+    pub(super) fn has_raised(&self) -> bool {
+        !self.raised.is_empty()
+    }
+
     pub(super) fn map(&mut self, window: &Window) -> Result<(), MapError> {
         let Window { iova, len, access, ref memory } = *window;
         let WindowMemory::Mapped { memory, offset, .. } = memory else {
@@ -185,10 +193,15 @@ impl Bus for DirectBus {
     }
 
     fn interrupt(&mut self, vector: u16) {
-        self.raised.push_back(Raised::Vector(vector));
+        // One that nobody has taken announces this data too; so there are never more than the device has vectors.
+        if !self.raised.contains(&Raised::Vector(vector)) {
+            self.raised.push_back(Raised::Vector(vector));
+        }
     }
 
     fn set_pin(&mut self, asserted: bool) {
+        // A level, not an event: only the last one counts.
+        self.raised.retain(|raised| !matches!(raised, Raised::Pin(_)));
         self.raised.push_back(Raised::Pin(asserted));
     }
 }

@@ -25,6 +25,8 @@ use crate::message::{ToBorrower, ToLender};
 use crate::wait::{Patience, SpinThenSleep, sleep_until_readable};
 
 const SLOTS: u32 = 256;
+/// How often a device with nothing else to do looks for room for interrupts that nobody takes.
+const ROOM_CHECK: Duration = Duration::from_millis(1);
 
 /// What a ring's slot means here.
 mod kind {
@@ -47,9 +49,15 @@ struct Wire {
 }
 
 impl Wire {
+    /// False where the ring is full.
+    fn try_push(&mut self, kind: u8, bytes: &[u8]) -> bool {
+        // A ring in this process cannot be wrong about its indexes.
+        self.ring.push(kind, bytes) != Ok(false)
+    }
+
+    /// Waits for room: only for what the other thread is bound to take.
     fn push(&mut self, kind: u8, bytes: &[u8]) {
-        // A ring in this process cannot be wrong about its indexes, and the other thread always takes.
-        while self.ring.push(kind, bytes) == Ok(false) {
+        while !self.try_push(kind, bytes) {
             self.flush();
             std::thread::yield_now();
         }
@@ -296,7 +304,7 @@ impl Device {
             }
             let activity = activity.and(self.backend.poll(&mut self.bus));
             self.send_raised();
-            let Activity::Idle(limit) = activity else {
+            let Activity::Idle(mut limit) = activity else {
                 polls = 63;
                 idle_since = Nanos::now();
                 self.bus.set_now(idle_since);
@@ -310,6 +318,10 @@ impl Device {
             let now = Nanos::now();
             self.bus.set_now(now);
             if now.since(idle_since) >= options.spin {
+                if self.bus.has_raised() {
+                    // Nothing says when there is room for them.
+                    limit = Some(limit.map_or(ROOM_CHECK, |limit| limit.min(ROOM_CHECK)));
+                }
                 if self.backend.arm() && self.taken.arm() {
                     sleep_until_readable(&[Some(self.taken.wake.as_fd()), self.backend.wake_fd()], limit);
                 }
@@ -324,7 +336,11 @@ impl Device {
             ToLender::BarWrite { at, width, value } => self.backend.bar_write(at, width, value, &mut self.bus),
             ToLender::BarRead { sequence, at, width } => {
                 let value = self.backend.bar_read(at, width, &mut self.bus);
-                self.send_raised();
+                // The function waits for the value and takes what comes before it, so there will be room.
+                while self.bus.has_raised() {
+                    self.send_raised();
+                    std::hint::spin_loop();
+                }
                 let encoded = ToBorrower::BarValue { sequence, value }.encode();
                 self.out.push(kind::MESSAGE, encoded.as_slice());
                 self.out.flush();
@@ -373,14 +389,18 @@ impl Device {
         Ok(())
     }
 
+    /// Sends what was raised, as far as there is room. Never waits for it: the function may be waiting for this thread.
     fn send_raised(&mut self) {
         let mut any = false;
-        while let Some(raised) = self.bus.next_raised() {
+        while let Some(raised) = self.bus.first_raised() {
             let message = match raised {
                 Raised::Vector(vector) => ToBorrower::Interrupt { vector },
                 Raised::Pin(asserted) => ToBorrower::Pin { asserted },
             };
-            self.out.push(kind::MESSAGE, message.encode().as_slice());
+            if !self.out.try_push(kind::MESSAGE, message.encode().as_slice()) {
+                break;
+            }
+            self.bus.next_raised();
             any = true;
         }
         if any {

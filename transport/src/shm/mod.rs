@@ -27,7 +27,7 @@ use crate::fabric::{
     Signal,
 };
 use crate::local::LocalRegions;
-use crate::memory::{Mapped, Memory, MemoryError};
+use crate::memory::{Mapped, Memory, MemoryError, is_sealed};
 use crate::ring::{Consumer, Fencing, Producer, RingError, Taken};
 use crate::span::{Access, LocalRegion, LocalSpan, RegionName, RemoteRegion, RemoteSpan};
 use crate::table::{MAX_REGIONS, Table};
@@ -127,10 +127,10 @@ impl ShmFabric {
             Side::Borrower => {
                 let (fds, peer_asymmetric) = socket.receive_setup(3)?;
                 let [rings, peer, own] = <[OwnedFd; 3]>::try_from(fds).map_err(|_| io::ErrorKind::InvalidData)?;
-                let rings = Memory::map_file(rings, 0, SHARED_BYTES, true).map_err(invalid)?;
-                if !rings.sealed() {
+                if !is_sealed(&rings) {
                     return Err(io::Error::new(io::ErrorKind::InvalidData, "the peer's rings are not sealed"));
                 }
+                let rings = Memory::map_file(rings, 0, SHARED_BYTES, true).map_err(invalid)?;
                 // A wake-up that blocks would let a hostile peer stop us by filling the counter.
                 rustix::fs::fcntl_setfl(&own, rustix::fs::OFlags::NONBLOCK)?;
                 rustix::fs::fcntl_setfl(&peer, rustix::fs::OFlags::NONBLOCK)?;
@@ -190,7 +190,13 @@ impl ShmFabric {
     }
 
     fn has_room(&mut self) -> bool {
-        self.tx.has_room().unwrap_or(false) && self.ready.len() < SLOTS as usize
+        match self.tx.has_room() {
+            Ok(room) => room && self.ready.len() < SLOTS as usize,
+            Err(error) => {
+                self.fail(error);
+                false
+            }
+        }
     }
 
     /// The one copy of a one-sided operation.
@@ -310,13 +316,14 @@ impl Regions for ShmFabric {
         if !granted.access.allows(grant.access) {
             return Err(GrantError::Widened { asked: grant.access, allowed: granted.access });
         }
+        // Before its length is looked at: whoever shrinks a file and seals it between the two could make every later access fault.
+        if !is_sealed(&fd) && !self.options.accept_unsealed {
+            return Err(GrantError::NotSealed);
+        }
         let memory = Memory::map_file(fd, offset, grant.len, grant.access.write).map_err(|error| match error {
             MemoryError::FileTooShort { actual, .. } => GrantError::TooLong { granted: grant.len, actual },
             other => GrantError::Memory(other),
         })?;
-        if !memory.sealed() && !self.options.accept_unsealed {
-            return Err(GrantError::NotSealed);
-        }
         let name = self.remotes.insert(Remote { memory, slot }).ok_or(GrantError::TooMany { limit: MAX_REGIONS })?;
         Ok(RemoteRegion { name, len: grant.len, access: grant.access })
     }
@@ -506,6 +513,17 @@ mod tests {
         assert_eq!(rustix::event::poll(&mut fds, None), Ok(1));
         assert_eq!(drain(&mut borrower), [Event::Closed(CloseReason::PeerClosed)]);
         assert!(drain(&mut borrower).is_empty());
+    }
+
+    #[test]
+    fn a_peer_that_claims_to_have_taken_what_was_never_sent_is_cut_off_at_once() {
+        use crate::ring::Lines;
+        let (mut lender, borrower) = ShmFabric::pair(ShmOptions::default()).unwrap();
+        while lender.post(Signal::No, Op::Send { message: b"x" }).is_ok() {}
+        borrower.rx.lines().consumed().store(99_999, std::sync::atomic::Ordering::Relaxed);
+        assert_eq!(lender.post(Signal::No, Op::Send { message: b"x" }), Err(Full));
+        let closed = Event::Closed(CloseReason::Protocol("a ring index that cannot be true"));
+        assert_eq!(drain(&mut lender), [closed]);
     }
 
     #[test]
