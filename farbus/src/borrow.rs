@@ -11,6 +11,7 @@ use farbus_remote_dma::borrower::{BorrowerOptions, BorrowerSession};
 use farbus_transport::link::hello::{Hello, Role, SPOKEN};
 use farbus_transport::shm::{Connection, ListenError, ShmFabric, ShmOptions, connect};
 use serde_json::json;
+use tokio::sync::oneshot;
 
 use crate::cli::{BorrowArgs, Unshared};
 use crate::lend::FEATURE_BUSY;
@@ -46,16 +47,17 @@ pub fn run(args: &BorrowArgs) -> anyhow::Result<()> {
         Unshared::Refuse => OnUnshared::Refuse,
     };
     let options = Options { spin: args.spin, on_unshared, ..Options::default() };
+    // The thread cannot be awaited; what it holds until its end can.
+    let (held, released) = oneshot::channel::<()>();
     let serving = std::thread::Builder::new().name("farbus-borrower".into()).spawn(move || {
+        let _held = held;
         let ended = server.serve(&mut function, &options);
         (ended, function.counters())
     })?;
     let signal = runtime.block_on(async {
-        // The thread cannot be awaited; a closed socket pair says when it has ended.
-        let watched = watch(&serving);
         tokio::select! {
             signal = signals.next() => Some(signal),
-            () = watched => None,
+            _ = released => None,
         }
     });
     stop.stop();
@@ -86,10 +88,4 @@ pub fn attach(from: &LinkAddress, options: BorrowerOptions) -> anyhow::Result<Bo
 
 fn session_name(session: &BorrowerSession<ShmFabric>) -> String {
     farbus_remote_dma::Attachment::description(session).name.clone()
-}
-
-async fn watch<T>(thread: &std::thread::JoinHandle<T>) {
-    while !thread.is_finished() {
-        tokio::time::sleep(std::time::Duration::from_millis(50)).await;
-    }
 }

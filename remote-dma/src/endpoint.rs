@@ -43,16 +43,21 @@ impl<F: Fabric> Endpoint<F> {
         }
     }
 
-    /// Posts; where the queue is full, waits a bounded time for room.
+    /// Posts; where the queue is full, waits a bounded time for room. False where the link ended or the peer is stuck: nothing was posted.
     #[inline]
-    pub(crate) fn post(&mut self, signal: Signal, op: Op<'_>) {
-        if self.fabric.post(signal, op).is_err() {
-            self.post_when_there_is_room(signal, op);
-        }
+    pub(crate) fn post(&mut self, signal: Signal, op: Op<'_>) -> bool {
+        self.fabric.post(signal, op).is_ok() || self.post_when_there_is_room(signal, op)
+    }
+
+    /// Whether anything that is posted can still be carried out.
+    #[inline]
+    pub(crate) fn is_open(&self) -> bool {
+        !self.closed && !self.stalled
     }
 
     #[inline]
     pub(crate) fn send(&mut self, message: &[u8]) {
+        // What cannot be sent to a link that ended is dropped; whoever takes the events learns why.
         self.post(Signal::No, Op::Send { message });
     }
 
@@ -80,7 +85,7 @@ impl<F: Fabric> Endpoint<F> {
     }
 
     #[cold]
-    fn post_when_there_is_room(&mut self, signal: Signal, op: Op<'_>) {
+    fn post_when_there_is_room(&mut self, signal: Signal, op: Op<'_>) -> bool {
         let started = Nanos::now();
         let mut rounds = 0_u32;
         while !self.stalled && !self.closed {
@@ -93,7 +98,7 @@ impl<F: Fabric> Endpoint<F> {
             self.closed = self.scratch.as_slice().iter().any(|event| matches!(event, Event::Closed(_)));
             self.backlog.extend(self.scratch.as_slice());
             if self.fabric.post(signal, op).is_ok() {
-                return;
+                return true;
             }
             self.stalled = now.since(started) > STALL_LIMIT;
             rounds = rounds.saturating_add(1);
@@ -101,5 +106,6 @@ impl<F: Fabric> Endpoint<F> {
                 std::thread::yield_now();
             }
         }
+        false
     }
 }

@@ -247,6 +247,27 @@ fn a_refused_mediation_is_a_fault_and_a_reset_does_not_wait_for_the_guests_side(
 }
 
 #[test]
+fn more_stores_than_staging_slots_do_not_hold_up_the_one_who_must_make_them() {
+    for question in 0..3 {
+        let mut pair = Pair::new();
+        let guest = guest();
+        pair.map(0x100_0000, &guest, true).unwrap();
+        let window = Window { iova: Iova(0), len: 1 << 20, access: Access::READ_WRITE, memory: WindowMemory::Mediated };
+        pair.session.map(window, &mut pair.host).unwrap();
+        pair.write(VALUE, 7);
+        pair.command(WRITE, 0, BUFFER_BYTES - 4096);
+        pair.command(WRITE, 0, BUFFER_BYTES - 4096);
+        // Nobody takes a store while this thread waits for its answer.
+        match question {
+            0 => assert_eq!(pair.read(VALUE), 7),
+            1 => pair.session.unmap(Iova(0x100_0000), 1 << 20, &mut pair.host).unwrap(),
+            _ => pair.session.reset(ResetKind::Function, &mut pair.host).unwrap(),
+        }
+        assert_eq!(pair.session.gone(), None);
+    }
+}
+
+#[test]
 fn a_dead_lender_answers_all_ones_and_takes_nothing_with_it() {
     let mut pair = Pair::new();
     let guest = guest();

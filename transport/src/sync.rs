@@ -1,13 +1,7 @@
-//! The atomics of the rings: the standard library's, or the model checker's when built with `--cfg loom`.
+//! The atomics of the rings, in one place so that the model checker can put its own here.
 //!
-//! `RUSTFLAGS="--cfg loom" cargo test -p farbus-transport --test loom_ring --release` explores every interleaving of two pushes and a sleep.
+//! transport/tests/loom_ring.rs compiles ring.rs a second time over loom's atomics and explores every interleaving of three pushes and a sleep:
+//! `RUSTFLAGS="--cfg loom" cargo test -p farbus-transport --test loom_ring --release`.
 
-#[cfg(loom)]
-pub(crate) use loom::sync::{
-    Arc,
-    atomic::{AtomicU32, AtomicU64, Ordering, fence},
-};
-#[cfg(not(loom))]
 pub(crate) use std::sync::Arc;
-#[cfg(not(loom))]
 pub(crate) use std::sync::atomic::{AtomicU32, AtomicU64, Ordering, fence};

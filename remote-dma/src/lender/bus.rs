@@ -136,7 +136,13 @@ impl<F: Fabric> LenderBus<F> {
     }
 
     pub(super) fn unmap_windows(&mut self, iova: Iova, len: u64) -> Result<Weak<()>, Outcome> {
-        self.windows.unmap(iova, len)
+        let in_use = self.windows.unmap(iova, len)?;
+        // What was asked of the guest's side is ahead of the acknowledgement; what waits for a slot would come behind it.
+        for (index, generation) in self.mediator.withdraw(iova, len) {
+            self.part_done(index, generation, Err(DmaFault::Unmapped { iova, len }));
+        }
+        self.advance();
+        Ok(in_use)
     }
 
     pub(super) fn withdraw(&mut self, key: u64) -> Outcome {
@@ -172,6 +178,8 @@ impl<F: Fabric> LenderBus<F> {
                 self.free.push(index as u32);
             }
         }
+        // What waited behind them waits for nothing now.
+        self.advance();
     }
 
     /// An operation of a pending DMA ended.
@@ -204,6 +212,13 @@ impl<F: Fabric> LenderBus<F> {
         } else {
             self.mediator.hold(message);
         }
+    }
+
+    /// Sends an answer to a question of the borrower. It may pass mediated writes that wait for a staging slot, for who waits for the answer
+    /// is who frees slots; the device has not been told that those writes are done.
+    #[inline]
+    pub(super) fn send_answer(&mut self, message: ToBorrower) {
+        self.post_message(message);
     }
 
     fn part_done(&mut self, index: u32, generation: u32, result: Result<(), DmaFault>) {
@@ -283,7 +298,11 @@ impl<F: Fabric> LenderBus<F> {
                 Direction::Read => Op::Read { from: remote, into: ours },
                 Direction::Write => Op::Write { from: ours, to: remote },
             };
-            self.link.post(signal, op);
+            if !self.link.post(signal, op) {
+                // Never "done": the device would take its own stale bytes for the guest's, or announce data that is not there. What is pending
+                // is failed when the session ends, which it does now.
+                return if immediate { Err(DmaFault::Fenced) } else { Ok(Progress::Pending) };
+            }
             if let (Direction::Write, Some(log)) = (direction, log) {
                 log.mark(offset, part);
             }
@@ -293,7 +312,8 @@ impl<F: Fabric> LenderBus<F> {
         self.counters.direct_dma += 1;
         self.counters.direct_bytes += len;
         if direction == Direction::Write && !self.link.fabric.limits().peer_mappable {
-            self.send_in_order(ToBorrower::Dirty { iova, len });
+            // The bytes are on their way already, whatever else waits.
+            self.post_message(ToBorrower::Dirty { iova, len });
         }
         Ok(if immediate { Progress::Done } else { Progress::Pending })
     }
@@ -332,13 +352,14 @@ impl<F: Fabric> LenderBus<F> {
         }
     }
 
+    /// The link's end may lie in the same batch of events as the doorbell that starts a DMA: it is known before the doorbell is obeyed.
     #[inline]
     fn allowed(&mut self) -> Result<(), DmaFault> {
-        if self.bus_master {
+        if self.bus_master && self.link.is_open() {
             return Ok(());
         }
         self.counters.faults += 1;
-        Err(DmaFault::NotBusMaster)
+        Err(if self.link.is_open() { DmaFault::NotBusMaster } else { DmaFault::Fenced })
     }
 
     fn counted<T>(&mut self, result: Result<T, DmaFault>) -> Result<T, DmaFault> {
@@ -401,8 +422,8 @@ impl<F: Fabric> Bus for LenderBus<F> {
 
     fn dma_write(&mut self, tag: DmaTag, iova: Iova, from: LocalSpan) -> Result<Progress, DmaFault> {
         self.allowed()?;
-        // A write may not overtake a mediated one that waits: the guest could see the later without the earlier.
-        if self.mediator.is_idle() && self.try_immediate(iova, from, Direction::Write) {
+        // It may pass a mediated one: bytes of several writes arrive in any order until the next polled write, which passes none.
+        if self.try_immediate(iova, from, Direction::Write) {
             return Ok(Progress::Done);
         }
         let result = self.transfer(tag, iova, from, Direction::Write);
@@ -421,9 +442,11 @@ impl<F: Fabric> Bus for LenderBus<F> {
             Ok(_) => return self.counted(Err(DmaFault::Unmapped { iova, len })),
             Err(fault) => return self.counted(Err(fault)),
         };
-        let idle = self.mediator.is_idle();
-        let (progress, message) = match &piece.target.direct {
-            Some(direct) if idle && direct.mapped.is_some() => {
+        // A store of the guest's side that is asked for is not yet made: polled bytes go the same way then, however near their memory is, because
+        // only the guest's side knows when they may be seen.
+        let direct = piece.target.direct.as_ref().filter(|_| self.mediator.is_quiet());
+        let (progress, message) = match direct {
+            Some(direct) if direct.mapped.is_some() => {
                 let offset = piece.target.offset + piece.offset;
                 let stored = direct.mapped.as_ref().is_some_and(|mapped| {
                     let (memory, start) = mapped.parts();
@@ -457,7 +480,7 @@ impl<F: Fabric> Bus for LenderBus<F> {
             }
         };
         if let Some(message) = message {
-            self.send_in_order(message);
+            self.post_message(message);
         }
         Ok(progress)
     }

@@ -75,6 +75,8 @@ pub(super) struct Mediator {
     queue: VecDeque<Queued>,
     fetches: Vec<Slot>,
     stores: Vec<Slot>,
+    /// Slots of `stores` that are not free.
+    unanswered_stores: u32,
     fetch_memory: Arc<Memory>,
     fetch_grant: Grant,
     /// Where polled bytes wait while the fabric carries them: one line a store slot.
@@ -96,6 +98,7 @@ impl Mediator {
             queue: VecDeque::new(),
             fetches: slots(),
             stores: slots(),
+            unanswered_stores: 0,
             fetch_memory,
             fetch_grant,
             polled_memory,
@@ -122,6 +125,12 @@ impl Mediator {
         self.queue.is_empty()
     }
 
+    /// Whether every store that was asked for is in guest memory, so that polled bytes cannot be seen before it.
+    #[inline]
+    pub(super) fn is_quiet(&self) -> bool {
+        self.unanswered_stores == 0 && self.queue.is_empty()
+    }
+
     pub(super) fn queue(&mut self, chunk: Chunk) {
         self.queue.push_back(Queued::Chunk(chunk));
     }
@@ -130,7 +139,8 @@ impl Mediator {
         self.queue.push_back(Queued::Message(message));
     }
 
-    /// Gives up what is queued or under way; answers that still come are ignored. Messages that were held are still sent.
+    /// Gives up what is queued or under way; answers that still come are ignored. Messages that were held are still sent:
+    /// a spurious vector does no harm, a pin level that is never lowered does.
     pub(super) fn forget(&mut self) {
         self.queue.retain(|queued| matches!(queued, Queued::Message(_)));
         for slot in self.fetches.iter_mut().chain(&mut self.stores) {
@@ -138,6 +148,23 @@ impl Mediator {
                 *slot = Slot::Forgotten;
             }
         }
+    }
+
+    /// Takes out what is queued for a range; the DMAs that it belonged to, one name for each chunk.
+    pub(super) fn withdraw(&mut self, iova: Iova, len: u64) -> Vec<PendingName> {
+        let mut withdrawn = Vec::new();
+        self.queue.retain(|queued| match queued {
+            Queued::Chunk(chunk) => {
+                let end = chunk.iova.0.saturating_add(u64::from(chunk.len));
+                let stays = end <= iova.0 || chunk.iova.0 >= iova.0.saturating_add(len);
+                if !stays {
+                    withdrawn.push(chunk.pending);
+                }
+                stays
+            }
+            Queued::Message(_) => true,
+        });
+        withdrawn
     }
 
     /// The next thing that can be sent now; `None` where nothing waits or no slot is free.
@@ -177,6 +204,7 @@ impl Mediator {
             }
         };
         debug_assert!(fabric.limits().max_op_len >= SLOT_BYTES, "a page fits every fabric's operations");
+        self.unanswered_stores += u32::from(!matches!(chunk.kind, ChunkKind::Fetch(_)));
         self.queue.pop_front();
         Some(step)
     }
@@ -204,7 +232,9 @@ impl Mediator {
     /// A store was answered. `None` where no such store is under way.
     pub(super) fn stored(&mut self, ticket: Ticket, ok: bool) -> Option<(u32, u32, Result<(), DmaFault>)> {
         let slot = self.stores.get_mut(ticket.0.checked_sub(FIRST_STORE)? as usize)?;
-        match std::mem::replace(slot, Slot::Free) {
+        let answered = std::mem::replace(slot, Slot::Free);
+        self.unanswered_stores -= u32::from(!matches!(answered, Slot::Free));
+        match answered {
             Slot::Store((index, generation), iova, len) => {
                 let fault = DmaFault::Unmapped { iova, len: u64::from(len) };
                 Some((index, generation, if ok { Ok(()) } else { Err(fault) }))

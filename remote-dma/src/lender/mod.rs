@@ -256,7 +256,7 @@ impl<F: Fabric> LenderSession<F> {
                 }
                 self.bus.counters.bar_reads += 1;
                 let value = if self.resetting() { width.all_ones() } else { self.backend.bar_read(at, width, &mut self.bus) };
-                self.bus.send_in_order(ToBorrower::BarValue { sequence, value: width.truncate(value) });
+                self.bus.send_answer(ToBorrower::BarValue { sequence, value: width.truncate(value) });
                 self.bus.flush();
             }
             ToLender::InterruptMode(mode) => self.backend.set_interrupt_mode(mode, &mut self.bus),
@@ -303,7 +303,7 @@ impl<F: Fabric> LenderSession<F> {
     }
 
     fn acknowledge(&mut self, sequence: Sequence, outcome: Outcome) {
-        self.bus.send_in_order(ToBorrower::Ack { sequence, outcome });
+        self.bus.send_answer(ToBorrower::Ack { sequence, outcome });
         self.bus.flush();
     }
 

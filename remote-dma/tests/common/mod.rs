@@ -16,11 +16,17 @@ use farbus_remote_dma::{
 use farbus_transport::{Access, LocalRegion, Memory};
 
 pub const VALUE: u64 = 0;
+/// Where in the buffer a transfer begins.
+pub const FROM: u64 = 0x08;
 pub const IOVA: u64 = 0x10;
 pub const LEN: u64 = 0x18;
 pub const COMMAND: u64 = 0x20;
 pub const FAULTS: u64 = 0x28;
 pub const DONE: u64 = 0x30;
+/// Makes the polled word of a write differ from that of others.
+pub const STAMP: u64 = 0x38;
+/// The polled word of a write with stamp 0.
+pub const POLLED_WORD: u64 = 0x6472_6f77_7473_616c;
 pub const BUFFER_BYTES: u64 = 64 << 10;
 pub const READ: u64 = 1;
 pub const WRITE: u64 = 2;
@@ -63,11 +69,12 @@ impl CopyEngine {
         if self.fenced {
             return;
         }
-        let (iova, len) = (Iova(self.registers[2]), self.registers[3].min(BUFFER_BYTES) as u32);
+        let from = self.registers[1].min(BUFFER_BYTES);
+        let (iova, len) = (Iova(self.registers[2]), self.registers[3].min(BUFFER_BYTES - from) as u32);
         let region = self.region.unwrap();
         let result = match command {
-            READ => bus.dma_read(DmaTag(READ), iova, region.span(0, len, Access::WRITE).unwrap()),
-            WRITE => bus.dma_write(DmaTag(WRITE), iova, region.span(0, len, Access::READ).unwrap()),
+            READ => bus.dma_read(DmaTag(READ), iova, region.span(from, len, Access::WRITE).unwrap()),
+            WRITE => bus.dma_write(DmaTag(WRITE), iova, region.span(from, len, Access::READ).unwrap()),
             RAISE => return bus.interrupt(len as u16),
             _ => return,
         };
@@ -86,7 +93,7 @@ impl CopyEngine {
 
     fn announce(&mut self, bus: &mut dyn Bus) {
         let end = Iova(self.registers[2] + self.registers[3]);
-        match bus.dma_write_polled(DmaTag(9), end, &0x6472_6f77_7473_616c_u64.to_le_bytes()) {
+        match bus.dma_write_polled(DmaTag(9), end, &(POLLED_WORD ^ self.registers[7]).to_le_bytes()) {
             Ok(Progress::Pending) => self.pending += 1,
             Ok(Progress::Done) => {}
             Err(_) => self.registers[5] += 1,
