@@ -13,7 +13,7 @@ use super::latencies::{Latencies, Stopwatch};
 use super::pin::{pin_to, two_cores};
 
 /// Copies timed together, because one of 4 KiB is shorter than a look at the clock is exact.
-const COPIES_PER_LOOK: u64 = 32;
+pub(crate) const COPIES_PER_LOOK: u64 = 32;
 
 /// A word on cache lines of its own: neighbouring lines are fetched in pairs.
 #[derive(Default)]

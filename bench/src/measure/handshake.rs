@@ -3,8 +3,9 @@
 //! A region read over vfio-user sends 32 bytes and gets 36 back; `socket_ping_pong(32, 36, …)` is that without the device behind it.
 
 use std::io::{Read, Write};
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
@@ -19,6 +20,39 @@ const TO_FALL_ASLEEP: Duration = Duration::from_micros(40);
 /// A wake that takes longer is no figure but a failure.
 const LOST: Duration = Duration::from_secs(5);
 
+/// When the thread that sleeps was last signalled, told by whoever does it to whoever wakes; clones tell the same.
+#[derive(Clone, Debug)]
+pub struct Wakes {
+    origin: Instant,
+    at_ns: Arc<AtomicU64>,
+}
+
+impl Default for Wakes {
+    fn default() -> Self {
+        Self { origin: Instant::now(), at_ns: Arc::new(AtomicU64::new(0)) }
+    }
+}
+
+impl Wakes {
+    /// The signal goes out now.
+    pub fn now(&self) {
+        self.at_ns.store(self.origin.elapsed().as_nanos() as u64, Ordering::Release);
+    }
+
+    fn last(&self) -> Instant {
+        self.origin + Duration::from_nanos(self.at_ns.load(Ordering::Acquire))
+    }
+}
+
+/// What the waking side of [`eventfd_sleeper`] is asked to do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Wake {
+    /// Signal the eventfd, soon or by somebody else, and have [`Wakes::now`] called when it begins.
+    Now,
+    /// Nothing; time passes.
+    Idle,
+}
+
 /// From before the write to an eventfd until the thread that slept in a read of it runs, on another core.
 ///
 /// # Errors
@@ -26,9 +60,34 @@ const LOST: Duration = Duration::from_secs(5);
 pub fn eventfd_wake(samples: u64) -> Result<Latencies, CalibrationError> {
     let [here, there] = two_cores()?;
     let event = eventfd(0, EventfdFlags::CLOEXEC).map_err(host("make an eventfd"))?;
-    let origin = Instant::now();
-    // The sleeper counts the wakes it is ready for; the waker leaves its time for the sleeper to read.
-    let (ready, written_ns, over) = (AtomicU64::new(0), AtomicU64::new(0), AtomicBool::new(false));
+    let wakes = Wakes::default();
+    let _pinned = pin_to(here)?;
+    eventfd_sleeper(&event, there, samples, &wakes, |wake| {
+        match wake {
+            Wake::Now => {
+                wakes.now();
+                rustix::io::write(event.as_fd(), &1_u64.to_ne_bytes()).map_err(host("write an eventfd"))?;
+            }
+            Wake::Idle => std::hint::spin_loop(),
+        }
+        Ok(())
+    })
+}
+
+/// A thread on core `there` sleeps in a blocking read of `event` and `wake` is called by this thread until it has been woken `samples` times:
+/// from what `wakes` was told until the sleeper runs.
+///
+/// # Errors
+/// What `wake` answered, or [`CalibrationError`].
+pub fn eventfd_sleeper<E: From<CalibrationError>>(
+    event: &OwnedFd,
+    there: usize,
+    samples: u64,
+    wakes: &Wakes,
+    mut wake: impl FnMut(Wake) -> Result<(), E>,
+) -> Result<Latencies, E> {
+    // The sleeper counts the wakes it is ready for.
+    let (ready, over) = (AtomicU64::new(0), AtomicBool::new(false));
     std::thread::scope(|scope| {
         let sleeper = scope.spawn(|| -> Result<Latencies, CalibrationError> {
             let _pinned = pin_to(there)?;
@@ -37,30 +96,33 @@ pub fn eventfd_wake(samples: u64) -> Result<Latencies, CalibrationError> {
             for round in 1..=samples {
                 ready.store(round, Ordering::Release);
                 let mut value = [0; 8];
-                rustix::io::read(event.as_fd(), &mut value).map_err(host("read an eventfd"))?;
+                rustix::io::read(event, &mut value).map_err(host("read an eventfd"))?;
                 if over.load(Ordering::Acquire) {
                     break;
                 }
-                let woken = origin + Duration::from_nanos(written_ns.load(Ordering::Acquire));
-                latencies.record_ns(watch.since(woken));
+                latencies.record_ns(watch.since(wakes.last()));
             }
+            ready.store(samples + 1, Ordering::Release);
             Ok(latencies)
         });
-        let wake_all = || -> Result<(), CalibrationError> {
-            let _pinned = pin_to(here)?;
+        let mut wake_all = || -> Result<(), E> {
             for round in 1..=samples {
+                let waiting = Instant::now();
                 while ready.load(Ordering::Acquire) != round {
-                    if sleeper.is_finished() {
-                        return Ok(());
+                    if sleeper.is_finished() || waiting.elapsed() > LOST {
+                        return Err(CalibrationError::Partner.into());
                     }
-                    std::hint::spin_loop();
+                    wake(Wake::Idle)?;
                 }
                 let asleep = Instant::now();
                 while asleep.elapsed() < TO_FALL_ASLEEP {
-                    std::hint::spin_loop();
+                    wake(Wake::Idle)?;
                 }
-                written_ns.store(origin.elapsed().as_nanos() as u64, Ordering::Release);
-                rustix::io::write(event.as_fd(), &1_u64.to_ne_bytes()).map_err(host("write an eventfd"))?;
+                wake(Wake::Now)?;
+            }
+            let waiting = Instant::now();
+            while ready.load(Ordering::Acquire) != samples + 1 && waiting.elapsed() < LOST {
+                wake(Wake::Idle)?;
             }
             Ok(())
         };
@@ -68,10 +130,11 @@ pub fn eventfd_wake(samples: u64) -> Result<Latencies, CalibrationError> {
         if woke.is_err() {
             // The sleeper must not wait for wakes that will not come.
             over.store(true, Ordering::Release);
-            rustix::io::write(event.as_fd(), &1_u64.to_ne_bytes()).map_err(host("write an eventfd"))?;
+            rustix::io::write(event, &1_u64.to_ne_bytes()).map_err(host("write an eventfd"))?;
         }
         let latencies = sleeper.join().map_err(|_| CalibrationError::Partner)?;
-        woke.and(latencies)
+        woke?;
+        Ok(latencies?)
     })
 }
 

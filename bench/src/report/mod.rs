@@ -62,6 +62,8 @@ pub enum Target {
     AtLeast(f64),
     /// The value itself must be zero.
     Zero,
+    /// The row is for information: any ratio will do.
+    None,
 }
 
 /// One row of a suite.
@@ -137,6 +139,7 @@ impl Row {
             Target::AtMost(limit) => ratio <= limit,
             Target::AtLeast(limit) => ratio >= limit,
             Target::Zero => value == 0.0,
+            Target::None => true,
         };
         // A ratio that is no number (nothing over nothing) meets nothing, and JSON has no word for it.
         let number = |figure: f64, digits| figure.is_finite().then(|| round_to(figure, digits));
@@ -182,6 +185,7 @@ impl std::fmt::Display for Target {
             Self::AtMost(limit) => write!(f, "<= {limit}"),
             Self::AtLeast(limit) => write!(f, ">= {limit}"),
             Self::Zero => f.write_str("0"),
+            Self::None => f.write_str("none"),
         }
     }
 }

@@ -2,7 +2,7 @@
 //!
 //! `randread-4k-qd1   412.3k   2.1 us   3.0 us │ 388.0k   2.5 us   3.9 us │ 0.94   1.19` is one case, native and remote.
 
-use super::{DemoReport, SideReport, SuiteReport};
+use super::{DemoReport, SideReport, SuiteReport, Target};
 
 /// A demo, one line a case.
 pub fn demo_table(report: &DemoReport) -> String {
@@ -31,6 +31,7 @@ pub fn suite_table(report: &SuiteReport) -> String {
     for row in &report.rows {
         let figure = |value: Option<f64>| value.map_or_else(|| "-".to_owned(), |value| in_unit(value, &row.unit));
         let meets = match row.meets {
+            Some(_) if row.target == Target::None.to_string() => "-".to_owned(),
             Some(true) => "yes".to_owned(),
             Some(false) => "NO".to_owned(),
             None => format!("not measured: {}", row.note.as_deref().unwrap_or("no reason given")),
@@ -99,7 +100,7 @@ fn align(rows: &[Vec<String>]) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::report::{CaseReport, Row, Target};
+    use crate::report::{CaseReport, Row};
 
     #[test]
     fn columns_line_up_and_a_missing_row_gives_its_reason() {

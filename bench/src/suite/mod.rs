@@ -4,3 +4,6 @@
 //! makes the row "mmio read p50, 250 ns, cache-line round trip 125 ns, 2.0, <= 2.0, yes".
 
 pub mod shm;
+mod shm_subjects;
+
+pub use shm_subjects::ShmSession;

@@ -1,0 +1,87 @@
+//! A lender in a thread of this process, pinned to its core, and the borrower's session with it.
+//!
+//! `Lender::start(Box::new(nvme), 1, ALWAYS)` has the device polled on core 1 until the lender is dropped; the session is the caller's.
+
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use anyhow::Result;
+use farbus_remote_dma::Backend;
+use farbus_remote_dma::borrower::{BorrowerOptions, BorrowerSession};
+use farbus_remote_dma::lender::{LenderSession, PollOptions};
+use farbus_remote_dma::wait::Waker;
+use farbus_transport::Memory;
+use farbus_transport::shm::{ShmFabric, ShmOptions};
+
+use crate::measure::pin_to;
+
+/// A lender's thread; it ends when this is dropped.
+#[derive(Debug)]
+pub(super) struct Lender {
+    stop: Waker,
+    thread: Option<JoinHandle<Result<()>>>,
+}
+
+impl Lender {
+    /// Lends `backend` on core `there`; polls for `spin` before it sleeps.
+    pub(super) fn start(backend: Box<dyn Backend>, there: usize, spin: Duration) -> Result<(Self, BorrowerSession<ShmFabric>)> {
+        Self::serve(backend, there, move |session, stop| {
+            session.run(PollOptions { spin }, stop);
+            Ok(())
+        })
+    }
+
+    /// As [`Lender::start`], with a way to serve of the caller's.
+    pub(super) fn serve(
+        backend: Box<dyn Backend>,
+        there: usize,
+        serve: impl FnOnce(&mut LenderSession<ShmFabric>, &Waker) -> Result<()> + Send + 'static,
+    ) -> Result<(Self, BorrowerSession<ShmFabric>)> {
+        let (theirs, ours) = ShmFabric::pair(ShmOptions::default())?;
+        let description = backend.description().clone();
+        let stop = Waker::new()?;
+        let stopped = stop.clone();
+        let thread = std::thread::Builder::new().name("bench-lender".into()).spawn(move || -> Result<()> {
+            let _pinned = pin_to(there)?;
+            let mut session = LenderSession::new(theirs, backend).map_err(|(error, _)| error)?;
+            let served = serve(&mut session, &stopped);
+            session.end();
+            served
+        })?;
+        let options = BorrowerOptions {
+            read_deadline: Duration::from_secs(60),
+            spin: Duration::from_millis(2),
+            ..BorrowerOptions::default()
+        };
+        Ok((Self { stop, thread: Some(thread) }, BorrowerSession::new(ours, description, options)?))
+    }
+
+    /// Ends it, and says whether it served well.
+    pub(super) fn end(mut self) -> Result<()> {
+        self.stop.set();
+        let thread = self.thread.take();
+        thread.map_or(Ok(()), |thread| thread.join().unwrap_or_else(|_| Err(anyhow::anyhow!("the lender's thread failed"))))
+    }
+}
+
+impl Drop for Lender {
+    fn drop(&mut self) {
+        self.stop.set();
+        if let Some(thread) = self.thread.take() {
+            // What it served was measured or not; there is nobody left to tell.
+            drop(thread.join());
+        }
+    }
+}
+
+/// Memory whose pages are all there, so that nothing measured pays for a page fault.
+pub(super) fn filled(name: &str, len: u64) -> Result<Arc<Memory>> {
+    let memory = Memory::memfd(name, len)?;
+    let pattern = [0x5a; 4096];
+    for at in (0..len).step_by(pattern.len()) {
+        let piece = pattern.len().min((len - at) as usize);
+        memory.write(at, pattern.get(..piece).unwrap_or_default())?;
+    }
+    Ok(memory)
+}
