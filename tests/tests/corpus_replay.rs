@@ -2,6 +2,7 @@
 //!
 //! fuzz/corpus/nvme_registers holds inputs that reach different places of the controller; each is run in a plain build with its assertions on.
 //! Crashes that were mended have a file there too, named after what went wrong.
+#![expect(clippy::unwrap_used, reason = "a panic is how a test fails")]
 
 use std::path::{Path, PathBuf};
 

@@ -2,6 +2,7 @@
 //!
 //! A `Mutex` in transport/src/ring.rs fails with that file and line and "hand the value over a ring or keep it on one thread"; a new unsafe
 //! block in a file that has none fails until that file is in the list below, which a reviewer then sees.
+#![expect(clippy::unwrap_used, reason = "a panic is how a test fails")]
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
@@ -43,12 +44,13 @@ const UNSAFE: &[(&str, usize)] = &[
     ("bench/src/measure/syscalls.rs", 6),
     ("remote-dma/src/model/nvme/media/worker.rs", 2),
     ("remote-dma/tests/nvme_data_path.rs", 5),
+    ("tests/tests/idle.rs", 1),
     ("transport/src/barrier.rs", 1),
     ("transport/src/memory.rs", 11),
     ("transport/src/shm/lines.rs", 5),
     ("transport/tests/loom_support/mod.rs", 2),
 ];
-const UNSAFE_IN_ALL: usize = 41;
+const UNSAFE_IN_ALL: usize = 42;
 
 /// Lines from which a file should have been split.
 const LONG: usize = 450;
@@ -56,12 +58,12 @@ const LONG: usize = 450;
 const LONG_FILES: &[(&str, usize)] = &[
     ("pci-shim/tests/vfio_user.rs", 621),
     ("pci-shim/tests/vfio_user_support/mod.rs", 466),
-    ("remote-dma/src/lender/bus.rs", 501),
+    ("remote-dma/src/lender/bus.rs", 530),
     ("remote-dma/src/message.rs", 593),
     ("remote-dma/tests/nvme.rs", 480),
-    ("remote-dma/tests/nvme_storm.rs", 510),
-    ("tests/tests/command_line.rs", 457),
-    ("transport/src/shm/mod.rs", 522),
+    ("remote-dma/tests/nvme_storm.rs", 517),
+    ("tests/tests/command_line.rs", 459),
+    ("transport/src/shm/mod.rs", 540),
 ];
 
 /// What may not stand in code, and what to do instead.
@@ -299,15 +301,15 @@ fn the_file_map_of_architecture_md_is_complete_and_true() {
     let files = files();
     let map = files.get("ARCHITECTURE.md").expect("ARCHITECTURE.md has the map of the files");
     let named: BTreeSet<&str> =
-        map.lines().filter_map(|line| line.strip_prefix("| `")?.split_once("` |")).map(|(path, _)| path).collect();
+        map.lines().filter_map(|line| line.strip_prefix("| `")?.split_once('`')).map(|(path, _)| path).collect();
     let mut complaints: Vec<String> = named
         .iter()
         .filter(|path| path.contains('/') && !files.contains_key(**path))
-        .map(|path| format!("ARCHITECTURE.md names {path}, which is gone: take the row out"))
+        .map(|path| format!("ARCHITECTURE.md names {path}, which is gone: run ci/file-map"))
         .collect();
     let mapped = |path: &str| path.ends_with(".rs") || path.starts_with("ci/") || path.starts_with(".ci/") || path == "fuzz/run";
     for path in files.keys().filter(|path| mapped(path) && !named.contains(path.as_str())) {
-        complaints.push(format!("{path} is not in ARCHITECTURE.md: add \"| `{path}` | the first sentence of its header |\""));
+        complaints.push(format!("{path} is not in ARCHITECTURE.md: run ci/file-map"));
     }
     none(&complaints);
 }

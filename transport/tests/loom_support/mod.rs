@@ -2,6 +2,7 @@
 //!
 //! Beside each message of 12 bytes goes a cell that is written before the push and read after the take, as a one-sided write's bytes are: a
 //! reader that could see the message and not the bytes is a data race, which loom reports with the schedule that leads there.
+#![expect(clippy::unwrap_used, reason = "a panic is how the model checker hears of it")]
 
 use loom::cell::UnsafeCell;
 use loom::sync::{Arc, Notify};
