@@ -6,7 +6,10 @@
 mod lines;
 mod listen;
 mod revoke;
+mod setup;
 mod socket;
+#[cfg(test)]
+mod tests;
 
 pub use listen::{Connection, HELLO_LIMIT, ListenError, Listener, connect};
 
@@ -16,8 +19,6 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::time::Duration;
-
-use rustix::event::{EventfdFlags, epoll};
 
 use self::lines::{RING_BYTES, SLOTS, SharedLines};
 use self::revoke::{LIVES_BYTES, Revocations, Slot};
@@ -29,7 +30,7 @@ use crate::fabric::{
 };
 use crate::local::LocalRegions;
 use crate::memory::{Mapped, Memory, MemoryError, is_sealed};
-use crate::ring::{Consumer, Fencing, Producer, RingError, Taken};
+use crate::ring::{Consumer, Producer, RingError, Taken};
 use crate::span::{Access, LocalRegion, LocalSpan, RegionName, RemoteRegion, RemoteSpan};
 use crate::table::{MAX_REGIONS, Table};
 use crate::time::Nanos;
@@ -106,70 +107,6 @@ impl ShmFabric {
         let lender = Self::establish(lender, Side::Lender, options);
         let borrower = borrower.join().map_err(|_| io::Error::other("the borrower's end could not be made"))?;
         Ok((lender?, borrower?))
-    }
-
-    /// Makes the rings (lender) or receives them (borrower) over `stream`, after the hello. Blocks for at most a few seconds.
-    ///
-    /// # Errors
-    /// What the kernel answers; `InvalidData` where the peer sent something else than rings.
-    pub fn establish(stream: UnixStream, side: Side, options: ShmOptions) -> io::Result<Self> {
-        let mut socket = GrantSocket::new(stream)?;
-        let asymmetric = barrier::register();
-        let invalid = |error: MemoryError| io::Error::new(io::ErrorKind::InvalidData, error);
-        let (rings, own_wake, peer_wake, peer_asymmetric) = match side {
-            Side::Lender => {
-                let rings = Memory::memfd("farbus-rings", SHARED_BYTES).map_err(io::Error::other)?;
-                let wake = || rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
-                let (own, peer) = (wake()?, wake()?);
-                let (fd, _) = rings.file().ok_or(io::ErrorKind::InvalidData)?;
-                socket.send_setup(&[fd, own.as_fd(), peer.as_fd()], asymmetric)?;
-                let (_, peer_asymmetric) = socket.receive_setup(0)?;
-                (rings, own, peer, peer_asymmetric)
-            }
-            Side::Borrower => {
-                let (fds, peer_asymmetric) = socket.receive_setup(3)?;
-                let [rings, peer, own] = <[OwnedFd; 3]>::try_from(fds).map_err(|_| io::ErrorKind::InvalidData)?;
-                if !is_sealed(&rings) {
-                    return Err(io::Error::new(io::ErrorKind::InvalidData, "the peer's rings are not sealed"));
-                }
-                let rings = Memory::map_file(rings, 0, SHARED_BYTES, true).map_err(invalid)?;
-                // A wake-up that blocks would let a hostile peer stop us by filling the counter.
-                rustix::fs::fcntl_setfl(&own, rustix::fs::OFlags::NONBLOCK)?;
-                rustix::fs::fcntl_setfl(&peer, rustix::fs::OFlags::NONBLOCK)?;
-                socket.send_setup(&[], asymmetric)?;
-                (rings, own, peer, peer_asymmetric)
-            }
-        };
-        let fencing = if asymmetric && peer_asymmetric { Fencing::Sleeper } else { Fencing::Both };
-        let (tx_at, rx_at) = if side == Side::Lender { (0, RING_BYTES) } else { (RING_BYTES, 0) };
-        let lines = |base| SharedLines::new(Arc::clone(&rings), base).map_err(invalid);
-        let lives = |ring_at: u64| 2 * RING_BYTES + ring_at / RING_BYTES * LIVES_BYTES;
-        let busy = (lines(tx_at)?, lines(rx_at)?);
-        let revocations = Revocations::new(&rings, (lives(tx_at), lives(rx_at)), busy, fencing).map_err(invalid)?;
-        let tx = Producer::new(lines(tx_at)?, fencing);
-        let rx = Consumer::new(lines(rx_at)?, fencing);
-        let wait = epoll::create(epoll::CreateFlags::CLOEXEC)?;
-        epoll::add(&wait, &own_wake, epoll::EventData::new_u64(0), epoll::EventFlags::IN)?;
-        epoll::add(&wait, &socket, epoll::EventData::new_u64(1), epoll::EventFlags::RDHUP)?;
-        Ok(Self {
-            tx,
-            rx,
-            ready: VecDeque::with_capacity(SLOTS as usize + 1),
-            locals: LocalRegions::default(),
-            remotes: Table::default(),
-            granted: Vec::new(),
-            revocations,
-            closed: None,
-            close_reported: false,
-            peer_left: false,
-            asleep: false,
-            heard_at: Nanos::now(),
-            options,
-            own_wake,
-            peer_wake,
-            wait,
-            socket,
-        })
     }
 
     #[cold]
@@ -482,74 +419,5 @@ impl Drop for ShmFabric {
 impl std::fmt::Debug for ShmFabric {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("ShmFabric").field("closed", &self.closed).field("asleep", &self.asleep).finish_non_exhaustive()
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::fabric::OpId;
-
-    fn drain(fabric: &mut ShmFabric) -> Vec<Event> {
-        let mut events = Events::new();
-        fabric.poll(Nanos::now(), &mut events);
-        events.as_slice().to_vec()
-    }
-
-    #[test]
-    fn a_write_is_there_before_the_message_that_follows_it() {
-        let (mut lender, mut borrower) = ShmFabric::pair(ShmOptions::default()).unwrap();
-        let guest = Memory::memfd("guest", 8192).unwrap();
-        let region = borrower.register(Arc::clone(&guest), Access::READ_WRITE).unwrap();
-        let grant = borrower.export(&region, Access::READ_WRITE).unwrap();
-        let remote = lender.import(&grant).unwrap();
-        let device = Memory::memfd("device", 4096).unwrap();
-        device.write(0, b"data").unwrap();
-        let from = lender.register(device, Access::READ_WRITE).unwrap().span(0, 4, Access::READ).unwrap();
-        let to = remote.span(4096, 4, Access::WRITE).unwrap();
-        lender.post(Signal::No, Op::Write { from, to }).unwrap();
-        lender.post(Signal::No, Op::Send { message: b"done" }).unwrap();
-        lender.flush();
-        assert_eq!(drain(&mut borrower), [Event::Message(Message::new(b"done").unwrap())]);
-        let mut seen = [0; 4];
-        guest.read(4096, &mut seen).unwrap();
-        assert_eq!(&seen, b"data");
-        lender.release(remote);
-        lender.post(Signal::Yes(OpId(7)), Op::Write { from, to }).unwrap();
-        assert_eq!(drain(&mut lender), [Event::Failed(Some(OpId(7)), OpError::Revoked)]);
-    }
-
-    #[test]
-    fn a_peer_that_dies_is_noticed_by_a_sleeper() {
-        let (lender, mut borrower) = ShmFabric::pair(ShmOptions::default()).unwrap();
-        assert!(borrower.arm());
-        drop(lender);
-        let mut fds = [rustix::event::PollFd::new(&borrower.wait, rustix::event::PollFlags::IN)];
-        assert_eq!(rustix::event::poll(&mut fds, None), Ok(1));
-        assert_eq!(drain(&mut borrower), [Event::Closed(CloseReason::PeerClosed)]);
-        assert!(drain(&mut borrower).is_empty());
-    }
-
-    #[test]
-    fn a_peer_that_claims_to_have_taken_what_was_never_sent_is_cut_off_at_once() {
-        use crate::ring::Lines;
-        let (mut lender, borrower) = ShmFabric::pair(ShmOptions::default()).unwrap();
-        while lender.post(Signal::No, Op::Send { message: b"x" }).is_ok() {}
-        borrower.rx.lines().consumed().store(99_999, std::sync::atomic::Ordering::Relaxed);
-        assert_eq!(lender.post(Signal::No, Op::Send { message: b"x" }), Err(Full));
-        let closed = Event::Closed(CloseReason::Protocol("a ring index that cannot be true"));
-        assert_eq!(drain(&mut lender), [closed]);
-    }
-
-    #[test]
-    fn unsealed_memory_is_refused_unless_allowed() {
-        for accept_unsealed in [false, true] {
-            let (mut lender, mut borrower) = ShmFabric::pair(ShmOptions { accept_unsealed }).unwrap();
-            let file = tempfile::tempfile().unwrap();
-            file.set_len(4096).unwrap();
-            let region = borrower.register(Memory::map_file(file.into(), 0, 4096, true).unwrap(), Access::READ).unwrap();
-            let grant = borrower.export(&region, Access::READ).unwrap();
-            assert_eq!(lender.import(&grant).is_ok(), accept_unsealed);
-        }
     }
 }
