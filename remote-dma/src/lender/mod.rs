@@ -85,11 +85,18 @@ impl<F: Fabric> LenderSession<F> {
         self.bus.poll(&mut self.events);
         let mut activity = Activity::Idle(None);
         for index in 0..self.events.as_slice().len() {
+            // What comes behind the end, or behind a fault, is not obeyed: each message could cost a wait.
+            if self.closed.is_some() {
+                break;
+            }
             activity = Activity::Busy;
             if let Some(event) = self.events.as_slice().get(index).copied() {
                 self.handle(event);
                 // A register read that comes behind the end of a DMA finds the device knowing of it.
                 self.tell_finished();
+                if let Some(reason) = self.bus.fault() {
+                    self.close(reason);
+                }
             }
         }
         if self.closed.is_some() {
