@@ -247,3 +247,25 @@ fn a_session_that_never_rests_stops_when_it_is_told() {
     drop(borrower);
     assert_eq!(reason, Ok(CloseReason::Local));
 }
+
+#[test]
+fn refused_maps_do_not_use_up_the_memories_that_a_borrower_may_offer() {
+    let mut steps = Steps::new();
+    let window = |memory, access| {
+        let memory = WindowMemory::Mapped { memory, offset: 0, proven: true };
+        Window { iova: Iova(0), len: 4096, access, memory }
+    };
+    let readable = || {
+        let memory = Memory::memfd("guest", 4096).unwrap();
+        let (fd, _) = memory.file().unwrap();
+        Memory::map_file(fd.try_clone_to_owned().unwrap(), 0, 4096, false).unwrap()
+    };
+    steps.meanwhile(|borrower, host| {
+        // More than the 1,024 that a lender takes; each is offered, and then its window asks for more than it allows.
+        for _ in 0..1100 {
+            let error = borrower.map(window(readable(), Access::READ_WRITE), host).unwrap_err();
+            assert!(error.to_string().contains("cannot be used there"), "{error}");
+        }
+        borrower.map(window(readable(), Access::READ), host).unwrap();
+    });
+}
