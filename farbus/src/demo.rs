@@ -27,7 +27,12 @@ pub fn run(args: &DemoArgs) -> anyhow::Result<()> {
     if !(0.0..=3600.0).contains(&args.seconds) {
         bail!("--seconds takes 0 to 3600");
     }
-    let folder = scratch_folder()?;
+    // The original, where it is packed here, and the two copies.
+    let (copies, length) = match &args.image {
+        Some(image) => (2_u64, image_bytes(image)?),
+        None => (3, DEMO_BYTES),
+    };
+    let folder = scratch_folder(copies * length)?;
     let original = original_image(args, folder.path())?;
     let (native_copy, remote_copy) = (folder.path().join("native.img"), folder.path().join("remote.img"));
     copy_with_progress(&original, &[&native_copy, &remote_copy])?;
@@ -58,9 +63,8 @@ pub fn run(args: &DemoArgs) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// A folder for two copies of the image: in memory where there is room, so that the disk does not decide the comparison.
-fn scratch_folder() -> anyhow::Result<tempfile::TempDir> {
-    let needed = 4 * DEMO_BYTES;
+/// A folder for `needed` bytes of images: in memory where there is room, so that the disk does not decide the comparison.
+fn scratch_folder(needed: u64) -> anyhow::Result<tempfile::TempDir> {
     let in_memory = Path::new("/dev/shm");
     let room = rustix::fs::statvfs(in_memory).map(|stat| stat.f_bavail * stat.f_frsize).unwrap_or(0);
     let builder = |folder: &Path| tempfile::Builder::new().prefix("farbus-demo-").tempdir_in(folder);
@@ -69,15 +73,22 @@ fn scratch_folder() -> anyhow::Result<tempfile::TempDir> {
     {
         return Ok(folder);
     }
-    builder(&std::env::temp_dir()).context("cannot make a folder for the images: set TMPDIR to one with 1 GiB of room")
+    builder(&std::env::temp_dir()).with_context(|| {
+        format!("cannot make a folder for the images: set TMPDIR to one with {} MiB of room", needed.div_ceil(1 << 20))
+    })
+}
+
+/// The length of an image that the demo can use.
+fn image_bytes(image: &Path) -> anyhow::Result<u64> {
+    let length = std::fs::metadata(image).with_context(|| format!("cannot read {}", image.display()))?.len();
+    if length < 2 * 1024 * 1024 || length % UNIT_BYTES != 0 {
+        bail!("{} has {length} bytes: the demo needs a multiple of {UNIT_BYTES}, at least 2 MiB", image.display());
+    }
+    Ok(length)
 }
 
 fn original_image(args: &DemoArgs, folder: &Path) -> anyhow::Result<PathBuf> {
     if let Some(image) = &args.image {
-        let length = std::fs::metadata(image).with_context(|| format!("cannot read {}", image.display()))?.len();
-        if length < 2 * 1024 * 1024 || length % UNIT_BYTES != 0 {
-            bail!("{} has {length} bytes: the demo needs a multiple of {UNIT_BYTES}, at least 2 MiB", image.display());
-        }
         return Ok(image.clone());
     }
     let path = folder.join("original.img");

@@ -191,6 +191,26 @@ fn a_thousand_windows_into_one_file_are_one_mapping() {
 }
 
 #[test]
+fn a_file_that_the_devices_side_refuses_is_reached_by_messages_and_not_offered_again() {
+    let server = serve(Options::default());
+    server.device.state().refuses_files = true;
+    let mut client = server.client();
+    let memory = Memory::memfd("guest", 0x4000).unwrap();
+    for page in 0..4 {
+        client.dma_map(page * 0x2000, 0x1000, 3, Some((memory.file().unwrap().0, page * 0x1000))).unwrap();
+    }
+    let state = server.device.state();
+    assert_eq!((state.windows.len(), state.refused), (4, 1));
+    assert!(state.windows.iter().all(|window| matches!(window.memory, WindowMemory::Mediated)));
+    drop(state);
+    // With its last window what was known of it is forgotten.
+    client.dma_unmap(0, 0, UNMAP_ALL).unwrap();
+    server.device.state().refuses_files = false;
+    client.dma_map(0, 0x1000, 3, Some((memory.file().unwrap().0, 0))).unwrap();
+    assert!(matches!(server.device.state().windows[0].memory, WindowMemory::Mapped { .. }));
+}
+
+#[test]
 fn a_file_that_grew_is_mapped_anew() {
     let server = serve(Options::default());
     let mut client = server.client();

@@ -9,7 +9,7 @@ mod common;
 use std::sync::mpsc::channel;
 use std::time::Duration;
 
-use common::{COMMAND, CopyEngine, LEN, RAISE, Recorder, Seen, bar0};
+use common::{COMMAND, CopyEngine, DIE, LEN, RAISE, Recorder, Seen, bar0};
 use farbus_remote_dma::lender::PollOptions;
 use farbus_remote_dma::native::{Native, ThreadedNative};
 use farbus_remote_dma::{Attachment, ResetKind, Width};
@@ -50,5 +50,18 @@ fn a_reset_is_answered_while_more_vectors_wait_than_the_ring_holds() {
             raise(&mut native, &mut host, vector);
         }
         native.reset(ResetKind::Function, &mut host).unwrap();
+    });
+}
+
+#[test]
+fn stores_to_a_device_whose_thread_died_do_not_hang_the_guest() {
+    in_time(|mut native, mut host| {
+        native.bar_write(bar0(COMMAND), Width::B8, DIE, &mut host);
+        for value in 0..600 {
+            native.bar_write(bar0(LEN), Width::B8, value, &mut host);
+        }
+        assert!(native.gone().is_some());
+        assert!(native.reset(ResetKind::Function, &mut host).is_err());
+        assert_eq!(native.bar_read(bar0(LEN), Width::B8, &mut host), u64::MAX);
     });
 }

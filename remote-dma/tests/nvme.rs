@@ -478,3 +478,21 @@ fn all_64_queue_pairs_work() {
     }
     assert_eq!(driver.bus.interrupts.iter().filter(|vector| **vector == 64).count(), 1);
 }
+
+#[test]
+fn data_lost_after_its_success_was_said_stops_the_controller_until_a_reset() {
+    let mut driver = Driver::ready(in_memory(&image()), TestBus::new(32 << 20).late(3), 1, 16);
+    let page = driver.pages(1);
+    driver.bus.late_writes_fault = true;
+    driver.put(1, &read_at(page, 0));
+    driver.ring(1);
+    driver.settle();
+    let counters = *driver.nvme.counters();
+    assert_eq!((counters.completed, counters.errors, counters.late_faults, counters.fatal), (2 + 1, 0, 1, 1));
+    assert_eq!(driver.status() & 2, 2, "CSTS.CFS");
+    driver.bus.late_writes_fault = false;
+    driver.disable();
+    driver.enable();
+    assert_eq!(driver.create(1, 16), 0);
+    assert_eq!(driver.run(1, read_at(page, 0)).status, 0);
+}

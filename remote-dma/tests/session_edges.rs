@@ -13,13 +13,14 @@ use std::time::Duration;
 use common::{BUFFER_BYTES, COMMAND, CopyEngine, DONE, FAULTS, IOVA, LEN, READ, Recorder, Seen, WRITE, bar0, description};
 use farbus_remote_dma::borrower::{BorrowerOptions, BorrowerSession};
 use farbus_remote_dma::lender::{LenderSession, PollOptions};
+use farbus_remote_dma::message::ToLender;
 use farbus_remote_dma::wait::Waker;
 use farbus_remote_dma::{
     Activity, AttachError, Attachment, Backend, BarAddress, Bus, DeviceDescription, DmaFault, DmaTag, InterruptMode, Iova,
     MediationAnswer, ResetKind, Width, Window, WindowMemory,
 };
 use farbus_transport::shm::{ShmFabric, ShmOptions};
-use farbus_transport::{Access, CloseReason, Event, Events, Fabric, Memory, Nanos, Op, Signal};
+use farbus_transport::{Access, CloseReason, Event, Events, Fabric, Grant, Memory, Nanos, Op, Signal};
 
 /// Both sides in one thread, so that what arrives together is up to the test.
 struct Steps {
@@ -168,6 +169,22 @@ fn a_borrower_hears_that_its_session_failed_only_when_nothing_touches_its_memory
     assert!(closed());
 }
 
+#[test]
+fn memory_that_is_announced_and_never_delivered_ends_the_session_and_nothing_behind_it_is_obeyed() {
+    let (lender, mut borrower) = ShmFabric::pair(ShmOptions::default()).unwrap();
+    let mut session = LenderSession::new(lender, Box::new(CopyEngine::new())).map_err(|(error, _)| error).unwrap();
+    let grant = |key| Grant { key, len: 1 << 20, access: Access::READ_WRITE };
+    let offer = ToLender::Offer { sequence: 1, memory: grant(u64::MAX), dirty: grant(u64::MAX - 1), proven: true };
+    let store = ToLender::BarWrite { at: bar0(LEN), width: Width::B8, value: 1 };
+    for message in [store, offer, store] {
+        borrower.post(Signal::No, Op::Send { message: message.encode().as_slice() }).unwrap();
+    }
+    session.pump(Nanos::now());
+    assert_eq!(session.closed(), Some(CloseReason::Protocol("memory that was announced and not delivered")));
+    assert_eq!(session.counters().bar_writes, 1, "what came behind the fault");
+    session.end();
+}
+
 /// A device that always has something to do.
 struct Restless(CopyEngine);
 
@@ -229,4 +246,26 @@ fn a_session_that_never_rests_stops_when_it_is_told() {
     // Dropped only now: its goodbye must not be what ends the session. It also ends a thread that does not stop.
     drop(borrower);
     assert_eq!(reason, Ok(CloseReason::Local));
+}
+
+#[test]
+fn refused_maps_do_not_use_up_the_memories_that_a_borrower_may_offer() {
+    let mut steps = Steps::new();
+    let window = |memory, access| {
+        let memory = WindowMemory::Mapped { memory, offset: 0, proven: true };
+        Window { iova: Iova(0), len: 4096, access, memory }
+    };
+    let readable = || {
+        let memory = Memory::memfd("guest", 4096).unwrap();
+        let (fd, _) = memory.file().unwrap();
+        Memory::map_file(fd.try_clone_to_owned().unwrap(), 0, 4096, false).unwrap()
+    };
+    steps.meanwhile(|borrower, host| {
+        // More than the 1,024 that a lender takes; each is offered, and then its window asks for more than it allows.
+        for _ in 0..1100 {
+            let error = borrower.map(window(readable(), Access::READ_WRITE), host).unwrap_err();
+            assert!(error.to_string().contains("cannot be used there"), "{error}");
+        }
+        borrower.map(window(readable(), Access::READ), host).unwrap();
+    });
 }

@@ -7,7 +7,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
-use farbus_remote_dma::{Iova, MapError, Window, WindowMemory};
+use farbus_remote_dma::{AttachmentError, Iova, MapError, Window, WindowMemory};
 use farbus_transport::{Access, Memory, MemoryError};
 use rustix::fs::FileType;
 use rustix::io::Errno;
@@ -49,7 +49,8 @@ impl Maps {
     ///
     /// # Errors
     /// `EEXIST` for addresses that are mapped, `EINVAL` for a range, flags or file offset that cannot be mapped, `ENOSPC` for too many
-    /// maps, `ENOMEM` where the device's side cannot take the memory, `ENODEV` where it is gone.
+    /// maps, `ENOMEM` where the device's side cannot take the memory, `ENODEV` where it is gone. A file that it refuses is no error: the
+    /// window is mediated.
     pub(super) fn map<D: Served>(&mut self, device: &mut D, map: &DmaMap, fds: Vec<OwnedFd>) -> Result<(), Errno> {
         let end = checked_range(map.address, map.size)?;
         if map.flags == 0 || map.flags & !(MAP_READABLE | MAP_WRITEABLE) != 0 || fds.len() > 1 {
@@ -81,7 +82,26 @@ impl Maps {
             access: Access { read: map.flags & MAP_READABLE != 0, write: writeable },
             memory,
         };
-        if let Err(error) = device.map(window) {
+        let mapped = match (device.map(window.clone()), &file) {
+            (Err(MapError::Attachment(AttachmentError::Refused(why))), Some((key, _))) => {
+                // The client cannot do without its memory, and by messages it is right, only slow.
+                let mediated = device.map(Window { memory: WindowMemory::Mediated, ..window });
+                if mediated.is_ok() {
+                    tracing::warn!(
+                        why,
+                        "the device's side refused a map's file: its memory is reached by messages, which is slow; give the guest \
+                         memory-backend-memfd with share=on, or lend with --accept-unsealed"
+                    );
+                    if let Some(shown) = self.files.get_mut(key).filter(|shown| shown.windows == 0) {
+                        // Nor is it offered again for each further window.
+                        shown.trust = Trust::NotShared;
+                    }
+                }
+                mediated
+            }
+            (mapped, _) => mapped,
+        };
+        if let Err(error) = mapped {
             tracing::warn!(%error, "a map was refused");
             self.forget_unused_files();
             return Err(errno(&error));

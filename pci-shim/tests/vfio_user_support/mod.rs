@@ -55,6 +55,10 @@ pub struct State {
     pub gone: Option<CloseReason>,
     /// Claims to hold interrupts back itself, which it does not.
     pub claims_order: bool,
+    /// Takes no window into a file, as a lender does whose borrower's memory is not sealed.
+    pub refuses_files: bool,
+    /// Windows refused for that.
+    pub refused: usize,
 }
 
 pub struct Scripted {
@@ -192,6 +196,10 @@ impl Served for Scripted {
 
     fn map(&mut self, window: Window) -> Result<(), MapError> {
         let mut state = self.state.lock().unwrap();
+        if state.refuses_files && matches!(window.memory, WindowMemory::Mapped { .. }) {
+            state.refused += 1;
+            return Err(AttachmentError::Refused("the memory is not sealed").into());
+        }
         state.windows.push(window);
         let mut distinct: Vec<*const Memory> = vec![];
         for window in &state.windows {

@@ -98,6 +98,11 @@ impl Memories {
         Ok(())
     }
 
+    /// Whether an offer has no window.
+    pub(super) fn is_unused(&self, key: u64) -> bool {
+        self.by_key(Some(key)).is_some_and(|offered| offered.windows == 0)
+    }
+
     /// Removes windows; the keys of memories that no window uses any more come back.
     pub(super) fn remove(&mut self, iova: Iova, len: u64) -> Result<Vec<u64>, MapError> {
         let mut unused = Vec::new();

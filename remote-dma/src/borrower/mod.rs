@@ -266,6 +266,16 @@ impl<F: Fabric> BorrowerSession<F> {
         }
     }
 
+    /// Takes back an offer that no window uses.
+    fn withdraw(&mut self, key: u64, host: &mut dyn Host) -> Result<(), MapError> {
+        if self.gone.is_none() {
+            let sequence = self.next_sequence();
+            self.ask(sequence, ToLender::Withdraw { sequence, key }, host)?;
+        }
+        self.memories.forget(&mut self.link.fabric, key);
+        Ok(())
+    }
+
     /// Whether the device's side can no longer touch guest memory because nobody is there.
     fn nobody_is_there(&self) -> bool {
         matches!(self.gone, Some(CloseReason::PeerGone | CloseReason::PeerClosed))
@@ -348,8 +358,17 @@ impl<F: Fabric> Attachment for BorrowerSession<F> {
             }
         };
         let sequence = self.next_sequence();
-        self.ask(sequence, ToLender::Map { sequence, iova, len, memory: key, offset, access }, host)?;
-        self.memories.insert(window, key)
+        let mapped = self.ask(sequence, ToLender::Map { sequence, iova, len, memory: key, offset, access }, host);
+        let mapped = mapped.and_then(|()| self.memories.insert(window, key));
+        // Where the link is gone as well, whether the lender uses it cannot be known: it stays until the session is dropped.
+        if mapped.is_err()
+            && self.gone.is_none()
+            && let Some(key) = key.filter(|key| self.memories.is_unused(*key))
+            && let Err(error) = self.withdraw(key, host)
+        {
+            tracing::warn!(%error, key, "memory that no window uses could not be withdrawn");
+        }
+        mapped
     }
 
     fn unmap(&mut self, iova: Iova, len: u64, host: &mut dyn Host) -> Result<(), MapError> {
@@ -361,11 +380,7 @@ impl<F: Fabric> Attachment for BorrowerSession<F> {
             self.ask(sequence, ToLender::Unmap { sequence, iova, len }, host)?;
         }
         for key in self.memories.remove(iova, len)? {
-            if self.gone.is_none() {
-                let sequence = self.next_sequence();
-                self.ask(sequence, ToLender::Withdraw { sequence, key }, host)?;
-            }
-            self.memories.forget(&mut self.link.fabric, key);
+            self.withdraw(key, host)?;
         }
         Ok(())
     }

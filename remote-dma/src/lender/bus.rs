@@ -134,7 +134,11 @@ impl<F: Fabric> LenderBus<F> {
     }
 
     pub(super) fn offer(&mut self, memory: Grant, dirty: Grant, proven: bool) -> Outcome {
-        self.windows.offer(&mut self.link.fabric, memory, dirty, proven)
+        self.windows.offer(&mut self.link.fabric, memory, dirty, proven).unwrap_or_else(|missing| {
+            tracing::error!(%missing, "the borrower announced memory that it did not deliver");
+            self.fault = Some(CloseReason::Protocol("memory that was announced and not delivered"));
+            Outcome::Grant
+        })
     }
 
     pub(super) fn map_window(&mut self, iova: Iova, len: u64, key: Option<u64>, offset: u64, access: Access) -> Outcome {

@@ -86,10 +86,17 @@ impl<F: Fabric> LenderSession<F> {
         self.bus.poll(&mut events);
         let mut activity = Activity::Idle(None);
         for event in events.as_slice() {
+            // What comes behind the end, or behind a fault, is not obeyed: each message could cost a wait.
+            if self.closed.is_some() {
+                break;
+            }
             activity = Activity::Busy;
             self.handle(event);
             // A register read that comes behind the end of a DMA finds the device knowing of it.
             self.tell_finished();
+            if let Some(reason) = self.bus.fault() {
+                self.close(reason);
+            }
         }
         self.events = events;
         if self.closed.is_some() {

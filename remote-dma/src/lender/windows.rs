@@ -6,7 +6,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use farbus_transport::{Access, Fabric, Grant, Mapped, RemoteRegion};
+use farbus_transport::{Access, Fabric, Grant, GrantError, Mapped, RemoteRegion};
 
 use super::InUse;
 use crate::address::Iova;
@@ -55,12 +55,23 @@ impl Windows {
         Self { map: IovaMap::default(), offered: BTreeMap::new(), in_use: Arc::new(()) }
     }
 
-    pub(super) fn offer<F: Fabric>(&mut self, fabric: &mut F, memory: Grant, dirty: Grant, proven: bool) -> Outcome {
+    /// Takes memory into use, or answers why not.
+    ///
+    /// # Errors
+    /// [`GrantError::Missing`]: the borrower announced memory that it did not deliver. Waiting for it blocks the session for seconds, so
+    /// whoever does that once must not be able to do it again.
+    pub(super) fn offer<F: Fabric>(
+        &mut self,
+        fabric: &mut F,
+        memory: Grant,
+        dirty: Grant,
+        proven: bool,
+    ) -> Result<Outcome, GrantError> {
         if self.offered.len() >= MAX_OFFERED {
-            return Outcome::TooMany;
+            return Ok(Outcome::TooMany);
         }
         if self.offered.contains_key(&memory.key) || dirty.len < DirtyLog::log_bytes(memory.len) {
-            return Outcome::Grant;
+            return Ok(Outcome::Grant);
         }
         let imported = fabric.import(&memory).and_then(|region| match fabric.import(&dirty) {
             Ok(dirty_region) => Ok((region, dirty_region)),
@@ -71,9 +82,10 @@ impl Windows {
         });
         let (region, dirty_region) = match imported {
             Ok(regions) => regions,
+            Err(missing @ GrantError::Missing { .. }) => return Err(missing),
             Err(error) => {
                 tracing::warn!(%error, key = memory.key, "the borrower's memory cannot be used");
-                return Outcome::Grant;
+                return Ok(Outcome::Grant);
             }
         };
         let (mapped, log) = if fabric.limits().peer_mappable {
@@ -84,10 +96,10 @@ impl Windows {
         if fabric.limits().peer_mappable && (mapped.is_none() || log.is_none()) {
             fabric.release(region);
             fabric.release(dirty_region);
-            return Outcome::Grant;
+            return Ok(Outcome::Grant);
         }
         self.offered.insert(memory.key, Offered { direct: Direct { region, mapped, dirty: log }, dirty_region, proven });
-        Outcome::Done
+        Ok(Outcome::Done)
     }
 
     pub(super) fn map(&mut self, iova: Iova, len: u64, key: Option<u64>, offset: u64, access: Access) -> Outcome {

@@ -147,14 +147,29 @@ impl ThreadedNative {
         let (answer, answered) = channel();
         let gone = || AttachmentError::Gone(CloseReason::PeerGone);
         self.control.send(make(answer)).map_err(|_| gone())?;
-        self.out.push(kind::CONTROL, &[]);
-        self.out.flush();
+        self.push(kind::CONTROL, &[]);
         answered.recv().map_err(|_| gone())?
     }
 
     fn send(&mut self, message: ToLender) {
         let encoded = message.encode();
-        self.out.push(kind::MESSAGE, encoded.as_slice());
+        self.push(kind::MESSAGE, encoded.as_slice());
+    }
+
+    /// Waits for room as long as there is somebody to make it; what a dead device's thread would have taken is dropped.
+    fn push(&mut self, kind: u8, bytes: &[u8]) {
+        /// Rounds between two looks at whether the thread still runs.
+        const ROUNDS_PER_LOOK: u32 = 1024;
+        let mut rounds = 0_u32;
+        while !self.out.try_push(kind, bytes) {
+            self.out.flush();
+            std::thread::yield_now();
+            rounds = rounds.wrapping_add(1);
+            if rounds.is_multiple_of(ROUNDS_PER_LOOK) && !self.is_alive() {
+                tracing::warn!("the thread of a device is gone: what it was told is dropped");
+                return;
+            }
+        }
         self.out.flush();
     }
 
@@ -263,8 +278,7 @@ impl Attachment for ThreadedNative {
 impl Drop for ThreadedNative {
     fn drop(&mut self) {
         if self.control.send(Control::End).is_ok() {
-            self.out.push(kind::CONTROL, &[]);
-            self.out.flush();
+            self.push(kind::CONTROL, &[]);
         }
         if let Some(thread) = self.thread.take()
             && thread.join().is_err()

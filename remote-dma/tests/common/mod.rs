@@ -31,6 +31,8 @@ pub const BUFFER_BYTES: u64 = 64 << 10;
 pub const READ: u64 = 1;
 pub const WRITE: u64 = 2;
 pub const RAISE: u64 = 3;
+/// The device has a bug and takes its thread with it.
+pub const DIE: u64 = 4;
 
 pub fn description() -> DeviceDescription {
     DeviceDescription {
@@ -76,6 +78,7 @@ impl CopyEngine {
             READ => bus.dma_read(DmaTag(READ), iova, region.span(from, len, Access::WRITE).unwrap()),
             WRITE => bus.dma_write(DmaTag(WRITE), iova, region.span(from, len, Access::READ).unwrap()),
             RAISE => return bus.interrupt(len as u16),
+            DIE => panic!("a device's bug"),
             _ => return,
         };
         match result {

@@ -49,6 +49,8 @@ pub struct TestBus {
     pub dmas: u64,
     /// Late DMAs that end with a fault, of 1,000.
     pub late_faults_permille: u64,
+    /// Late data writes all end with a fault; reads and completions do not.
+    pub late_writes_fault: bool,
     /// Breaks the seam's promise: completions may overtake the data written before them.
     pub overtaking: bool,
     late: Option<Random>,
@@ -69,6 +71,7 @@ impl TestBus {
             direct: Vec::new(),
             dmas: 0,
             late_faults_permille: 0,
+            late_writes_fault: false,
             overtaking: false,
             late: None,
             queue: Vec::new(),
@@ -103,7 +106,9 @@ impl TestBus {
                 Some(random) if self.late_faults_permille > 0 => random.below(1000) < self.late_faults_permille,
                 _ => false,
             };
-            let (tag, iova) = match self.queue.remove(pick) {
+            let late = self.queue.remove(pick);
+            let fault = fault || self.late_writes_fault && matches!(late, Late::Write { .. });
+            let (tag, iova) = match late {
                 Late::Read { tag, iova, into } => {
                     if !fault {
                         self.copy(iova, into, true);

@@ -5,7 +5,7 @@
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
-use std::os::unix::fs::{FileTypeExt, PermissionsExt};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -84,6 +84,8 @@ pub struct Connection {
 pub struct Listener {
     listener: UnixListener,
     path: PathBuf,
+    /// Device and inode of the socket that was made at `path`: what is there later may be another lender's.
+    identity: (u64, u64),
 }
 
 impl Listener {
@@ -109,7 +111,8 @@ impl Listener {
             }
         }
         let listener = UnixListener::bind(&path).map_err(host("listen at"))?;
-        let own = Self { listener, path: path.clone() };
+        let identity = std::fs::symlink_metadata(&path).map(|made| identity(&made)).map_err(host("look at"))?;
+        let own = Self { listener, path: path.clone(), identity };
         std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o600)).map_err(host("protect"))?;
         Ok(own)
     }
@@ -164,10 +167,23 @@ impl AsFd for Listener {
 
 impl Drop for Listener {
     fn drop(&mut self) {
-        if let Err(error) = std::fs::remove_file(&self.path) {
+        // Our inode is kept alive by the listening socket, so no other file can have its number by now.
+        let removed = match std::fs::symlink_metadata(&self.path) {
+            Ok(found) if identity(&found) != self.identity => {
+                tracing::info!(path = %self.path.display(), "the socket's place was taken by another, which is left alone");
+                return;
+            }
+            Ok(_) => std::fs::remove_file(&self.path),
+            Err(error) => Err(error),
+        };
+        if let Err(error) = removed {
             tracing::debug!(%error, path = %self.path.display(), "the socket was removed already");
         }
     }
+}
+
+fn identity(file: &std::fs::Metadata) -> (u64, u64) {
+    (file.dev(), file.ino())
 }
 
 /// Connects to a lender at `path`.
@@ -252,6 +268,19 @@ mod tests {
         let error = borrower.join().unwrap().unwrap_err();
         let ListenError::Refused { agreed, .. } = error else { panic!("{error}") };
         assert_eq!(agreed.features, 0b10);
+    }
+
+    #[test]
+    fn a_lender_that_ends_leaves_the_socket_of_the_next_one() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("link");
+        let first = Listener::bind(&path).unwrap();
+        std::fs::remove_file(&path).unwrap();
+        let second = Listener::bind(&path).unwrap();
+        drop(first);
+        assert!(path.exists(), "the second lender's socket");
+        drop(second);
+        assert!(!path.exists(), "its own");
     }
 
     #[test]

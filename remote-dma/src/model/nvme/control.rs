@@ -26,23 +26,23 @@ impl Nvme {
             return;
         }
         match width {
-            Width::B4 => self.dword_write(at, value as u32, bus),
+            Width::B4 => self.dword_write(at, value as u32),
             Width::B8 => {
-                self.dword_write(at, value as u32, bus);
-                self.dword_write(at + 4, (value >> 32) as u32, bus);
+                self.dword_write(at, value as u32);
+                self.dword_write(at + 4, (value >> 32) as u32);
             }
             Width::B1 | Width::B2 => self.counters.ignored_accesses += 1,
         }
     }
 
-    fn dword_write(&mut self, at: u64, value: u32, bus: &mut dyn Bus) {
+    fn dword_write(&mut self, at: u64, value: u32) {
         let registers = &mut self.registers;
         let low = |old: u64| old & !0xffff_ffff | u64::from(value & 0xffff_f000);
         let high = |old: u64| old & 0xffff_ffff | u64::from(value) << 32;
         match at {
             offset::INTMS => registers.masked |= value,
             offset::INTMC => registers.masked &= !value,
-            offset::CC => self.configure(Configuration(value & 0x00ff_fff1), bus),
+            offset::CC => self.configure(Configuration(value & 0x00ff_fff1)),
             offset::AQA => registers.admin_attributes = value & 0x0fff_0fff,
             offset::ASQ => registers.admin_submission = low(registers.admin_submission),
             0x2c => registers.admin_submission = high(registers.admin_submission),
@@ -53,7 +53,7 @@ impl Nvme {
         }
     }
 
-    fn configure(&mut self, new: Configuration, bus: &mut dyn Bus) {
+    fn configure(&mut self, new: Configuration) {
         let old = std::mem::replace(&mut self.registers.configuration, new);
         match (old.enabled(), new.enabled()) {
             (false, true) if self.life == Life::Disabled => self.enable(),
@@ -68,7 +68,6 @@ impl Nvme {
         if new.shutdown() != 0 && old.shutdown() == 0 {
             self.shut_down();
         }
-        let _ = bus;
     }
 
     fn enable(&mut self) {

@@ -268,11 +268,19 @@ impl Nvme {
         let Some(slot) = self.slots.get_mut(index) else { return };
         slot.outstanding = slot.outstanding.saturating_sub(1);
         if result.is_err() {
-            let completed = matches!(slot.phase, Phase::Drain | Phase::Full | Phase::Timer);
-            if completed {
+            // A command that failed anyway promised nothing, and one whose entry is still to be posted can say so in it.
+            let promised = slot.phase == Phase::Drain && slot.to_guest && slot.status.is_success();
+            if matches!(slot.phase, Phase::Drain | Phase::Full | Phase::Timer) {
                 self.counters.late_faults += 1;
-            } else {
+            }
+            if slot.phase != Phase::Drain {
                 slot.status = Status::DATA_TRANSFER_ERROR;
+            }
+            if promised && running {
+                // The entry that says success is out and cannot be taken back: the driver must trust nothing of this controller.
+                tracing::error!(index, "data was lost after its command was completed: the controller stops until it is reset");
+                self.fail();
+                return;
             }
         }
         if slot.outstanding > 0 || !running {
