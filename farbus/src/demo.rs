@@ -13,14 +13,17 @@ use std::time::Duration;
 
 use anyhow::{Context, bail};
 use farbus_bench::image::{DEMO_BYTES, pack, sources};
-use farbus_bench::measure::{LEAST_ROUNDS, interleave};
+use farbus_bench::measure::interleave;
 use farbus_bench::report::{CaseReport, DemoReport, Distribution, all_latencies, demo_table, latency_picture};
 use farbus_bench::workload::{Budget, CASES, Progress, UNIT_BYTES};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 use self::lender::LenderProcess;
-use self::sides::{DriverSide, native, remote};
+use self::sides::{Cores, DriverSide, native, remote};
 use crate::cli::DemoArgs;
+
+/// Rounds of each case and side: more than the fewest, because a demo is seldom alone on its machine.
+const ROUNDS: usize = 7;
 
 /// Runs the demo.
 pub fn run(args: &DemoArgs) -> anyhow::Result<()> {
@@ -37,15 +40,18 @@ pub fn run(args: &DemoArgs) -> anyhow::Result<()> {
     let (native_copy, remote_copy) = (folder.path().join("native.img"), folder.path().join("remote.img"));
     copy_with_progress(&original, &[&native_copy, &remote_copy])?;
 
-    let lender = LenderProcess::start(&remote_copy, &folder.path().join("link"))?;
+    let cores = Cores::new();
+    let lender = LenderProcess::start(&remote_copy, &folder.path().join("link"), cores.device())?;
     let mut remote = remote(lender.address(), &original)?;
-    let mut native = native(&native_copy, &original)?;
+    let mut native = native(&native_copy, &original, cores)?;
+    let pinned = cores.drive()?;
     let mut bytes_verified = verify(&mut remote, "verifying every block, remote")?;
     bytes_verified += verify(&mut native, "verifying every block, native")?;
 
     let report = measure(args, &mut native, &mut remote)?;
     bytes_verified += verify(&mut remote, "verifying what was written, remote")?;
     bytes_verified += verify(&mut native, "verifying what was written, native")?;
+    drop(pinned);
     native.shut_down()?;
     remote.shut_down()?;
     lender.end()?;
@@ -128,14 +134,14 @@ fn verify(side: &mut DriverSide, what: &'static str) -> anyhow::Result<u64> {
 type Measured = (Vec<CaseReport>, Vec<Distribution>);
 
 fn measure(args: &DemoArgs, native: &mut DriverSide, remote: &mut DriverSide) -> anyhow::Result<Measured> {
-    let round = Budget::Time(Duration::from_secs_f64(args.seconds / LEAST_ROUNDS as f64));
+    let round = Budget::Time(Duration::from_secs_f64(args.seconds / ROUNDS as f64));
     let bar = progress_bar("measuring");
-    bar.set_length(2 * (CASES.len() * LEAST_ROUNDS) as u64);
+    bar.set_length(2 * (CASES.len() * ROUNDS) as u64);
     let (mut reports, mut distributions) = (Vec::new(), Vec::new());
     for case in CASES {
         bar.set_message(case.name);
         let pairs = interleave(
-            LEAST_ROUNDS,
+            ROUNDS,
             |_| native.run(case, round).inspect(|_| bar.inc(1)),
             |_| remote.run(case, round).inspect(|_| bar.inc(1)),
         )?;

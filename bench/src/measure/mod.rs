@@ -16,8 +16,7 @@ pub(crate) use calibrate::COPIES_PER_LOOK;
 pub use calibrate::{cache_line_round_trip, memcpy_bandwidth, memcpy_hot};
 pub use handshake::{Wake, Wakes, eventfd_sleeper, eventfd_wake, socket_ping_pong};
 pub use latencies::{Latencies, Stopwatch};
-pub(crate) use pin::two_cores;
-pub use pin::{PinError, Pinned, cores, pin_to};
+pub use pin::{PinError, Pinned, cores, pin_to, two_cores};
 pub use rounds::{LEAST_ROUNDS, Pairs, Series, interleave};
 pub use syscalls::{SyscallCounts, SyscallError, count_syscalls};
 

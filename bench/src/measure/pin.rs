@@ -34,7 +34,10 @@ pub fn cores() -> Result<Vec<usize>, PinError> {
 }
 
 /// Two different cores for the two sides of a measurement.
-pub(crate) fn two_cores() -> Result<[usize; 2], PinError> {
+///
+/// # Errors
+/// [`PinError::TooFew`] where this thread may use only one, [`PinError::Unknown`].
+pub fn two_cores() -> Result<[usize; 2], PinError> {
     match cores()?.as_slice() {
         [first, second, ..] => Ok([*first, *second]),
         fewer => Err(PinError::TooFew(fewer.len())),

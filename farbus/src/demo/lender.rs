@@ -10,6 +10,9 @@ use anyhow::{Context, anyhow, bail};
 
 use crate::link_address::LinkAddress;
 
+/// Longer than any pause inside a round, so that the device's thread does not sleep while it is measured; as the native device's.
+const SPIN: &str = "2ms";
+
 /// A running `farbus lend`.
 pub struct LenderProcess {
     child: Child,
@@ -17,8 +20,8 @@ pub struct LenderProcess {
 }
 
 impl LenderProcess {
-    /// Lends `image` at `socket`; returns when it listens.
-    pub fn start(image: &Path, socket: &Path) -> anyhow::Result<Self> {
+    /// Lends `image` at `socket`, from `core` where one is given; returns when it listens.
+    pub fn start(image: &Path, socket: &Path, core: Option<usize>) -> anyhow::Result<Self> {
         let image = image
             .to_str()
             .filter(|path| !path.contains(','))
@@ -26,18 +29,18 @@ impl LenderProcess {
         let address = LinkAddress::Shm(socket.to_path_buf());
         let program = std::env::current_exe().context("cannot find this program to start it again")?;
         let mut child = Command::new(program)
-            // Longer than any pause inside a round: the device's thread does not sleep while it is measured.
             .args([
                 "lend",
                 "--once",
                 "--json",
                 "--spin",
-                "5ms",
+                SPIN,
                 "--device",
                 &format!("nvme:{image}"),
                 "--listen",
                 &address.to_string(),
             ])
+            .args(core.map(|core| format!("--core={core}")))
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .spawn()

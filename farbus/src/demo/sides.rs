@@ -1,6 +1,7 @@
 //! The two sides of a comparison: the same driver and the same cases over a device in this process and over a borrowed one.
 //!
-//! The native device has a thread of its own, as hardware has; the remote one is a `farbus lend` process. Everything else is equal.
+//! The native device has a thread of its own, as hardware has; the remote one is a `farbus lend` process. Everything else is equal: both
+//! devices have the second core, one at a time, and the driver has the first.
 
 use std::fs::File;
 use std::path::Path;
@@ -9,6 +10,7 @@ use std::time::Duration;
 use anyhow::Context;
 use farbus_bench::driver::{DmaMemory, Driver, DriverOptions, QueueIndex};
 use farbus_bench::function::FunctionRegisters;
+use farbus_bench::measure::{Pinned, pin_to, two_cores};
 use farbus_bench::workload::{Budget, Case, CaseRun, Contents, Progress, Verified, Workload};
 use farbus_pci_shim::RecorderSink;
 use farbus_remote_dma::borrower::BorrowerOptions;
@@ -27,6 +29,33 @@ const DRIVER_BYTES: u64 = 16 << 20;
 const DRIVER_BASE: Iova = Iova(0x1_0000_0000);
 const QUEUE: QueueIndex = QueueIndex(1);
 
+/// How long a side polls before it sleeps: longer than its pauses while it is measured, so that it never does then; short, so that it soon
+/// leaves its core to the other side.
+const SPIN: Duration = Duration::from_millis(2);
+/// Before a round counts: as long as it takes until caches and clocks are as they stay.
+const WARM_UP: Budget = Budget::Time(Duration::from_millis(20));
+
+/// Where things run; on a machine with one core, wherever the kernel puts them.
+#[derive(Clone, Copy, Debug)]
+pub struct Cores(Option<[usize; 2]>);
+
+impl Cores {
+    /// The first two.
+    pub fn new() -> Self {
+        Self(two_cores().inspect_err(|error| tracing::warn!(%error, "the two sides of each link share a core")).ok())
+    }
+
+    /// Keeps the calling thread where the driver runs.
+    pub fn drive(self) -> anyhow::Result<Option<Pinned>> {
+        Ok(self.0.map(|[here, _]| pin_to(here)).transpose()?)
+    }
+
+    /// The core of the devices.
+    pub fn device(self) -> Option<usize> {
+        self.0.map(|[_, there]| there)
+    }
+}
+
 /// A driver, its cases, and what must be on its device.
 pub struct DriverSide {
     driver: Driver<FunctionRegisters<RecorderSink>>,
@@ -35,15 +64,18 @@ pub struct DriverSide {
 
 /// The device at `from`.
 pub fn remote(from: &LinkAddress, original: &Path) -> anyhow::Result<DriverSide> {
-    // As long as the lender's: a reader that waits does not sleep while it is measured.
-    let options = BorrowerOptions { spin: Duration::from_millis(5), ..BorrowerOptions::default() };
+    let options = BorrowerOptions { spin: SPIN, ..BorrowerOptions::default() };
     DriverSide::new(Box::new(attach(from, options)?), original).context("the borrowed device")
 }
 
 /// A device of this process over `image`.
-pub fn native(image: &Path, original: &Path) -> anyhow::Result<DriverSide> {
+pub fn native(image: &Path, original: &Path, cores: Cores) -> anyhow::Result<DriverSide> {
     let nvme = Nvme::open(image, NvmeOptions::default())?;
-    let native = Native::threaded(Box::new(nvme), PollOptions { spin: Duration::from_millis(5) })?;
+    let native = {
+        // A thread begins on the cores of the one that starts it. The workers of an image on a disk are there already, on any core.
+        let _pinned = cores.device().map(pin_to).transpose()?;
+        Native::threaded(Box::new(nvme), PollOptions { spin: SPIN })?
+    };
     DriverSide::new(Box::new(native), original).context("the native device")
 }
 
@@ -58,8 +90,10 @@ impl DriverSide {
         Ok(Self { driver, workload })
     }
 
-    /// Runs a case once.
+    /// Runs a case once, when the other side has fallen asleep.
     pub fn run(&mut self, case: Case, budget: Budget) -> anyhow::Result<CaseRun> {
+        std::thread::sleep(2 * SPIN);
+        self.workload.run(&mut self.driver, case, WARM_UP)?;
         Ok(self.workload.run(&mut self.driver, case, budget)?)
     }
 

@@ -30,8 +30,8 @@ use crate::workload::{Budget, Case, CaseRun, Contents, Workload};
 const IMAGE_BYTES: u64 = 64 << 20;
 /// Longer than any pause of a side that is measured, so that it never sleeps then; short, so that the other soon does.
 const SPIN: Duration = Duration::from_millis(2);
-/// Commands before a round counts.
-const WARM_UP: u64 = 2000;
+/// Before a round counts: as long as it takes until caches and clocks are as they stay.
+const WARM_UP: Budget = Budget::Time(Duration::from_millis(20));
 const QUEUE: QueueIndex = QueueIndex(1);
 
 /// A driver with its device.
@@ -81,7 +81,7 @@ impl NvmeSide {
         let _pinned = pin_to(here)?;
         // The side that went before falls asleep meanwhile.
         std::thread::sleep(2 * SPIN);
-        self.workload.run(&mut self.driver, case, Budget::Commands(WARM_UP))?;
+        self.workload.run(&mut self.driver, case, WARM_UP)?;
         Ok(self.workload.run(&mut self.driver, case, budget)?)
     }
 }
@@ -129,7 +129,7 @@ pub(super) fn count_operations(here: usize, there: usize, operations: u64) -> Re
     let _ended = (Ender(warm.clone()), Ender(over.clone()));
     let _pinned = pin_to(here)?;
     let mut side = NvmeSide::over(Box::new(session), original, None)?;
-    side.workload.run(&mut side.driver, case, Budget::Commands(WARM_UP))?;
+    side.workload.run(&mut side.driver, case, WARM_UP)?;
     warm.set();
     let started = std::time::Instant::now();
     while !counting.load(Ordering::Acquire) {
