@@ -69,6 +69,16 @@ pub trait Patience: Send {
     fn wants_sleep(&self) -> bool;
 }
 
+/// Leaves the core to its other hardware thread for a moment, once `empty_polls` have found nothing. Not at once: the answer to what was just
+/// sent is a few hundred nanoseconds away, and each such moment (10 to 60 ns) is time in which it is not seen.
+#[inline]
+pub fn relax(empty_polls: u32) {
+    const EAGER_POLLS: u32 = 256;
+    if empty_polls >= EAGER_POLLS {
+        std::hint::spin_loop();
+    }
+}
+
 /// Polls for a bounded time, then sleeps. The clock is read now and then only: reading it costs more than a poll.
 #[derive(Debug)]
 pub struct SpinThenSleep {
@@ -102,7 +112,7 @@ impl Patience for SpinThenSleep {
         if self.rounds.is_multiple_of(ROUNDS_PER_CLOCK) {
             self.now = farbus_transport::Nanos::now();
         } else {
-            std::hint::spin_loop();
+            relax(self.rounds);
         }
         self.now
     }

@@ -46,11 +46,11 @@ const UNSAFE: &[(&str, usize)] = &[
     ("remote-dma/tests/nvme_data_path.rs", 5),
     ("tests/tests/idle.rs", 1),
     ("transport/src/barrier.rs", 1),
-    ("transport/src/memory.rs", 11),
+    ("transport/src/memory.rs", 12),
     ("transport/src/shm/lines.rs", 5),
     ("transport/tests/loom_support/mod.rs", 2),
 ];
-const UNSAFE_IN_ALL: usize = 42;
+const UNSAFE_IN_ALL: usize = 43;
 
 /// Lines from which a file should have been split.
 const LONG: usize = 450;
@@ -63,7 +63,6 @@ const LONG_FILES: &[(&str, usize)] = &[
     ("remote-dma/tests/nvme.rs", 480),
     ("remote-dma/tests/nvme_storm.rs", 517),
     ("tests/tests/command_line.rs", 459),
-    ("transport/src/shm/mod.rs", 540),
 ];
 
 /// What may not stand in code, and what to do instead.

@@ -144,7 +144,14 @@ impl Message {
         Some(message)
     }
 
+    /// A message as it lay in a slot; bytes past `len` are zero.
+    #[inline]
+    pub(crate) fn of_slot(len: u8, bytes: [u8; MAX_MESSAGE]) -> Option<Self> {
+        (usize::from(len) <= MAX_MESSAGE).then_some(Self { len, bytes })
+    }
+
     /// The bytes received.
+    #[inline]
     pub fn bytes(&self) -> &[u8] {
         self.bytes.get(..usize::from(self.len)).unwrap_or_default()
     }
@@ -187,21 +194,25 @@ impl Events {
     }
 
     /// Forgets all events.
+    #[inline]
     pub fn clear(&mut self) {
         self.items.clear();
     }
 
     /// Whether another event fits.
+    #[inline]
     pub fn has_room(&self) -> bool {
         self.items.len() < Self::CAPACITY
     }
 
     /// How many more events fit.
+    #[inline]
     pub fn room(&self) -> usize {
         Self::CAPACITY.saturating_sub(self.items.len())
     }
 
     /// Adds an event; false (and nothing added) where there is no room.
+    #[inline]
     pub fn push(&mut self, event: Event) -> bool {
         let fits = self.has_room();
         if fits {
@@ -211,6 +222,7 @@ impl Events {
     }
 
     /// The events, in order.
+    #[inline]
     pub fn as_slice(&self) -> &[Event] {
         &self.items
     }

@@ -7,7 +7,7 @@ use std::ffi::CString;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::ptr::NonNull;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering};
 
 use rustix::fs::{MemfdFlags, SealFlags};
 use rustix::mm::{MapFlags, ProtFlags};
@@ -187,6 +187,7 @@ impl Memory {
     ///
     /// # Errors
     /// [`MemoryError::OutOfBounds`], [`MemoryError::ReadOnly`].
+    #[inline]
     pub fn copy_from(&self, offset: u64, source: &Self, source_offset: u64, len: u64) -> Result<(), MemoryError> {
         let from = source.at(source_offset, len)?;
         let to = self.at_for_writing(offset, len)?;
@@ -199,6 +200,7 @@ impl Memory {
     ///
     /// # Errors
     /// [`MemoryError::OutOfBounds`], [`MemoryError::Misaligned`], [`MemoryError::ReadOnly`].
+    #[inline]
     pub fn atomic_u32(&self, offset: u64) -> Result<&AtomicU32, MemoryError> {
         let word = self.at_for_writing(offset, 4)?;
         if !word.cast::<u32>().is_aligned() {
@@ -221,6 +223,18 @@ impl Memory {
         Ok(unsafe { AtomicU64::from_ptr(word.as_ptr().cast()) })
     }
 
+    /// Bytes that several threads or processes use at once.
+    ///
+    /// # Errors
+    /// [`MemoryError::OutOfBounds`], [`MemoryError::ReadOnly`].
+    #[inline]
+    pub fn atomic_bytes(&self, offset: u64, len: u64) -> Result<&[AtomicU8], MemoryError> {
+        let first = self.at_for_writing(offset, len)?;
+        // SAFETY: mapped and writable for `len` bytes as just checked, as long as `self` lives; an AtomicU8 has the layout of a byte and
+        // allows any concurrent use by atomics or copies.
+        Ok(unsafe { std::slice::from_raw_parts(first.as_ptr().cast::<AtomicU8>(), len as usize) })
+    }
+
     /// Stores `bytes` (a multiple of 4 long, `offset` a multiple of 4) so that the last 32-bit word becomes visible after all others:
     /// for words that a guest polls, such as the phase bit in the last word of a completion entry.
     ///
@@ -240,6 +254,7 @@ impl Memory {
     ///
     /// # Errors
     /// [`MemoryError::OutOfBounds`].
+    #[inline]
     pub fn at(&self, offset: u64, len: u64) -> Result<NonNull<u8>, MemoryError> {
         let outside = || MemoryError::OutOfBounds { offset, len, mapped: self.len as u64 };
         let end = offset.checked_add(len).ok_or_else(outside)?;
@@ -256,6 +271,7 @@ impl Memory {
         self.base
     }
 
+    #[inline]
     fn at_for_writing(&self, offset: u64, len: u64) -> Result<NonNull<u8>, MemoryError> {
         if !self.writable {
             return Err(MemoryError::ReadOnly);

@@ -97,11 +97,17 @@ impl<L: Lines> Producer<L> {
     ///
     /// # Errors
     /// [`RingError::Consumed`] where the consumer's index cannot be true.
+    #[inline]
     pub fn has_room(&mut self) -> Result<bool, RingError> {
         let capacity = u64::from(self.lines.capacity());
         if self.produced - self.consumed < capacity {
             return Ok(true);
         }
+        self.look_for_room(capacity)
+    }
+
+    #[cold]
+    fn look_for_room(&mut self, capacity: u64) -> Result<bool, RingError> {
         let consumed = self.lines.consumed().load(Ordering::Acquire);
         if consumed < self.consumed || consumed > self.produced {
             return Err(RingError::Consumed { consumed, produced: self.produced });
@@ -114,19 +120,18 @@ impl<L: Lines> Producer<L> {
     ///
     /// # Errors
     /// As [`Producer::has_room`].
+    #[inline]
     pub fn push(&mut self, kind: u8, bytes: &[u8]) -> Result<bool, RingError> {
         if !self.has_room()? {
             return Ok(false);
         }
         let line = self.lines.line(self.produced as u32);
-        let mut chunks = bytes.chunks(8);
-        for word in &line.words {
-            let Some(chunk) = chunks.next() else { break };
-            let mut value = [0; 8];
-            for (to, from) in value.iter_mut().zip(chunk) {
-                *to = *from;
-            }
-            word.store(u64::from_le_bytes(value), Ordering::Relaxed);
+        let (chunks, rest) = bytes.as_chunks::<8>();
+        for (word, chunk) in line.words.iter().zip(chunks) {
+            word.store(u64::from_le_bytes(*chunk), Ordering::Relaxed);
+        }
+        if let Some(word) = line.words.get(chunks.len()).filter(|_| !rest.is_empty()) {
+            word.store(rest.iter().rev().fold(0, |value, byte| value << 8 | u64::from(*byte)), Ordering::Relaxed);
         }
         line.meta.store(bytes.len().min(MAX_MESSAGE) as u32 | u32::from(kind) << 8, Ordering::Relaxed);
         self.produced += 1;
@@ -136,6 +141,7 @@ impl<L: Lines> Producer<L> {
     }
 
     /// Whether the consumer must be woken for what was pushed. True at most once per sleep.
+    #[inline]
     pub fn must_wake(&mut self) -> bool {
         match self.fencing {
             Fencing::Both => fence(Ordering::SeqCst),
@@ -154,6 +160,7 @@ impl<L: Lines> Consumer<L> {
     }
 
     /// Whether something can be taken.
+    #[inline]
     pub fn is_ready(&self) -> bool {
         let line = self.lines.line(self.taken as u32);
         line.stamp.load(Ordering::Acquire) == (self.taken as u32).wrapping_add(1)
@@ -163,6 +170,7 @@ impl<L: Lines> Consumer<L> {
     ///
     /// # Errors
     /// [`RingError::Length`]; the slot is gone.
+    #[inline]
     pub fn take(&mut self) -> Result<Option<Taken>, RingError> {
         if !self.is_ready() {
             return Ok(None);

@@ -146,14 +146,14 @@ impl<F: Fabric> BorrowerSession<F> {
     /// Takes events; true where there were some.
     #[inline]
     fn take_events(&mut self, now: Nanos, host: &mut dyn Host) -> bool {
-        self.events.clear();
-        self.link.poll(now, &mut self.events);
-        let count = self.events.as_slice().len();
-        for index in 0..count {
-            if let Some(event) = self.events.as_slice().get(index).copied() {
-                self.handle(event, host);
-            }
+        let mut events = std::mem::take(&mut self.events);
+        events.clear();
+        self.link.poll(now, &mut events);
+        let count = events.as_slice().len();
+        for event in events.as_slice() {
+            self.handle(event, host);
         }
+        self.events = events;
         if let Some(reason) = self.link.stalled() {
             self.close(reason);
         }
@@ -205,9 +205,10 @@ impl<F: Fabric> BorrowerSession<F> {
         }
     }
 
-    fn handle(&mut self, event: Event, host: &mut dyn Host) {
-        match event {
-            Event::Message(message) => match ToBorrower::parse(message.bytes()) {
+    #[inline]
+    fn handle(&mut self, event: &Event, host: &mut dyn Host) {
+        match *event {
+            Event::Message(ref message) => match ToBorrower::parse(message.bytes()) {
                 Ok(message) => self.obey(message, host),
                 Err(error) => self.close(CloseReason::Protocol(error.text())),
             },

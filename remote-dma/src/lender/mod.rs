@@ -20,7 +20,7 @@ use self::bus::LenderBus;
 use crate::attachment::Activity;
 use crate::backend::{AttachError, Backend, DmaFault, ResetKind};
 use crate::message::{Outcome, Sequence, ToBorrower, ToLender};
-use crate::wait::{Waker, sleep_until_readable};
+use crate::wait::{Waker, relax, sleep_until_readable};
 
 pub use self::bus::Counters;
 pub(crate) use self::mediation::{SLOT_BYTES, SLOTS, STAGING_BYTES};
@@ -81,17 +81,17 @@ impl<F: Fabric> LenderSession<F> {
     /// Does what there is to do, without blocking.
     pub fn pump(&mut self, now: Nanos) -> Activity {
         self.bus.set_now(now);
-        self.events.clear();
-        self.bus.poll(&mut self.events);
+        let mut events = std::mem::take(&mut self.events);
+        events.clear();
+        self.bus.poll(&mut events);
         let mut activity = Activity::Idle(None);
-        for index in 0..self.events.as_slice().len() {
+        for event in events.as_slice() {
             activity = Activity::Busy;
-            if let Some(event) = self.events.as_slice().get(index).copied() {
-                self.handle(event);
-                // A register read that comes behind the end of a DMA finds the device knowing of it.
-                self.tell_finished();
-            }
+            self.handle(event);
+            // A register read that comes behind the end of a DMA finds the device knowing of it.
+            self.tell_finished();
         }
+        self.events = events;
         if self.closed.is_some() {
             return Activity::Idle(None);
         }
@@ -115,7 +115,7 @@ impl<F: Fabric> LenderSession<F> {
         const POLLS_PER_LOOK: u32 = 64;
         let mut now = Nanos::now();
         let mut busy_at = now;
-        let mut polls = 0_u32;
+        let (mut polls, mut empty_polls) = (0_u32, 0_u32);
         loop {
             let activity = self.pump(now);
             if let Some(reason) = self.closed {
@@ -131,10 +131,12 @@ impl<F: Fabric> LenderSession<F> {
             }
             let Activity::Idle(wait) = activity else {
                 busy_at = now;
+                empty_polls = 0;
                 continue;
             };
+            empty_polls = empty_polls.saturating_add(1);
             if !look {
-                std::hint::spin_loop();
+                relax(empty_polls);
                 continue;
             }
             // While an answer waits for the device, nothing may announce its end: keep polling.
@@ -220,9 +222,10 @@ impl<F: Fabric> LenderSession<F> {
         }
     }
 
-    fn handle(&mut self, event: Event) {
-        match event {
-            Event::Message(message) => match ToLender::parse(message.bytes()) {
+    #[inline]
+    fn handle(&mut self, event: &Event) {
+        match *event {
+            Event::Message(ref message) => match ToLender::parse(message.bytes()) {
                 Ok(message) => self.obey(message),
                 Err(error) => self.close(CloseReason::Protocol(error.text())),
             },

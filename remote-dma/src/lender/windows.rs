@@ -59,7 +59,7 @@ impl Windows {
         if self.offered.len() >= MAX_OFFERED {
             return Outcome::TooMany;
         }
-        if self.offered.contains_key(&memory.key) || dirty.len < DirtyLog::bitmap_bytes(memory.len) {
+        if self.offered.contains_key(&memory.key) || dirty.len < DirtyLog::log_bytes(memory.len) {
             return Outcome::Grant;
         }
         let imported = fabric.import(&memory).and_then(|region| match fabric.import(&dirty) {

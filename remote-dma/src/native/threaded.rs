@@ -22,7 +22,7 @@ use crate::device::DeviceDescription;
 use crate::dirty_log::DirtyLog;
 use crate::lender::PollOptions;
 use crate::message::{ToBorrower, ToLender};
-use crate::wait::{Patience, SpinThenSleep, sleep_until_readable};
+use crate::wait::{Patience, SpinThenSleep, relax, sleep_until_readable};
 
 const SLOTS: u32 = 256;
 /// How often a device with nothing else to do looks for room for interrupts that nobody takes.
@@ -287,7 +287,7 @@ struct Device {
 impl Device {
     fn run(mut self, options: PollOptions) {
         let mut idle_since = Nanos::now();
-        let mut polls = 0_u32;
+        let (mut polls, mut empty_polls) = (0_u32, 0_u32);
         loop {
             let mut activity = Activity::Idle(None);
             while let Some((kind, message)) = self.taken.take() {
@@ -306,13 +306,15 @@ impl Device {
             self.send_raised();
             let Activity::Idle(mut limit) = activity else {
                 polls = 63;
+                empty_polls = 0;
                 idle_since = Nanos::now();
                 self.bus.set_now(idle_since);
                 continue;
             };
             polls = polls.wrapping_add(1);
+            empty_polls = empty_polls.saturating_add(1);
             if !polls.is_multiple_of(64) {
-                std::hint::spin_loop();
+                relax(empty_polls);
                 continue;
             }
             let now = Nanos::now();

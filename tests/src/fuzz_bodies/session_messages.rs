@@ -92,7 +92,7 @@ fn prepare(fabric: &mut SimFabric, guest: &Arc<Memory>) -> Vec<ToLender> {
     };
     let log = DirtyLog::new(GUEST_BYTES).expect("memory");
     let staging = Memory::memfd("fuzz-staging", 64 << 10).expect("memory");
-    let (memory, dirty, staging) = (grant(guest), grant(log.bits()), grant(&staging));
+    let (memory, dirty, staging) = (grant(guest), grant(log.marks()), grant(&staging));
     let key = Some(memory.key);
     let access = Access::READ_WRITE;
     vec![

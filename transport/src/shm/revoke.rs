@@ -130,7 +130,7 @@ impl Revocations {
     }
 
     /// Runs `operation` on memory of the peer's grant `slot`, unless that grant has ended.
-    #[inline]
+    #[inline(always)]
     pub(super) fn inside<T>(&self, slot: Slot, operation: impl FnOnce() -> T) -> Option<T> {
         let busy = self.own_busy.busy();
         busy.store(1, Ordering::Relaxed);
