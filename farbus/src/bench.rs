@@ -14,6 +14,7 @@ use farbus_bench::suite::shm::{Effort, Step, run as run_shm};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 use crate::cli::{BenchArgs, Suite};
+use crate::output::print_line;
 
 /// Runs a suite.
 pub fn run(args: &BenchArgs) -> anyhow::Result<()> {
@@ -35,9 +36,9 @@ pub fn run(args: &BenchArgs) -> anyhow::Result<()> {
     });
     bar.finish_and_clear();
     if args.json {
-        println!("{}", serde_json::to_string(&report)?);
+        print_line(&serde_json::to_string(&report)?);
     } else {
-        print!("{}", suite_table(&report));
+        print_line(suite_table(&report).trim_end());
     }
     Ok(())
 }

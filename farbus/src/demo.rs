@@ -21,6 +21,7 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use self::lender::LenderProcess;
 use self::sides::{Cores, DriverSide, native, remote};
 use crate::cli::DemoArgs;
+use crate::output::print_line;
 
 /// Rounds of each case and side: more than the fewest, because a demo is seldom alone on its machine.
 const ROUNDS: usize = 7;
@@ -35,6 +36,9 @@ pub fn run(args: &DemoArgs) -> anyhow::Result<()> {
         Some(image) => (2_u64, image_bytes(image)?),
         None => (3, DEMO_BYTES),
     };
+    // Before half a minute of measuring, not after it.
+    File::create(&args.svg)
+        .with_context(|| format!("cannot leave the picture at {}: name another place with --svg", args.svg.display()))?;
     let folder = scratch_folder(copies * length)?;
     let original = original_image(args, folder.path())?;
     let (native_copy, remote_copy) = (folder.path().join("native.img"), folder.path().join("remote.img"));
@@ -60,11 +64,11 @@ pub fn run(args: &DemoArgs) -> anyhow::Result<()> {
     let report = DemoReport { fabric: "shm".to_owned(), verified: true, bytes_verified, cases };
     latency_picture(&args.svg, "NVMe latency, native and remote over shared memory", &distributions)?;
     if args.json {
-        println!("{}", serde_json::to_string(&report)?);
+        print_line(&serde_json::to_string(&report)?);
     } else {
-        println!("{}", demo_table(&report));
-        println!("every block read was compared: {bytes_verified} bytes, no difference");
-        println!("both latency distributions: {}", args.svg.display());
+        print_line(&demo_table(&report));
+        print_line("native: the same device model on a thread of this process; remote: borrowed from a second process");
+        print_line(&format!("both latency distributions: {}", args.svg.display()));
     }
     Ok(())
 }

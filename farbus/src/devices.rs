@@ -6,6 +6,7 @@ use farbus_transport::shm::{ShmFabric, ShmOptions};
 use serde_json::json;
 
 use crate::cli::DevicesArgs;
+use crate::output::print_line;
 
 struct Line {
     name: &'static str,
@@ -32,13 +33,13 @@ pub fn run(args: &DevicesArgs) -> anyhow::Result<()> {
         let list = |lines: &[Line]| -> Vec<_> {
             lines.iter().map(|line| json!({ "name": line.name, "works": line.works, "what": line.what })).collect()
         };
-        println!("{}", json!({ "devices": list(&devices), "fabrics": list(&fabrics) }));
+        print_line(&json!({ "devices": list(&devices), "fabrics": list(&fabrics) }).to_string());
         return Ok(());
     }
     for (title, lines) in [("devices", &devices[..]), ("fabrics", &fabrics[..])] {
-        println!("{title}:");
+        print_line(&format!("{title}:"));
         for Line { name, works, what } in lines {
-            println!("  {:<18} {:<4} {what}", name, if *works { "yes" } else { "no" });
+            print_line(&format!("  {name:<18} {:<4} {what}", if *works { "yes" } else { "no" }));
         }
     }
     Ok(())

@@ -3,7 +3,7 @@
 //! `events.say("listening", json!({"address": "shm:/tmp/link"}), "listening at shm:/tmp/link")` prints either, and flushes, because
 //! whoever started us may be waiting for exactly this line.
 
-use std::io::Write;
+use std::io::{IsTerminal, Write};
 
 use serde_json::{Value, json};
 use tracing_subscriber::EnvFilter;
@@ -31,10 +31,15 @@ impl Events {
         } else {
             text.to_owned()
         };
-        let mut out = std::io::stdout().lock();
-        if let Err(error) = writeln!(out, "{line}").and_then(|()| out.flush()) {
-            tracing::debug!(%error, "nobody reads standard output");
-        }
+        print_line(&line);
+    }
+}
+
+/// A line on standard output. Where nobody reads it (`farbus devices | head -0`) it is lost, and that is no failure.
+pub fn print_line(line: &str) {
+    let mut out = std::io::stdout().lock();
+    if let Err(error) = writeln!(out, "{line}").and_then(|()| out.flush()) {
+        tracing::debug!(%error, "nobody reads standard output");
     }
 }
 
@@ -47,5 +52,10 @@ pub fn start_log(verbose: u8) {
         _ => "trace",
     };
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(level));
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_target(false).init();
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_target(false)
+        .with_ansi(std::io::stderr().is_terminal())
+        .init();
 }

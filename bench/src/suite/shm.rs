@@ -178,7 +178,7 @@ impl Spec {
         match pairs {
             Ok(pairs) => {
                 let (references, subjects) = pairs.series(&reference, &subject);
-                let ratio = pairs.ratios(&reference, &subject).median();
+                let ratio = subjects.median() / references.median();
                 let reference = (self.reference, references.median());
                 Row::measured(self.case, self.unit, subjects.median(), reference, ratio, self.target)
             }

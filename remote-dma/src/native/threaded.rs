@@ -120,6 +120,8 @@ pub struct ThreadedNative {
     patience: SpinThenSleep,
     sequence: u32,
     thread: Option<JoinHandle<()>>,
+    /// The device's thread was found dead with a full ring.
+    died: bool,
 }
 
 impl ThreadedNative {
@@ -135,7 +137,7 @@ impl ThreadedNative {
         let device = Device { backend, bus, taken: device_in, out: device_out, commands, logs: Arc::clone(&logs) };
         let thread = std::thread::Builder::new().name("farbus-device".into()).spawn(move || device.run(options)).map_err(failed)?;
         let patience = SpinThenSleep::new(Duration::from_micros(200));
-        Ok(Self { description, out, back, control, logs, log: None, patience, sequence: 0, thread: Some(thread) })
+        Ok(Self { description, out, back, control, logs, log: None, patience, sequence: 0, thread: Some(thread), died: false })
     }
 
     /// The device's thread, to pin it to a core.
@@ -161,13 +163,13 @@ impl ThreadedNative {
         /// Rounds between two looks at whether the thread still runs.
         const ROUNDS_PER_LOOK: u32 = 1024;
         let mut rounds = 0_u32;
-        while !self.out.try_push(kind, bytes) {
+        while !self.died && !self.out.try_push(kind, bytes) {
             self.out.flush();
             std::thread::yield_now();
             rounds = rounds.wrapping_add(1);
             if rounds.is_multiple_of(ROUNDS_PER_LOOK) && !self.is_alive() {
-                tracing::warn!("the thread of a device is gone: what it was told is dropped");
-                return;
+                tracing::warn!("the thread of a device is gone: what it is told is dropped");
+                self.died = true;
             }
         }
         self.out.flush();
