@@ -1,6 +1,6 @@
 //! The lender's session: hands BAR accesses to the device in order, and the device's DMA and interrupts to the borrower's guest.
 //!
-//! A doorbell write of 17 is taken from the link, given to the backend, whose reads of slot 16 and writes of 4 KiB go through [`bus`] as
+//! A doorbell write of 17 is taken from the link, given to the backend, whose reads of slot 16 and writes of 4 KiB go through `lender/bus.rs` as
 //! one-sided operations on the borrower's memory; then the completion and vector 3 follow on the same link, and so cannot pass the data.
 //!
 //! One thread owns a session. [`LenderSession::run`] polls, and sleeps after a bounded time without work.
