@@ -50,7 +50,7 @@ fn effort(seconds: f64) -> Effort {
     let rounds = if seconds < 0.5 { LEAST_ROUNDS } else { full.rounds };
     Effort {
         rounds,
-        samples: scaled(full.samples, 2000),
+        samples: scaled(full.samples, 5000),
         stream_bytes: scaled(full.stream_bytes, 128 << 20),
         nvme: Duration::from_secs_f64(seconds / rounds as f64),
         operations: scaled(full.operations, 10_000),

@@ -36,7 +36,10 @@ impl DirtyLog {
     /// # Errors
     /// [`MemoryError::OutOfBounds`] where they are too few for `len` bytes of memory, [`MemoryError::ReadOnly`].
     pub fn over(marks: Arc<Memory>, len: u64) -> Result<Self, MemoryError> {
-        marks.atomic_bytes(0, Self::log_bytes(len))?;
+        if !marks.writable() {
+            return Err(MemoryError::ReadOnly);
+        }
+        marks.at(0, Self::log_bytes(len))?;
         Ok(Self { marks, pages: len.div_ceil(PAGE_BYTES) })
     }
 
@@ -52,8 +55,20 @@ impl DirtyLog {
 
     /// Marks every page that `len` bytes from `offset` touch. Pages past the end are ignored. Call it after the bytes are written: a reader
     /// that takes the mark then copies the page sees them.
-    #[inline]
+    #[inline(always)]
     pub fn mark(&self, offset: u64, len: u64) {
+        // Most DMA is inside one page, and its mark is one store.
+        if len.wrapping_sub(1) < PAGE_BYTES - offset % PAGE_BYTES && offset / PAGE_BYTES < self.pages {
+            if let Some([mark]) = self.marks.atomic_bytes(offset / PAGE_BYTES, 1) {
+                mark.store(1, Ordering::Release);
+            }
+            return;
+        }
+        self.mark_pages(offset, len);
+    }
+
+    #[inline(never)]
+    fn mark_pages(&self, offset: u64, len: u64) {
         let (first, end) = (offset / PAGE_BYTES, offset.saturating_add(len).div_ceil(PAGE_BYTES).min(self.pages));
         if len == 0 || first >= end {
             return;

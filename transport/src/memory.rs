@@ -189,11 +189,23 @@ impl Memory {
     /// [`MemoryError::OutOfBounds`], [`MemoryError::ReadOnly`].
     #[inline]
     pub fn copy_from(&self, offset: u64, source: &Self, source_offset: u64, len: u64) -> Result<(), MemoryError> {
-        let from = source.at(source_offset, len)?;
-        let to = self.at_for_writing(offset, len)?;
+        if self.try_copy_from(offset, source, source_offset, len) {
+            return Ok(());
+        }
+        source.at(source_offset, len)?;
+        self.at_for_writing(offset, len)?;
+        Ok(())
+    }
+
+    /// As [`Memory::copy_from`]; false, without a reason, where it refuses. For the data path: an error with a destructor costs it registers.
+    #[inline]
+    pub(crate) fn try_copy_from(&self, offset: u64, source: &Self, source_offset: u64, len: u64) -> bool {
+        let (Some(from), Some(to), true) = (source.find(source_offset, len), self.find(offset, len), self.writable) else {
+            return false;
+        };
         // SAFETY: both ranges were checked to be mapped, the target writable; `copy` allows them to overlap (two mappings of one file may).
         unsafe { std::ptr::copy(from.as_ptr(), to.as_ptr(), len as usize) };
-        Ok(())
+        true
     }
 
     /// A 32-bit word that several threads or processes use at once; `offset` must be a multiple of 4.
@@ -223,16 +235,13 @@ impl Memory {
         Ok(unsafe { AtomicU64::from_ptr(word.as_ptr().cast()) })
     }
 
-    /// Bytes that several threads or processes use at once.
-    ///
-    /// # Errors
-    /// [`MemoryError::OutOfBounds`], [`MemoryError::ReadOnly`].
+    /// Bytes that several threads or processes use at once; `None` outside of the mapping and where it is read-only.
     #[inline]
-    pub fn atomic_bytes(&self, offset: u64, len: u64) -> Result<&[AtomicU8], MemoryError> {
-        let first = self.at_for_writing(offset, len)?;
+    pub fn atomic_bytes(&self, offset: u64, len: u64) -> Option<&[AtomicU8]> {
+        let first = self.find(offset, len).filter(|_| self.writable)?;
         // SAFETY: mapped and writable for `len` bytes as just checked, as long as `self` lives; an AtomicU8 has the layout of a byte and
         // allows any concurrent use by atomics or copies.
-        Ok(unsafe { std::slice::from_raw_parts(first.as_ptr().cast::<AtomicU8>(), len as usize) })
+        Some(unsafe { std::slice::from_raw_parts(first.as_ptr().cast::<AtomicU8>(), len as usize) })
     }
 
     /// Stores `bytes` (a multiple of 4 long, `offset` a multiple of 4) so that the last 32-bit word becomes visible after all others:
@@ -256,13 +265,18 @@ impl Memory {
     /// [`MemoryError::OutOfBounds`].
     #[inline]
     pub fn at(&self, offset: u64, len: u64) -> Result<NonNull<u8>, MemoryError> {
-        let outside = || MemoryError::OutOfBounds { offset, len, mapped: self.len as u64 };
-        let end = offset.checked_add(len).ok_or_else(outside)?;
+        self.find(offset, len).ok_or(MemoryError::OutOfBounds { offset, len, mapped: self.len as u64 })
+    }
+
+    /// As [`Memory::at`], without a reason where it is outside.
+    #[inline]
+    fn find(&self, offset: u64, len: u64) -> Option<NonNull<u8>> {
+        let end = offset.checked_add(len)?;
         if end > self.len as u64 {
-            return Err(outside());
+            return None;
         }
         // SAFETY: offset <= len of one mapping, as just checked.
-        Ok(unsafe { self.base.add(offset as usize) })
+        Some(unsafe { self.base.add(offset as usize) })
     }
 
     /// The first byte; for the rings, which check their range once.

@@ -116,6 +116,11 @@ impl<L: Lines> Producer<L> {
         Ok(self.produced - self.consumed < capacity)
     }
 
+    /// What the consumer says it has taken, unchecked: it moves as long as somebody takes, a quarter of the ring at a time.
+    pub fn consumer_progress(&self) -> u64 {
+        self.lines.consumed().load(Ordering::Relaxed)
+    }
+
     /// Pushes `bytes` (at most [`MAX_MESSAGE`]; more are cut off, which callers check before); false where there is no room.
     ///
     /// # Errors

@@ -103,20 +103,23 @@ pub fn memcpy_hot(len: u64, samples: u64) -> Result<Latencies, CalibrationError>
     Ok(latencies)
 }
 
-/// Bytes per second of copies of `piece` bytes, one after the other through `working_set` bytes on each side, `total` bytes in all.
+/// Bytes per second of copies of `piece` bytes, one after the other through `working_set` bytes on each side, `total` bytes in all: the rate of
+/// the median piece, so that somebody who takes the core away for a while is not taken for slow memory.
 ///
 /// # Errors
 /// [`CalibrationError::Memory`].
 pub fn memcpy_bandwidth(piece: u64, working_set: u64, total: u64) -> Result<f64, CalibrationError> {
     let (from, to) = (filled("copy-from", working_set)?, filled("copy-to", working_set)?);
     let pieces = (working_set / piece).max(1);
-    let start = Instant::now();
-    let copies = total.div_ceil(piece);
-    for copy in 0..copies {
+    let watch = Stopwatch::calibrate();
+    let mut latencies = Latencies::new();
+    for copy in 0..total.div_ceil(piece) {
         let at = (copy % pieces) * piece;
+        let start = Instant::now();
         to.copy_from(at, &from, at, piece)?;
+        latencies.record_ns(watch.since(start));
     }
-    Ok((copies * piece) as f64 / start.elapsed().as_secs_f64())
+    Ok(latencies.rate(piece))
 }
 
 /// Memory whose pages are all there, so that no copy pays for a page fault.

@@ -50,6 +50,11 @@ impl Latencies {
         if self.0.is_empty() { 0 } else { self.0.value_at_percentile(percentile) }
     }
 
+    /// What the median of operations on `bytes` bytes each comes to, in bytes per second.
+    pub fn rate(&self, bytes: u64) -> f64 {
+        bytes as f64 * 1e9 / self.p50_ns().max(1) as f64
+    }
+
     /// The median in nanoseconds.
     pub fn p50_ns(&self) -> u64 {
         self.percentile_ns(50.0)

@@ -42,8 +42,9 @@ mod kind {
     pub(super) const GOODBYE: u8 = 3;
 }
 
-/// How long a peer may be silent before a poll looks whether it still lives, and between two such looks.
-const SILENCE: Duration = Duration::from_millis(50);
+/// How long a peer may be silent, and take nothing, before a poll asks the kernel whether it still lives, and between two such questions.
+/// Only for who polls without end: a sleeper is woken when its peer goes.
+const SILENCE: Duration = Duration::from_millis(250);
 
 const LIMITS: Limits =
     Limits { max_message: MAX_MESSAGE as u32, max_op_len: 1 << 30, queue_depth: SLOTS, immediate: true, peer_mappable: true };
@@ -89,6 +90,8 @@ pub struct ShmFabric {
     asleep: bool,
     /// When something came, or the peer was looked for.
     heard_at: Nanos,
+    /// What the peer had taken then.
+    taken_by_peer: u64,
     options: ShmOptions,
     own_wake: OwnedFd,
     peer_wake: OwnedFd,
@@ -155,18 +158,22 @@ impl ShmFabric {
         let (ours, at) = self.locals.resolve(local).ok_or(OpError::Revoked)?;
         let theirs = self.remotes.find(remote.name).ok_or(OpError::Revoked)?;
         let len = u64::from(from);
-        let copied = self.revocations.inside(theirs.slot, || {
-            if to_remote {
-                theirs.memory.copy_from(remote.offset, ours, at, len)
-            } else {
-                ours.copy_from(at, &theirs.memory, remote.offset, len)
-            }
-        });
-        copied.ok_or(OpError::Revoked)?.map_err(|_| OpError::Denied)
+        let (to, to_at, from, from_at) =
+            if to_remote { (&*theirs.memory, remote.offset, ours, at) } else { (ours, at, &*theirs.memory, remote.offset) };
+        let _inside = self.revocations.enter(theirs.slot).ok_or(OpError::Revoked)?;
+        if to.try_copy_from(to_at, from, from_at, len) { Ok(()) } else { Err(OpError::Denied) }
     }
 
-    #[inline]
+    #[inline(always)]
     fn finish(&mut self, signal: Signal, result: Result<(), OpError>) {
+        if (signal, result) != (Signal::No, Ok(())) {
+            self.report(signal, result);
+        }
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn report(&mut self, signal: Signal, result: Result<(), OpError>) {
         let event = match (signal, result) {
             (Signal::No, Ok(())) => return,
             (Signal::Yes(id), Ok(())) => Event::Done(id),
@@ -197,6 +204,16 @@ impl ShmFabric {
             tracing::warn!(%errno, "a wake-up could not be read");
         }
         self.peer_left |= !self.socket.peer_is_there();
+    }
+
+    /// A lender whose completions lie in the guest's memory may have nothing to say for long; that it takes our messages is a sign of life.
+    #[cold]
+    fn look_for_peer(&mut self, now: Nanos) {
+        self.heard_at = now;
+        let taken = self.tx.consumer_progress();
+        if std::mem::replace(&mut self.taken_by_peer, taken) == taken {
+            self.peer_left |= !self.socket.peer_is_there();
+        }
     }
 
     #[inline]
@@ -369,8 +386,7 @@ impl Fabric for ShmFabric {
         if out.room() != before {
             self.heard_at = now;
         } else if now.since(self.heard_at) >= SILENCE {
-            self.heard_at = now;
-            self.peer_left |= !self.socket.peer_is_there();
+            self.look_for_peer(now);
         }
         if let Some(reason) = self.closed
             && !self.close_reported

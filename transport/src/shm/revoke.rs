@@ -14,7 +14,7 @@ use super::lines::SharedLines;
 use crate::barrier;
 use crate::memory::{Memory, MemoryError};
 use crate::ring::Fencing;
-use crate::sync::{Ordering, fence};
+use crate::sync::{AtomicU64, Ordering, fence};
 use crate::table::MAX_REGIONS;
 
 /// Bytes of the lives of one side's grants.
@@ -67,6 +67,16 @@ pub(super) struct Revocations {
     /// Says when the peer is inside ours.
     peer_busy: SharedLines,
     fencing: Fencing,
+}
+
+/// Within an operation on the peer's memory.
+pub(super) struct Inside<'a>(&'a AtomicU64);
+
+impl Drop for Inside<'_> {
+    #[inline(always)]
+    fn drop(&mut self) {
+        self.0.store(0, Ordering::Release);
+    }
 }
 
 impl Revocations {
@@ -129,20 +139,17 @@ impl Revocations {
         true
     }
 
-    /// Runs `operation` on memory of the peer's grant `slot`, unless that grant has ended.
+    /// Begins an operation on memory of the peer's grant `slot`, which lasts until the result is dropped; `None` where that grant has ended.
     #[inline(always)]
-    pub(super) fn inside<T>(&self, slot: Slot, operation: impl FnOnce() -> T) -> Option<T> {
-        let busy = self.own_busy.busy();
-        busy.store(1, Ordering::Relaxed);
+    pub(super) fn enter(&self, slot: Slot) -> Option<Inside<'_>> {
+        let inside = Inside(self.own_busy.busy());
+        inside.0.store(1, Ordering::Relaxed);
         // The order "busy, then looked at the life" against the owner's "life ended, then looked at busy": one of the two sees the other.
         // Without it an operation could begin after the owner was told that none will. The owner's half is in `end`.
         match self.fencing {
             Fencing::Both => fence(Ordering::SeqCst),
             Fencing::Sleeper => std::sync::atomic::compiler_fence(Ordering::SeqCst),
         }
-        let alive = self.peers.word(slot.index).is_ok_and(|word| word.load(Ordering::Acquire) == slot.life);
-        let result = alive.then(operation);
-        busy.store(0, Ordering::Release);
-        result
+        self.peers.word(slot.index).is_ok_and(|word| word.load(Ordering::Acquire) == slot.life).then_some(inside)
     }
 }

@@ -79,6 +79,7 @@ impl ShmFabric {
             peer_left: false,
             asleep: false,
             heard_at: Nanos::now(),
+            taken_by_peer: 0,
             options,
             own_wake,
             peer_wake,

@@ -42,7 +42,7 @@ pub(super) enum Job {
 pub(super) enum Done {
     /// Nanoseconds of one DMA.
     Latencies(Latencies),
-    /// Bytes per second.
+    /// Bytes per second of the median piece.
     Rate(f64),
 }
 
@@ -140,9 +140,14 @@ impl Engine {
                 };
                 // Once through all of it: the lender's mapping of the guest gets its pages now, as the reference's has.
                 (0..pieces).try_for_each(&mut copy_piece)?;
-                let start = Instant::now();
-                (0..copies).try_for_each(copy_piece)?;
-                Ok(Done::Rate((copies * piece) as f64 / start.elapsed().as_secs_f64()))
+                let watch = Stopwatch::calibrate();
+                let mut latencies = Latencies::new();
+                for copy in 0..copies {
+                    let start = Instant::now();
+                    copy_piece(copy)?;
+                    latencies.record_ns(watch.since(start));
+                }
+                Ok(Done::Rate(latencies.rate(piece)))
             }
         }
     }
