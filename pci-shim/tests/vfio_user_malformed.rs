@@ -134,11 +134,24 @@ fn mutated() -> impl Strategy<Value = Vec<u8>> {
     })
 }
 
+/// Descriptors once the last client's end was noticed: the same number for 200 ms.
+fn settled_descriptors() -> usize {
+    let (mut count, mut since) = (descriptors(), Instant::now());
+    while since.elapsed() < Duration::from_millis(200) {
+        std::thread::sleep(Duration::from_millis(1));
+        let now = descriptors();
+        if now != count {
+            (count, since) = (now, Instant::now());
+        }
+    }
+    count
+}
+
 #[test]
 fn no_bytes_and_no_descriptors_keep_the_next_client_out() {
     let server = serve(Options { dma_deadline: Duration::from_millis(20), ..Options::default() });
     next_client_is_served(&server);
-    let before = descriptors();
+    let before = settled_descriptors();
     let fds = || proptest::collection::vec(0_usize..6, 0..5);
     let random = proptest::collection::vec(any::<u8>(), 1..400);
     let piece = prop_oneof![1 => (random, fds()), 6 => (mutated(), fds())];
