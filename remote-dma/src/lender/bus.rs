@@ -378,7 +378,7 @@ impl<F: Fabric> LenderBus<F> {
     }
 
     /// The common case: one window, memory that may be accessed directly, a fabric that is done at once.
-    #[inline]
+    #[inline(always)]
     fn try_immediate(&mut self, iova: Iova, local: LocalSpan, direction: Direction) -> bool {
         let len = u64::from(local.len());
         let needed = if direction == Direction::Read { Access::READ } else { Access::WRITE };
