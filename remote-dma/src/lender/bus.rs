@@ -470,20 +470,10 @@ impl<F: Fabric> Bus for LenderBus<F> {
                 }
                 (Progress::Done, None)
             }
-            Some(_) => {
-                let mut copy = [0; MAX_POLLED_WRITE];
-                for (to, from) in copy.iter_mut().zip(bytes) {
-                    *to = *from;
-                }
-                (Progress::Done, Some(ToBorrower::StorePolled { iova, len: bytes.len() as u8, bytes: copy }))
-            }
+            Some(_) => (Progress::Done, Some(ToBorrower::StorePolled { iova, len: bytes.len() as u8, bytes: padded(bytes) })),
             None => {
                 let pending = self.start(tag, 1, None);
-                let mut copy = [0; MAX_POLLED_WRITE];
-                for (to, from) in copy.iter_mut().zip(bytes) {
-                    *to = *from;
-                }
-                self.mediator.queue(Chunk { pending, iova, len: bytes.len() as u32, kind: ChunkKind::StorePolled(copy) });
+                self.mediator.queue(Chunk { pending, iova, len: bytes.len() as u32, kind: ChunkKind::StorePolled(padded(bytes)) });
                 self.counters.mediated += 1;
                 self.advance();
                 (Progress::Pending, None)
@@ -531,4 +521,13 @@ impl<F: Fabric> Bus for LenderBus<F> {
         self.counters.interrupts += 1;
         self.send_in_order(ToBorrower::Pin { asserted });
     }
+}
+
+/// Polled bytes as a message carries them.
+fn padded(bytes: &[u8]) -> [u8; MAX_POLLED_WRITE] {
+    let mut padded = [0; MAX_POLLED_WRITE];
+    for (to, from) in padded.iter_mut().zip(bytes) {
+        *to = *from;
+    }
+    padded
 }
