@@ -4,6 +4,7 @@
 //! "the peer broke the protocol: no version in common". What a peer can cause is never refused, only what a mistake of ours would.
 //! [`hello`] holds the first messages of every link and the blocking driver that exchanges them over a socket.
 
+pub mod control;
 mod exchange;
 pub mod hello;
 
