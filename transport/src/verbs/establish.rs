@@ -206,5 +206,10 @@ fn to_rts(pair: &QueuePair, port: &OpenPort, ours: &Attributes, theirs: &Attribu
 
 /// Where the packets of this link start to count: by chance, so that those of an earlier link on the same numbers are not taken for ours.
 fn first_psn() -> u32 {
-    (std::hash::RandomState::new().build_hasher().finish() & 0x00ff_ffff) as u32
+    (by_chance() & 0x00ff_ffff) as u32
+}
+
+/// A number that no peer can guess well; not for secrets.
+pub(super) fn by_chance() -> u64 {
+    std::hash::RandomState::new().build_hasher().finish()
 }

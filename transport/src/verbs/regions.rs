@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::chain::{Bytes, What};
+use super::establish::by_chance;
 use super::objects::{MemoryRegion, ProtectionDomain};
 use super::sys::{IBV_ACCESS_LOCAL_WRITE, IBV_ACCESS_REMOTE_READ, IBV_ACCESS_REMOTE_WRITE};
 use super::wire::{Announcement, Frame, Slot};
@@ -62,7 +63,8 @@ impl Books {
             locals: Table::default(),
             remotes: Table::default(),
             granted: Vec::new(),
-            last_grant: 0,
+            // Somewhere among 2^63, so that a made-up number is no grant.
+            last_grant: by_chance() >> 1,
             announced: BTreeMap::new(),
         }
     }
