@@ -5,18 +5,66 @@
 # Expects what ci/softroce has parsed, `state` and machine_args (ready_state), and $work, a folder to be removed at the end.
 
 # By name of guest: QEMU's process, and how the job ended. The readers of the guests' output.
-declare -A pids=() ended=() begun=()
+declare -A pids=() begun=() up=() started=() said=() ended=() late=()
 readers=()
 
 # Runs program "$@" in one guest; sets status.
 run_one() {
     open_events
     start_guest one "$@"
-    await_end one
+    await ended one
     stop_guests
     status=${ended[one]}
     fetch_files one "$out_dir"
 }
+
+# Runs on two guests with a link between them the words before ":::" on a, and those after it on b; without a ":::" all on both. Sets status.
+# b begins when a has begun, or has printed a line with $b_when. With $end_with a or b, the other is ended when that one has.
+run_two() {
+    local -a a=() b=()
+    local other stopped=''
+    while (($#)) && [[ $1 != ::: ]]; do
+        a+=("$1")
+        shift
+    done
+    if (($#)); then b=("${@:2}"); else b=("${a[@]}"); fi
+    ((${#a[@]} && ${#b[@]})) || die "a program is needed on both sides of ':::'"
+    open_events
+    link=(-netdev "stream,id=link,server=on,addr.type=unix,addr.path=$work/link")
+    start_guest a "${a[@]}"
+    until [[ -S $work/link ]]; do
+        kill -0 "${pids[a]}" 2>/dev/null || guest_lost a "QEMU ended before its link was there"
+        sleep 0.02
+    done
+    link=(-netdev "stream,id=link,server=off,addr.type=unix,addr.path=$work/link")
+    shell='' start_guest b "${b[@]}"
+    await up a b
+    let_run a
+    await started a
+    [[ -z $b_when ]] || await said a
+    [[ -z $b_when || -n ${said[a]:-} ]] || die "a ended with status ${ended[a]} and never printed '$b_when'"
+    let_run b
+    case $end_with in
+    a | b)
+        other=${end_with/a/b}
+        [[ $end_with == a ]] || other=a
+        await ended "$end_with"
+        [[ -n ${ended[$other]:-} ]] || {
+            stopped=$other
+            echo stop >"$work/$other/control.in"
+        }
+        ;;
+    esac
+    await ended a b
+    stop_guests
+    status=0
+    for other in b a; do
+        say "$other ended with status ${ended[$other]}${stopped:+$([[ $stopped != "$other" ]] || echo ', told to')}"
+        [[ ${ended[$other]} == 0 || $other == "$stopped" ]] || status=${ended[$other]}
+        fetch_files "$other" "$out_dir/$other"
+    done
+}
+let_run() { echo run >"$work/$1/control.in"; }
 
 open_events() {
     mkfifo "$work/events"
@@ -57,34 +105,54 @@ readers_of_one() {
     readers+=($!)
 }
 
-# Waits until guest $1 has `ended`, and meanwhile hears what all say.
-await_end() {
-    while [[ -z ${ended[$1]:-} ]]; do
-        hear_events
+# The output of two is passed on by lines, with the name before each; as it is it goes to files, in the folder of --out-dir if there is one.
+readers_of_a() { prefixed a "$1"; }
+readers_of_b() { prefixed b "$1"; }
+prefixed() {
+    local raw="$2" stream to
+    [[ -z $keep_output ]] || raw="$out_dir/$1"
+    mkdir -p "$raw"
+    for stream in out:3 err:4; do
+        to=${stream#*:} stream=${stream%:*}
+        # A reader that ends early would end tee.
+        tee "$raw/std$stream" <"$2/$stream" | tee >(watch_for "$1") | sed -u "s/^/$1| /" >&"$to" &
+        readers+=($!)
     done
 }
-# The same for "started".
-await_start() {
-    while [[ -z ${started[$1]:-} && -z ${ended[$1]:-} ]]; do
-        hear_events
+# Reads all of standard input; the first line with $b_when that $1 prints is an event, if $1 is a.
+watch_for() {
+    if [[ $1 == a && -n $b_when ]] && grep -qm1 -F -e "$b_when"; then echo "a said" >"$work/events"; fi
+    cat >/dev/null
+}
+
+# Waits until each guest of "${@:2}" has had the event $1 (up, started, said, ended) or has ended, and meanwhile hears what all say.
+await() {
+    local -n had=$1
+    local which
+    for which in "${@:2}"; do
+        while [[ -z ${had[$which]:-} && -z ${ended[$which]:-} ]]; do
+            hear_events
+        done
     done
 }
-declare -A started=()
 
 # Hears one event, or looks after a second whether all is well.
 hear_events() {
-    local name word rest
-    if read -r -t 1 name word rest <&"$events"; then
+    local name word rest line
+    if hear "$events"; then
+        read -r name word rest <<<"$line"
         case $word in
+        up) up[$name]=yes ;;
         started) started[$name]=yes ;;
+        said) said[$name]=yes ;;
         exit) ended[$name]=$rest ;;
         late)
             say "${name/one/the program} was ended after $limit s (--seconds)"
             late[$name]=yes
             ;;
-        left) say "$rest processes that the program left running were ended" ;;
+        left) say "${name/one/the program} left $rest processes running, which were ended" ;;
         missing)
-            say "the program left no $rest"
+            say "${name/one/the program} left no $rest"
             missing=yes
             ;;
         failed) guest_lost "$name" "$rest" ;;
@@ -96,7 +164,7 @@ hear_events() {
         if [[ -z ${ended[$name]:-} ]]; then
             kill -0 "${pids[$name]}" 2>/dev/null || guest_lost "$name" "QEMU ended"
         fi
-        if [[ -z ${started[$name]:-} ]]; then
+        if [[ -z ${started[$name]:-}${up[$name]:-} ]]; then
             (($(now_ms) - ${begun[$name]} < 90000)) || guest_lost "$name" "the job did not start in 90 s"
         elif [[ -z $shell ]]; then
             # The guest has the same limit; this one is for a guest that does not answer any more.
@@ -108,7 +176,6 @@ hear_events() {
         fi
     done
 }
-declare -A late=()
 missing=''
 
 # Guest $1 is gone or useless, for reason $2.

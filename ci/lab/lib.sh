@@ -24,3 +24,13 @@ quoted() {
         separator=' '
     done
 }
+
+# Reads the next line from file descriptor $1 into `line`, for a second at most. What came of a line by then is kept for the next call.
+hear() {
+    local piece='' came=0
+    IFS= read -r -t 1 -u "$1" piece || came=$?
+    heard+=$piece
+    ((came == 0)) || return 1
+    line=$heard heard=''
+}
+heard=''

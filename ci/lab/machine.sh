@@ -10,6 +10,8 @@ machine() {
         -machine q35,memory-backend=mem -accel tcg,thread=multi -cpu max -smp 2 -m "$2"
         # The state does not hold the memory: that is a file, of which each guest gets private pages.
         -global migration.x-ignore-shared=on
+        # After a restart QEMU would announce the card on a link that is not connected yet, and crash (11.1.3).
+        -global migration.announce-rounds=0
         # A new generation on each start, or all guests from one state would draw the same random numbers.
         -device vmgenid,id=generation,guid=auto -device virtio-rng-pci
         -serial chardev:console -serial chardev:control

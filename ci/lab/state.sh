@@ -45,7 +45,7 @@ save_state() {
         truncate -s "$job_disk_bytes" "$new/job"
         # shellcheck disable=SC2054 # the commas are QEMU's
         link=()
-        [[ $2 == 1 ]] || link=(-netdev hubport,id=link,hubid=0)
+        [[ $2 == 1 ]] || link=(-netdev "stream,id=link,server=on,addr.type=unix,addr.path=$new/link")
         start_qemu "$new" \
             -object "memory-backend-file,id=mem,size=$3,mem-path=$new/ram,share=on" \
             -chardev "file,id=console,path=$new/console" \
@@ -54,7 +54,7 @@ save_state() {
             -kernel "$FARBUS_LAB_KERNEL" -initrd "$new/initramfs" \
             -append "console=ttyS0 quiet panic=-1 mitigations=off nokaslr tsc=reliable farbus.hosts=$2 $4"
         exec {control}<>"$new/control.out"
-        until hear 1; do
+        until hear "$control"; do
             kill -0 "$qemu" 2>/dev/null || guest_failed "$new" "QEMU ended"
             (($(now_ms) - begin < 120000)) || guest_failed "$new" "nothing was heard from it in 120 s"
         done
@@ -66,15 +66,13 @@ save_state() {
             sleep 0.05
         done
     ) || exit
-    rm -f "$new"/{job,initramfs,qemu.log,control.*,monitor.*}
+    rm -f "$new"/{job,initramfs,link,qemu.log,control.*,monitor.*}
     mv "$new/devices.new" "$new/devices"
     rm -rf "$state"
     mv -T "$new" "$state"
     say "saved after $(($(now_ms) - begin)) ms: $(du -sh "$state" | cut -f1) in $state"
 }
 
-# Reads the next line of the guest at file descriptor $control into `line`, for $1 seconds at most.
-hear() { IFS= read -r -t "$1" line <&"$control"; }
 # The guest in folder $1 answered $2 instead of "ready".
 guest_failed() {
     sed 's/^/guest: /' "$1/console" >&2
