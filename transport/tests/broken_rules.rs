@@ -42,9 +42,10 @@ const fn twin(breach: Breach) -> &'static str {
 }
 
 fn is_found_out(case: &str, breach: Breach, late: Duration, connect: fn() -> Ends) {
-    match conformance::case(case).unwrap().run(&BrokenEnds { breach, late, connect }) {
-        Verdict::Failed(why) => println!("{breach:?}: caught by {case}: {why}"),
-        other => panic!("{breach:?}: {case} ended as {other:?}"),
+    let case = conformance::case(case).unwrap_or_else(|| panic!("no case is called {case}"));
+    match case.run(&BrokenEnds { breach, late, connect }) {
+        Verdict::Failed(why) => println!("{breach:?}: caught by {}: {why}", case.name),
+        other => panic!("{breach:?}: {} ended as {other:?}", case.name),
     }
 }
 

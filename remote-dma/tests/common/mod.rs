@@ -5,6 +5,9 @@
 
 #![allow(dead_code, clippy::unwrap_used, reason = "each test file uses a part of it, and a panic is how a test fails")]
 
+pub mod links;
+pub mod pair;
+
 use std::collections::VecDeque;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
