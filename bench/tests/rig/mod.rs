@@ -13,6 +13,7 @@ use std::time::Duration;
 
 use farbus_bench::driver::{DmaMemory, Driver, DriverOptions, Io, QueueIndex};
 use farbus_bench::function::FunctionRegisters;
+use farbus_bench::measure::allocations_here;
 use farbus_bench::workload::{Budget, CASES, Contents, Workload};
 use farbus_bench::{image, measure};
 use farbus_pci_shim::{IrqSink, MessageInterrupt};
@@ -24,7 +25,7 @@ use farbus_remote_dma::wait::Waker;
 use farbus_remote_dma::{Attachment, Backend, Iova};
 use farbus_transport::shm::{ShmFabric, ShmOptions};
 use farbus_transport::verbs::{DeviceChoice, VerbsFabric};
-use farbus_transport::{Fabric, Memory};
+use farbus_transport::{Fabric, Memory, Nanos};
 
 pub const BASE: Iova = Iova(0x1_0000_0000);
 pub const QUEUE: QueueIndex = QueueIndex(1);
@@ -46,10 +47,15 @@ impl Place {
             let (lender, borrower) = ShmFabric::pair(ShmOptions::default()).unwrap();
             return (Box::new(lender), Box::new(borrower));
         }
-        let choice = DeviceChoice { device: std::env::var("FARBUS_RDMA_DEV").ok(), ..DeviceChoice::default() };
-        let (lender, borrower) = VerbsFabric::pair(&choice).unwrap_or_else(|error| panic!("no link over {choice:?}: {error}"));
+        let (lender, borrower) = verbs_pair();
         (Box::new(lender), Box::new(borrower))
     }
+}
+
+/// Two connected ends over the device that `FARBUS_RDMA_DEV` promises.
+pub fn verbs_pair() -> (VerbsFabric, VerbsFabric) {
+    let choice = DeviceChoice { device: std::env::var("FARBUS_RDMA_DEV").ok(), ..DeviceChoice::default() };
+    VerbsFabric::pair(&choice).unwrap_or_else(|error| panic!("no link over {choice:?}: {error}"))
 }
 
 #[derive(Default)]
@@ -84,6 +90,8 @@ pub struct Rig {
     pub image: Arc<Memory>,
     pub interrupts: Arc<AtomicU64>,
     pub lender: Option<Lender>,
+    /// Allocations of the lender's thread so far, where it polls.
+    pub lender_allocations: Arc<AtomicU64>,
 }
 
 pub fn rig(place: Place, original: &File, bytes: u64, options: DriverOptions) -> Rig {
@@ -91,21 +99,29 @@ pub fn rig(place: Place, original: &File, bytes: u64, options: DriverOptions) ->
     image.write(0, &contents(original, bytes)).unwrap();
     let nvme = Nvme::in_memory(Arc::clone(&image), NvmeOptions::default()).unwrap();
     let mut lender = None;
+    let lender_allocations = Arc::new(AtomicU64::new(0));
     let attachment: Box<dyn Attachment> = match place {
         Place::Inline => Box::new(Native::inline(Box::new(nvme)).unwrap()),
         Place::Threaded => Box::new(Native::threaded(Box::new(nvme), PollOptions::default()).unwrap()),
         Place::Shm | Place::ShmPolling | Place::Verbs | Place::VerbsPolling => {
-            let sleeps = matches!(place, Place::Shm | Place::Verbs);
-            let spin = if sleeps { PollOptions::default().spin } else { Duration::from_secs(3600) };
             let (theirs, ours) = place.connect();
             let description = nvme.description().clone();
             let stop = Waker::new().unwrap();
             let waker = stop.clone();
+            let polls = matches!(place, Place::ShmPolling | Place::VerbsPolling);
+            let allocations = Arc::clone(&lender_allocations);
             let core = *measure::cores().unwrap().last().unwrap();
             let thread = std::thread::spawn(move || {
                 let _pinned = measure::pin_to(core).unwrap();
                 let mut session = LenderSession::new(theirs, Box::new(nvme)).map_err(|(error, _)| error).unwrap();
-                session.run(PollOptions { spin }, &waker);
+                if polls {
+                    while !waker.is_set() && session.closed().is_none() {
+                        session.pump(Nanos::now());
+                        allocations.store(allocations_here(), Ordering::Relaxed);
+                    }
+                } else {
+                    session.run(PollOptions::default(), &waker);
+                }
                 session.end();
             });
             lender = Some(Lender { stop, thread: Some(thread) });
@@ -122,7 +138,7 @@ pub fn rig(place: Place, original: &File, bytes: u64, options: DriverOptions) ->
     let mut driver = Driver::start(registers, DmaMemory::new(memory, BASE), options).unwrap();
     let contents = Contents::new(original.try_clone().unwrap(), 3).unwrap();
     let workload = Workload::new(&mut driver, QUEUE, contents, 5).unwrap();
-    Rig { driver, workload, image, interrupts, lender }
+    Rig { driver, workload, image, interrupts, lender, lender_allocations }
 }
 
 /// All of the original file.
@@ -170,7 +186,7 @@ pub fn a_completion_comes_by_interrupt(place: Place, original: &File, bytes: u64
     rig.driver.ring(QUEUE).unwrap();
     let mut done = None;
     let wait = |registers: &mut FunctionRegisters<CountingSink>, _: u16, _: Duration| {
-        registers.function_mut().poll(farbus_transport::Nanos::now());
+        registers.function_mut().poll(Nanos::now());
         Ok(())
     };
     rig.driver.reap_by_interrupt(QUEUE, wait, |completion| done = Some(completion.token)).unwrap();
@@ -178,7 +194,7 @@ pub fn a_completion_comes_by_interrupt(place: Place, original: &File, bytes: u64
     let deadline = std::time::Instant::now() + Duration::from_secs(5);
     while rig.interrupts.load(Ordering::Relaxed) == before {
         assert!(std::time::Instant::now() < deadline, "{place:?}: no interrupt");
-        rig.driver.registers_mut().function_mut().poll(farbus_transport::Nanos::now());
+        rig.driver.registers_mut().function_mut().poll(Nanos::now());
     }
     assert_eq!(rig.interrupts.load(Ordering::Relaxed) - before, 1, "{place:?}: one message, of vector 1");
 }
