@@ -101,7 +101,7 @@ fn once_ends_the_lender_after_its_first_borrower() {
     lender.event("listening", AMPLE);
     // Somebody who only knocks is no borrower.
     drop(UnixStream::connect(place.path("link")).unwrap());
-    lender.event("returned", AMPLE);
+    lender.event("refused", AMPLE);
     place.assert_served(&mut lender);
     let end = lender.wait(AMPLE);
     assert_eq!(end.code(), Some(0), "{end:?}");
