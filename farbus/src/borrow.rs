@@ -1,13 +1,16 @@
 //! `farbus borrow`: a lender's device, offered to an unmodified VMM at a vfio-user socket.
 //!
-//! One thread owns the link, the function and the socket; tokio waits for signals beside it. The command says why it ended: a signal, or a
-//! lender that is gone.
+//! One thread owns the link, the function and the socket; tokio waits for signals beside it. The command says why it ended: a signal, a lender
+//! that said goodbye, or (exit status 3) one that is gone without a word.
+
+use std::process::ExitCode;
 
 use anyhow::{Context, bail};
 use farbus_pci_shim::vfio_user::{ClientInterrupts, Ended, OnUnshared, Options, Server};
 use farbus_pci_shim::{Function, FunctionOptions, InterruptOwner};
 use farbus_remote_dma::DeviceDescription;
 use farbus_remote_dma::borrower::{BorrowerOptions, BorrowerSession};
+use farbus_transport::CloseReason;
 use farbus_transport::link::hello::{Hello, Role, SPOKEN};
 use farbus_transport::link::verdict::Refusal;
 use farbus_transport::shm::{Connection, ListenError, ShmFabric, ShmOptions, connect};
@@ -19,8 +22,11 @@ use crate::link_address::LinkAddress;
 use crate::output::Events;
 use crate::signals::EndSignals;
 
-/// Borrows until the lender is gone or a signal comes.
-pub fn run(args: &BorrowArgs) -> anyhow::Result<()> {
+/// The exit status where the lender is gone without a goodbye or broke the protocol.
+const LENDER_LOST: u8 = 3;
+
+/// Borrows until the lender is gone or a signal comes; the exit status says which.
+pub fn run(args: &BorrowArgs) -> anyhow::Result<ExitCode> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().context("cannot start the control plane")?;
     let mut signals = {
         let _inside = runtime.enter();
@@ -52,7 +58,7 @@ pub fn run(args: &BorrowArgs) -> anyhow::Result<()> {
     let serving = std::thread::Builder::new().name("farbus-borrower".into()).spawn(move || {
         let _held = held;
         let ended = server.serve(&mut function, &options);
-        (ended, function.counters())
+        (ended, function.gone(), function.counters())
     })?;
     let signal = runtime.block_on(async {
         tokio::select! {
@@ -61,14 +67,24 @@ pub fn run(args: &BorrowArgs) -> anyhow::Result<()> {
         }
     });
     stop.stop();
-    let Ok((ended, counters)) = serving.join() else { bail!("the serving thread failed") };
+    let Ok((ended, gone, counters)) = serving.join() else { bail!("the serving thread failed") };
     tracing::info!(?counters, "the function's counts");
-    let reason = match ended? {
-        Ended::Stopped => signal.unwrap_or("stopped").to_owned(),
-        Ended::DeviceGone(reason) => format!("the lender: {reason}"),
+    let (reason, code) = match (ended?, gone) {
+        (Ended::Stopped, None) => (signal.unwrap_or("stopped").to_owned(), 0),
+        // A VMM was still there and saw a dead device.
+        (Ended::Stopped, Some(why)) => (format!("{}, after the lender: {why}", signal.unwrap_or("stopped")), 0),
+        (Ended::DeviceGone(why), _) => (format!("the lender: {why}"), if is_goodbye(why) { 0 } else { LENDER_LOST }),
     };
-    events.say("ended", json!({ "reason": reason }), &format!("ended: {reason}"));
-    Ok(())
+    events.say("ended", json!({ "reason": reason, "status": code }), &format!("ended: {reason}"));
+    Ok(ExitCode::from(code))
+}
+
+/// Whether a lender that is gone has left in order.
+fn is_goodbye(reason: CloseReason) -> bool {
+    match reason {
+        CloseReason::PeerClosed | CloseReason::Local => true,
+        CloseReason::PeerGone | CloseReason::Protocol(_) => false,
+    }
 }
 
 /// Connects to a lender.

@@ -12,7 +12,11 @@ use crate::link_address::LinkAddress;
 
 /// Lend a PCIe device to a virtual machine on another host, borrow it there.
 #[derive(Debug, Parser)]
-#[command(name = "farbus", version, about, long_about = None)]
+#[command(name = "farbus", version, about, long_about = None, after_help = "Exit status:
+  0  done, or ended by a signal, or by a peer that said goodbye
+  1  failed: why is on standard error
+  2  the arguments make no sense: why is on standard error
+  3  borrow: the lender is gone without a goodbye, or broke the protocol")]
 pub struct Cli {
     /// What to do.
     #[command(subcommand)]
@@ -81,9 +85,13 @@ pub enum Unshared {
 
 /// `farbus borrow`
 #[derive(Debug, Args)]
-#[command(after_help = "Then start the VMM, for QEMU 10.1 or newer:
+#[command(
+    after_help = "Exit status: 0 after a signal or the lender's goodbye, 3 where the lender is gone without one or broke the protocol.
+
+Then start the VMM, for QEMU 10.1 or newer:
   qemu-system-x86_64 … -object memory-backend-memfd,id=mem,size=2G,share=on -machine q35,memory-backend=mem \\
-    -device '{\"driver\":\"vfio-user-pci\",\"socket\":{\"type\":\"unix\",\"path\":\"SOCKET\"}}'")]
+    -device '{\"driver\":\"vfio-user-pci\",\"socket\":{\"type\":\"unix\",\"path\":\"SOCKET\"}}'"
+)]
 pub struct BorrowArgs {
     /// The lender: shm:PATH
     #[arg(long, value_name = "ADDR")]

@@ -28,19 +28,16 @@ fn main() -> ExitCode {
     let cli = Cli::parse();
     output::start_log(cli.verbose);
     let result = match cli.command {
-        Command::Lend(args) => lend::run(args),
+        Command::Lend(args) => lend::run(args).map(|()| ExitCode::SUCCESS),
         Command::Borrow(args) => borrow::run(&args),
-        Command::Demo(args) => demo::run(&args),
-        Command::Devices(args) => devices::run(&args),
-        Command::Bench(args) => bench::run(&args),
+        Command::Demo(args) => demo::run(&args).map(|()| ExitCode::SUCCESS),
+        Command::Devices(args) => devices::run(&args).map(|()| ExitCode::SUCCESS),
+        Command::Bench(args) => bench::run(&args).map(|()| ExitCode::SUCCESS),
     };
-    match result {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("farbus: {}", whole_story(&error));
-            ExitCode::FAILURE
-        }
-    }
+    result.unwrap_or_else(|error| {
+        eprintln!("farbus: {}", whole_story(&error));
+        ExitCode::FAILURE
+    })
 }
 
 /// An error and its causes, each said once: many an error's own text ends with its cause.

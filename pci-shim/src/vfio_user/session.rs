@@ -39,6 +39,8 @@ pub(super) struct Session<'a, D> {
     pub(super) reply: Vec<u8>,
     pub(super) agreed: bool,
     proof_due: bool,
+    /// Whether it was said that the device is gone.
+    mourned: bool,
     pub(super) mode: InterruptMode,
     pub(super) end: Option<ClientEnd>,
 }
@@ -64,6 +66,7 @@ pub(super) fn serve_client<D: Served>(
         reply: Vec::with_capacity(4096),
         agreed: false,
         proof_due: false,
+        mourned: false,
         end: None,
     };
     let end = session.run(stop);
@@ -100,8 +103,14 @@ impl<D: Served> Session<'_, D> {
                 return Ok(ClientEnd::Stopped);
             }
             let now = Nanos::now();
-            if self.options.on_gone == OnGone::End && self.device.gone().is_some() {
-                return Ok(ClientEnd::DeviceGone);
+            if !self.mourned
+                && let Some(reason) = self.device.gone()
+            {
+                if self.options.on_gone == OnGone::End {
+                    return Ok(ClientEnd::DeviceGone);
+                }
+                self.mourned = true;
+                tracing::warn!(%reason, "the device is gone: its client reads all ones until it leaves");
             }
             if activity == Activity::Busy {
                 awake_until = now + self.options.spin;
