@@ -18,6 +18,7 @@ use serde_json::json;
 use tokio::sync::oneshot;
 
 use crate::cli::{BorrowArgs, Unshared};
+use crate::failure::{Advise, refusal};
 use crate::link_address::LinkAddress;
 use crate::output::Events;
 use crate::signals::EndSignals;
@@ -34,7 +35,8 @@ pub fn run(args: &BorrowArgs) -> anyhow::Result<ExitCode> {
     };
     let events = Events::new(args.json);
     // Bound before the lender is asked, so that a device is not taken for a socket that cannot be served.
-    let mut server = Server::bind(&args.vfio_user).context("cannot serve there")?;
+    let mut server = Server::bind(&args.vfio_user)
+        .advise("cannot serve a VMM there", "choose another path for --vfio-user, or end what uses this one")?;
     let options = BorrowerOptions { read_deadline: args.read_deadline, ..BorrowerOptions::default() };
     let session = attach(&args.from, options)?;
     let name = session_name(&session);
@@ -93,9 +95,10 @@ pub fn attach(from: &LinkAddress, options: BorrowerOptions) -> anyhow::Result<Bo
     let hello = Hello { versions: SPOKEN, role: Role::Borrower, features: 0, epoch: 0, description: Vec::new() };
     let Connection { fabric, agreed } = match connect(path, &hello, ShmOptions::default()) {
         Err(ListenError::Refused { refusal: Refusal::Lent, .. }) => {
-            bail!("the device at {from} is lent to another borrower: try again when that one has left")
+            let what = format!("the device at {from} is lent to another borrower");
+            return Err(refusal(what, "try again when that one has left"));
         }
-        connected => connected.with_context(|| format!("cannot borrow from {from}: is `farbus lend` running there?"))?,
+        connected => connected.advise(format!("cannot borrow from {from}"), "is `farbus lend` running there?")?,
     };
     let description = DeviceDescription::decode(&agreed.peer.description)
         .with_context(|| format!("the lender at {from} is wrong about its device"))?;

@@ -14,8 +14,8 @@ use crate::link_address::LinkAddress;
 #[derive(Debug, Parser)]
 #[command(name = "farbus", version, about, long_about = None, after_help = "Exit status:
   0  done, or ended by a signal, or by a peer that said goodbye
-  1  failed: why is on standard error
-  2  the arguments make no sense: why is on standard error
+  1  failed: why is on standard error, and with --json also an object with \"error\", \"causes\" and \"hint\" on standard output
+  2  the arguments make no sense: why is on standard error, with --json too
   3  borrow: the lender is gone without a goodbye, or broke the protocol")]
 pub struct Cli {
     /// What to do.
@@ -39,6 +39,31 @@ pub enum Command {
     Devices(DevicesArgs),
     /// Run a benchmark suite
     Bench(BenchArgs),
+}
+
+/// What a command prints on standard output.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Json {
+    /// Text for people.
+    No,
+    /// A line for each event.
+    Events,
+    /// One object.
+    Object,
+}
+
+impl Command {
+    /// What it was asked to print.
+    pub fn json(&self) -> Json {
+        let (wanted, shape) = match self {
+            Self::Lend(args) => (args.json, Json::Events),
+            Self::Borrow(args) => (args.json, Json::Events),
+            Self::Demo(args) => (args.json, Json::Object),
+            Self::Devices(args) => (args.json, Json::Object),
+            Self::Bench(args) => (args.json, Json::Object),
+        };
+        if wanted { shape } else { Json::No }
+    }
 }
 
 /// `farbus lend`

@@ -21,6 +21,7 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use self::lender::LenderProcess;
 use self::sides::{Cores, DriverSide, native, remote};
 use crate::cli::DemoArgs;
+use crate::failure::Advise;
 use crate::output::print_line;
 
 /// Rounds of each case and side: more than the fewest, because a demo is seldom alone on its machine.
@@ -38,7 +39,7 @@ pub fn run(args: &DemoArgs) -> anyhow::Result<()> {
     };
     // Before half a minute of measuring, not after it.
     File::create(&args.svg)
-        .with_context(|| format!("cannot leave the picture at {}: name another place with --svg", args.svg.display()))?;
+        .advise(format!("cannot leave the picture at {}", args.svg.display()), "name another place with --svg")?;
     let folder = scratch_folder(copies * length)?;
     let original = original_image(args, folder.path())?;
     let (native_copy, remote_copy) = (folder.path().join("native.img"), folder.path().join("remote.img"));
@@ -83,9 +84,8 @@ fn scratch_folder(needed: u64) -> anyhow::Result<tempfile::TempDir> {
     {
         return Ok(folder);
     }
-    builder(&std::env::temp_dir()).with_context(|| {
-        format!("cannot make a folder for the images: set TMPDIR to one with {} MiB of room", needed.div_ceil(1 << 20))
-    })
+    let hint = format!("set TMPDIR to a folder with {} MiB of room", needed.div_ceil(1 << 20));
+    builder(&std::env::temp_dir()).advise("cannot make a folder for the images", hint)
 }
 
 /// The length of an image that the demo can use.

@@ -20,6 +20,7 @@ use tokio::sync::mpsc;
 
 use self::visit::{Device, News, Terms, Visit, Visitor};
 use crate::cli::LendArgs;
+use crate::failure::Advise;
 use crate::link_address::LinkAddress;
 use crate::output::Events;
 use crate::signals::EndSignals;
@@ -38,7 +39,8 @@ async fn lend(args: LendArgs, device: Device) -> anyhow::Result<()> {
     let events = Events::new(args.json);
     let mut signals = EndSignals::new().context("cannot wait for signals")?;
     let LinkAddress::Shm(path) = &args.listen;
-    let listener = Listener::bind(path).context("cannot lend there: choose another path or end the process that uses it")?;
+    let listener =
+        Listener::bind(path).advise("cannot lend there", "choose another path for --listen, or end what uses this one")?;
     let accepting = listener.nonblocking_socket().and_then(UnixListener::from_std).context("cannot wait for borrowers")?;
     let name = device.description().name.clone();
     let address = args.listen.to_string();

@@ -9,6 +9,7 @@ mod cli;
 mod demo;
 mod device_spec;
 mod devices;
+mod failure;
 mod lend;
 mod link_address;
 mod output;
@@ -18,7 +19,8 @@ use std::process::ExitCode;
 
 use clap::Parser;
 
-use crate::cli::{Cli, Command};
+use crate::cli::{Cli, Command, Json};
+use crate::output::Events;
 
 /// Counts allocations, so that the suites can show that the data path makes none.
 #[global_allocator]
@@ -27,6 +29,7 @@ static ALLOCATOR: farbus_bench::measure::CountingAllocator = farbus_bench::measu
 fn main() -> ExitCode {
     let cli = Cli::parse();
     output::start_log(cli.verbose);
+    let shape = cli.command.json();
     let result = match cli.command {
         Command::Lend(args) => lend::run(args).map(|()| ExitCode::SUCCESS),
         Command::Borrow(args) => borrow::run(&args),
@@ -35,18 +38,15 @@ fn main() -> ExitCode {
         Command::Bench(args) => bench::run(&args).map(|()| ExitCode::SUCCESS),
     };
     result.unwrap_or_else(|error| {
-        eprintln!("farbus: {}", whole_story(&error));
+        eprintln!("farbus: {}", failure::story(&error));
+        if let Some(hint) = failure::hint(&error) {
+            eprintln!("hint: {hint}");
+        }
+        match shape {
+            Json::No => {}
+            Json::Events => Events::new(true).say("error", failure::fields(&error), ""),
+            Json::Object => output::print_line(&failure::fields(&error).to_string()),
+        }
         ExitCode::FAILURE
     })
-}
-
-/// An error and its causes, each said once: many an error's own text ends with its cause.
-fn whole_story(error: &anyhow::Error) -> String {
-    let mut story = error.to_string();
-    for cause in error.chain().skip(1).map(ToString::to_string) {
-        if !story.ends_with(&cause) {
-            story = format!("{story}: {cause}");
-        }
-    }
-    story
 }
