@@ -8,18 +8,15 @@ use std::process::ExitCode;
 use anyhow::{Context, bail};
 use farbus_pci_shim::vfio_user::{ClientInterrupts, Ended, OnUnshared, Options, Server};
 use farbus_pci_shim::{Function, FunctionOptions, InterruptOwner};
-use farbus_remote_dma::DeviceDescription;
 use farbus_remote_dma::borrower::{BorrowerOptions, BorrowerSession};
 use farbus_transport::CloseReason;
-use farbus_transport::link::hello::{Hello, Role, SPOKEN};
-use farbus_transport::link::verdict::Refusal;
-use farbus_transport::shm::{Connection, ListenError, ShmFabric, ShmOptions, connect};
+use farbus_transport::shm::ShmFabric;
 use serde_json::json;
 use tokio::sync::oneshot;
 
+use crate::attach::attach;
 use crate::cli::{BorrowArgs, Unshared};
-use crate::failure::{Advise, refusal};
-use crate::link_address::LinkAddress;
+use crate::failure::Advise;
 use crate::output::Events;
 use crate::signals::EndSignals;
 
@@ -87,22 +84,6 @@ fn is_goodbye(reason: CloseReason) -> bool {
         CloseReason::PeerClosed | CloseReason::Local => true,
         CloseReason::PeerGone | CloseReason::Protocol(_) => false,
     }
-}
-
-/// Connects to a lender.
-pub fn attach(from: &LinkAddress, options: BorrowerOptions) -> anyhow::Result<BorrowerSession<ShmFabric>> {
-    let LinkAddress::Shm(path) = from;
-    let hello = Hello { versions: SPOKEN, role: Role::Borrower, features: 0, epoch: 0, description: Vec::new() };
-    let Connection { fabric, agreed } = match connect(path, &hello, ShmOptions::default()) {
-        Err(ListenError::Refused { refusal: Refusal::Lent, .. }) => {
-            let what = format!("the device at {from} is lent to another borrower");
-            return Err(refusal(what, "try again when that one has left"));
-        }
-        connected => connected.advise(format!("cannot borrow from {from}"), "is `farbus lend` running there?")?,
-    };
-    let description = DeviceDescription::decode(&agreed.peer.description)
-        .with_context(|| format!("the lender at {from} is wrong about its device"))?;
-    BorrowerSession::new(fabric, description, options).context("cannot share memory with the lender")
 }
 
 fn session_name(session: &BorrowerSession<ShmFabric>) -> String {

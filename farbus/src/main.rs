@@ -3,6 +3,7 @@
 //! `farbus lend --device nvme:disk.img --listen shm:/run/nvme0` on one side, `farbus borrow --from shm:/run/nvme0 --vfio-user /run/vm.sock` on
 //! the other, and an unmodified QEMU finds the drive at /run/vm.sock. `farbus demo` does all of it by itself and prints native beside remote.
 
+mod attach;
 mod bench;
 mod borrow;
 mod cli;
