@@ -91,7 +91,7 @@ pub struct LendArgs {
     /// Use guest memory that is not sealed against shrinking (memory-backend-file); whoever can shrink it can crash this process
     #[arg(long)]
     pub accept_unsealed: bool,
-    /// Run the session's thread on this core
+    /// Run the session's thread on this core, one that this process may use
     #[arg(long, value_name = "CORE")]
     pub core: Option<usize>,
     /// Print one JSON object a line

@@ -20,6 +20,7 @@ use tokio::sync::mpsc;
 
 use self::visit::{Device, News, Terms, Visit, Visitor};
 use crate::cli::LendArgs;
+use crate::cores::check_core;
 use crate::failure::Advise;
 use crate::link_address::LinkAddress;
 use crate::output::Events;
@@ -30,6 +31,9 @@ const MAX_GREETINGS: usize = 32;
 
 /// Lends until a signal comes (or, with `--once`, until the first borrower has left).
 pub fn run(args: LendArgs) -> anyhow::Result<()> {
+    if let Some(core) = args.core {
+        check_core(core)?;
+    }
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().context("cannot start the control plane")?;
     let device = args.device.open()?;
     runtime.block_on(lend(args, device))

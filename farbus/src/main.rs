@@ -7,6 +7,7 @@ mod attach;
 mod bench;
 mod borrow;
 mod cli;
+mod cores;
 mod demo;
 mod device_spec;
 mod devices;

@@ -136,6 +136,16 @@ fn a_borrower_without_a_lender_or_a_socket_says_what_is_missing() {
     place.assert_served(&mut lender);
 }
 
+#[test]
+fn a_core_that_does_not_exist_is_refused_with_those_that_do() {
+    let place = Place::new();
+    for core in ["99999", "1023"] {
+        run(&["lend", "--device", &place.device("disk.img"), "--listen", &place.link(), "--core", core])
+            .assert_refusal(1, &[&format!("no core {core}"), "hint: it may run on cores "]);
+        assert!(!place.path("link").exists());
+    }
+}
+
 /// The one object that a command which failed printed, after what it says of itself as every other object does.
 #[track_caller]
 fn failed(args: &[&str]) -> Value {
