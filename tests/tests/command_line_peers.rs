@@ -9,12 +9,14 @@ use std::io::{Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::time::{Duration, Instant};
 
+use farbus_pci_shim::vfio_user::client::{Client, ClientError};
 use farbus_tests::place::{Place, assert_end_in_order, assert_nvme, reason};
 use farbus_tests::process::{AMPLE, run};
 use farbus_transport::link::hello::{HEADER_LEN, Hello, Role, SPOKEN, Versions};
 use farbus_transport::link::verdict::Refusal;
 use farbus_transport::shm::{ListenError, ShmOptions, connect};
 use farbus_transport::{Fabric, Op, Signal};
+use rustix::io::Errno;
 
 #[test]
 fn a_second_borrower_is_told_that_the_device_is_lent() {
@@ -185,4 +187,22 @@ fn a_borrower_that_finds_somebody_else_says_who_and_does_not_ask_for_a_lender() 
         end.assert_refusal(1, words);
         assert!(!end.stderr.contains("running there"), "{end:?}");
     }
+}
+
+#[test]
+fn a_second_vmm_is_told_that_the_device_is_in_use_and_the_first_goes_on() {
+    let place = Place::new();
+    let mut lender = place.lend();
+    let borrower = place.borrow("vmm");
+    lender.event("lent", AMPLE);
+    let mut first = place.vmm("vmm");
+    for _ in 0..3 {
+        let refused = Client::open(place.path("vmm"), AMPLE).err();
+        assert_eq!(refused.as_ref().and_then(ClientError::errno), Some(Errno::BUSY), "{refused:?}");
+        assert_nvme(&mut first);
+    }
+    borrower.complaint("a second client was told that the device is in use", AMPLE);
+    drop(first);
+    assert_nvme(&mut place.vmm("vmm"));
+    assert_end_in_order(borrower);
 }

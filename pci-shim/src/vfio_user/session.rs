@@ -11,6 +11,7 @@ use farbus_remote_dma::{Activity, InterruptMode, ResetKind};
 use farbus_transport::Nanos;
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::io::Errno;
+use rustix::net::Shutdown;
 
 use super::maps::Maps;
 use super::mediation::{Finding, Mediator};
@@ -70,6 +71,10 @@ pub(super) fn serve_client<D: Served>(
         end: None,
     };
     let end = session.run(stop);
+    // Before the reset, which may take its time: who was sent away hears it now, and who comes now waits for the reset and is not refused.
+    if let Err(errno) = rustix::net::shutdown(socket, Shutdown::Both) {
+        tracing::debug!(%errno, "a client was gone already");
+    }
     session.close();
     end
 }
@@ -330,6 +335,7 @@ impl<D: Served> Session<'_, D> {
     }
 }
 
-fn timespec(duration: Duration) -> Timespec {
+/// A time to sleep as poll(2) takes it.
+pub(super) fn timespec(duration: Duration) -> Timespec {
     Timespec { tv_sec: i64::try_from(duration.as_secs()).unwrap_or(i64::MAX), tv_nsec: i64::from(duration.subsec_nanos()) }
 }
