@@ -110,13 +110,13 @@ pub enum Unshared {
 
 /// `farbus borrow`
 #[derive(Debug, Args)]
-#[command(
-    after_help = "Exit status: 0 after a signal or the lender's goodbye, 3 where the lender is gone without one or broke the protocol.
-
-Then start the VMM, for QEMU 10.1 or newer:
+#[command(after_help = "Then start the VMM, for QEMU 10.1 or newer:
   qemu-system-x86_64 … -object memory-backend-memfd,id=mem,size=2G,share=on -machine q35,memory-backend=mem \\
-    -device '{\"driver\":\"vfio-user-pci\",\"socket\":{\"type\":\"unix\",\"path\":\"SOCKET\"}}'"
-)]
+    -device '{\"driver\":\"vfio-user-pci\",\"socket\":{\"type\":\"unix\",\"path\":\"SOCKET\"}}'
+
+Do not migrate such a virtual machine: stock QEMU (11.1.3) moves it without the state of this device, and without a word.
+
+Exit status: 0 after a signal or the lender's goodbye, 3 where the lender is gone without one or broke the protocol.")]
 pub struct BorrowArgs {
     /// The lender: shm:PATH
     #[arg(long, value_name = "ADDR")]

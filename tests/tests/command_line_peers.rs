@@ -206,3 +206,19 @@ fn a_second_vmm_is_told_that_the_device_is_in_use_and_the_first_goes_on() {
     assert_nvme(&mut place.vmm("vmm"));
     assert_end_in_order(borrower);
 }
+
+#[test]
+fn the_first_vmm_brings_the_warning_that_it_must_not_be_migrated_and_no_other_does() {
+    let place = Place::new();
+    let mut lender = place.lend();
+    let borrower = place.borrow("vmm");
+    lender.event("lent", AMPLE);
+    for _ in 0..3 {
+        assert_nvme(&mut place.vmm("vmm"));
+        borrower.complaint("do not migrate the virtual machine", AMPLE);
+    }
+    borrower.terminate();
+    let end = borrower.wait(AMPLE);
+    assert_eq!(end.stderr.matches("do not migrate").count(), 1, "{end:?}");
+    assert!(run(&["borrow", "--help"]).stdout.contains("Do not migrate"));
+}

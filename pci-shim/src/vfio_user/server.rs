@@ -9,8 +9,8 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Once};
 use std::thread;
 
 use farbus_remote_dma::Activity;
@@ -95,6 +95,8 @@ pub struct Server {
     /// Device number and inode of the socket file, so that only our own is removed.
     identity: Option<(u64, u64)>,
     stop: StopHandle,
+    /// Done when the first client was served, whose user is told what a migration would do.
+    no_migration: Once,
 }
 
 impl Server {
@@ -115,7 +117,7 @@ impl Server {
         listener.set_nonblocking(true).map_err(failed)?;
         let identity = fs::symlink_metadata(&path).ok().map(|data| (data.dev(), data.ino()));
         let stop = StopHandle::new().map_err(failed)?;
-        Ok(Self { listener, path, identity, stop })
+        Ok(Self { listener, path, identity, stop, no_migration: Once::new() })
     }
 
     /// Where it listens.
@@ -161,7 +163,7 @@ impl Server {
                     None => self.wait(door, device, activity)?,
                 }
             };
-            let end = serve_client(device, options, client.as_fd(), &self.stop)?;
+            let end = serve_client(device, options, client.as_fd(), &self.stop, &self.no_migration)?;
             drop(client);
             door.left();
             match end {

@@ -5,6 +5,7 @@
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Once;
 use std::time::Duration;
 
 use farbus_remote_dma::{Activity, InterruptMode, ResetKind};
@@ -33,6 +34,8 @@ pub(super) struct Session<'a, D> {
     pub(super) device: &'a mut D,
     options: &'a Options,
     socket: BorrowedFd<'a>,
+    /// Whether somebody was told what happens in a migration.
+    pub(super) no_migration: &'a Once,
     output: Output,
     pub(super) maps: Maps,
     pub(super) mediator: Mediator,
@@ -55,6 +58,7 @@ pub(super) fn serve_client<D: Served>(
     options: &Options,
     socket: BorrowedFd<'_>,
     stop: &StopHandle,
+    no_migration: &Once,
 ) -> Result<ClientEnd, ServeError> {
     let mut session = Session {
         mode: InterruptMode::Pin,
@@ -62,6 +66,7 @@ pub(super) fn serve_client<D: Served>(
         device,
         options,
         socket,
+        no_migration,
         output: Output::default(),
         maps: Maps::default(),
         reply: Vec::with_capacity(4096),
