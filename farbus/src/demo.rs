@@ -14,7 +14,7 @@ use std::time::Duration;
 use anyhow::{Context, bail};
 use farbus_bench::image::{DEMO_BYTES, pack, sources};
 use farbus_bench::measure::interleave;
-use farbus_bench::report::{CaseReport, DemoReport, Distribution, all_latencies, demo_table, latency_picture};
+use farbus_bench::report::{CaseReport, DemoReport, Distribution, Machine, all_latencies, demo_table, latency_picture};
 use farbus_bench::workload::{Budget, CASES, Progress, UNIT_BYTES};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
@@ -32,6 +32,7 @@ pub fn run(args: &DemoArgs) -> anyhow::Result<()> {
     if !(0.0..=3600.0).contains(&args.seconds) {
         bail!("--seconds takes 0 to 3600");
     }
+    let machine = Machine::here();
     // The original, where it is packed here, and the two copies.
     let (copies, length) = match &args.image {
         Some(image) => (2_u64, image_bytes(image)?),
@@ -62,8 +63,8 @@ pub fn run(args: &DemoArgs) -> anyhow::Result<()> {
     lender.end()?;
 
     let (cases, distributions) = report;
-    let report = DemoReport { fabric: "shm".to_owned(), verified: true, bytes_verified, cases };
-    latency_picture(&args.svg, "NVMe latency, native and remote over shared memory", &distributions)?;
+    let report = DemoReport { fabric: "shm".to_owned(), verified: true, bytes_verified, cases, machine };
+    latency_picture(&args.svg, "NVMe latency, native and remote over shared memory", &report.machine, &distributions)?;
     if args.json {
         print_line(&serde_json::to_string(&report)?);
     } else {
