@@ -8,7 +8,7 @@ use std::time::Duration;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use crate::device_spec::DeviceSpec;
-use crate::link_address::LinkAddress;
+use crate::link_address::{LinkAddress, socket_path};
 
 /// Lend a PCIe device to a virtual machine on another host, borrow it there.
 #[derive(Debug, Parser)]
@@ -122,7 +122,7 @@ pub struct BorrowArgs {
     #[arg(long, value_name = "ADDR")]
     pub from: LinkAddress,
     /// The socket that the VMM connects to
-    #[arg(long, value_name = "SOCKET")]
+    #[arg(long, value_name = "SOCKET", value_parser = socket_path)]
     pub vfio_user: PathBuf,
     /// What to do where the VMM's memory is not shared (share=off)
     #[arg(long, value_enum, default_value = "messages")]
@@ -131,7 +131,7 @@ pub struct BorrowArgs {
     #[arg(long, value_name = "TIME", default_value = "20us", value_parser = parse_duration)]
     pub spin: Duration,
     /// How long the guest waits for a register read before it gets all ones
-    #[arg(long, value_name = "TIME", default_value = "2s", value_parser = parse_duration)]
+    #[arg(long, value_name = "TIME", default_value = "2s", value_parser = parse_wait)]
     pub read_deadline: Duration,
     /// Print one JSON object a line
     #[arg(long)]
@@ -199,6 +199,12 @@ pub fn parse_duration(text: &str) -> Result<Duration, String> {
     Duration::try_from_secs_f64(number * seconds).map_err(|_| format!("{text} is no length of time"))
 }
 
+/// A time that is not zero: who waits for nothing gets nothing.
+pub fn parse_wait(text: &str) -> Result<Duration, String> {
+    let wait = parse_duration(text)?;
+    if wait.is_zero() { Err("it must be longer than zero".to_owned()) } else { Ok(wait) }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -216,5 +222,6 @@ mod tests {
         for wrong in ["80", "us", "-1s", "1m", "1e400s", ""] {
             assert!(parse_duration(wrong).is_err(), "{wrong}");
         }
+        assert!(parse_wait("0us").is_err() && parse_wait("1us").is_ok());
     }
 }

@@ -13,7 +13,7 @@ use anyhow::{Context, anyhow};
 use farbus_remote_dma::wait::Waker;
 use farbus_transport::link::hello::{Hello, Role, SPOKEN};
 use farbus_transport::link::verdict::Refusal;
-use farbus_transport::shm::{Listener, ShmOptions};
+use farbus_transport::shm::{ListenError, Listener, ShmOptions};
 use serde_json::json;
 use tokio::net::UnixListener;
 use tokio::sync::mpsc;
@@ -43,8 +43,14 @@ async fn lend(args: LendArgs, device: Device) -> anyhow::Result<()> {
     let events = Events::new(args.json);
     let mut signals = EndSignals::new().context("cannot wait for signals")?;
     let LinkAddress::Shm(path) = &args.listen;
-    let listener =
-        Listener::bind(path).advise("cannot lend there", "choose another path for --listen, or end what uses this one")?;
+    let listener = Listener::bind(path).or_else(|error| {
+        let hint = match &error {
+            ListenError::InUse { .. } => "choose another path for --listen, or end what uses this one",
+            ListenError::NotASocket { .. } => "choose another path for --listen",
+            _ => "choose a path for --listen in a folder that is there and may be written to",
+        };
+        Err(error).advise("cannot lend there", hint)
+    })?;
     let accepting = listener.nonblocking_socket().and_then(UnixListener::from_std).context("cannot wait for borrowers")?;
     let name = device.description().name.clone();
     let address = args.listen.to_string();
