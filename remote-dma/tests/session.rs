@@ -7,14 +7,16 @@
 mod common;
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use common::links::{Connect, on_every_fabric};
-use common::pair::{Pair, guest};
-use common::{BUFFER_BYTES, CopyEngine, DONE, FAULTS, RAISE, READ, Seen, VALUE, WRITE, bar0};
+use common::pair::{AMPLE, Pair, guest};
+use common::{BUFFER_BYTES, CopyEngine, DONE, FAULTS, RAISE, READ, Recorder, Seen, VALUE, WRITE, bar0, description};
+use farbus_remote_dma::borrower::{BorrowerOptions, BorrowerSession};
 use farbus_remote_dma::lender::{LenderSession, PollOptions};
 use farbus_remote_dma::wait::Waker;
 use farbus_remote_dma::{Attachment, Iova, MapError, MediationAnswer, ResetKind, Width, Window, WindowMemory};
-use farbus_transport::{Access, CloseReason, Memory, Op, Signal};
+use farbus_transport::{Access, CloseReason, Memory, Nanos, Op, Signal};
 
 on_every_fabric! {
     data_then_polled_word_then_mark_then_vector
@@ -27,6 +29,7 @@ on_every_fabric! {
     a_dead_lender_answers_all_ones_and_takes_nothing_with_it
     a_burst_longer_than_the_ring_arrives_in_order_both_ways
     a_borrower_that_breaks_the_protocol_is_dropped_and_the_device_survives
+    a_peer_that_left_before_its_first_message_was_read_left_and_broke_nothing
 }
 
 fn pages(pair: &mut Pair, memory: &Arc<Memory>) -> Vec<u64> {
@@ -240,4 +243,26 @@ fn a_borrower_that_breaks_the_protocol_is_dropped_and_the_device_survives(connec
         let (lender, _borrower) = connect();
         assert!(LenderSession::new(lender, engine).is_ok());
     }
+}
+
+fn a_peer_that_left_before_its_first_message_was_read_left_and_broke_nothing(connect: Connect) {
+    let left = |reason| matches!(reason, CloseReason::PeerClosed | CloseReason::PeerGone);
+    let both = || {
+        let (lender, borrower) = connect();
+        let lender = LenderSession::new(lender, Box::new(CopyEngine::new())).map_err(|(error, _)| error).unwrap();
+        (lender, BorrowerSession::new(borrower, description(), BorrowerOptions::default()).unwrap())
+    };
+    let (mut lender, borrower) = both();
+    drop(borrower);
+    let reason = lender.run(PollOptions::default(), &Waker::new().unwrap());
+    assert!(left(reason), "{reason}");
+
+    let (lender, mut borrower) = both();
+    lender.end();
+    let deadline = Instant::now() + AMPLE;
+    while borrower.gone().is_none() {
+        assert!(Instant::now() < deadline, "the borrower does not hear of it");
+        borrower.poll(Nanos::now(), &mut Recorder::default());
+    }
+    assert_eq!(borrower.gone(), Some(CloseReason::PeerClosed));
 }

@@ -16,7 +16,7 @@ use super::links::Link;
 use super::{COMMAND, CopyEngine, IOVA, LEN, Recorder, Seen, bar0, description};
 
 /// Longer than an emulated machine on a busy host needs for anything here.
-const AMPLE: Duration = Duration::from_secs(20);
+pub const AMPLE: Duration = Duration::from_secs(20);
 
 /// Bytes of the guest memory that tests map.
 pub const GUEST_BYTES: u64 = 1 << 20;

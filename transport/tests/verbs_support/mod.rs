@@ -13,7 +13,11 @@ pub fn choice() -> DeviceChoice {
 
 /// Two connected ends in this process.
 pub fn pair() -> (VerbsFabric, VerbsFabric) {
-    let choice = choice();
+    pair_over(&choice())
+}
+
+/// As [`pair`], with a choice of one's own.
+pub fn pair_over(choice: &DeviceChoice) -> (VerbsFabric, VerbsFabric) {
     // Asked for by name, so its absence is a failure.
-    VerbsFabric::pair(&choice).unwrap_or_else(|error| panic!("no link over {choice:?}: {error}"))
+    VerbsFabric::pair(choice).unwrap_or_else(|error| panic!("no link over {choice:?}: {error}"))
 }
