@@ -309,7 +309,11 @@ impl VerbsFabric {
                 None => self.end(CloseReason::Protocol("a message that is too long")),
             },
             Ok((Slot::Credits | Slot::Ping, _)) => {}
-            Ok((Slot::Revoke(number), _)) => self.books.revoked_by_peer(number),
+            Ok((Slot::Revoke(number), _)) => {
+                if let Err(reason) = self.books.revoked_by_peer(number) {
+                    self.end(reason);
+                }
+            }
             Ok((Slot::Goodbye, _)) => self.end(CloseReason::PeerClosed),
             Err(what) => self.end(CloseReason::Protocol(what)),
         }
