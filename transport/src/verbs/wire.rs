@@ -177,6 +177,9 @@ impl Frame {
                 if !(1..=5).contains(&it.mtu) {
                     return Err("an MTU that does not exist");
                 }
+                if it.reads_served == 0 {
+                    return Err("a queue pair that serves no reads");
+                }
                 if it.slots != SLOTS {
                     return Err("another number of receive slots than this version has");
                 }
