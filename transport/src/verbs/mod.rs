@@ -299,6 +299,9 @@ impl VerbsFabric {
         let slot = (completion.wr_id & !RECEIVE) as u32;
         let bytes = self.inbox.take(completion.wr_id, slot);
         self.outbox.counters.received += 1;
+        if self.inbox.overrun() {
+            return self.end(CloseReason::Protocol("more messages than it was given room for"));
+        }
         if completion.opcode == IBV_WC_RECV_RDMA_WITH_IMM {
             return self.tell(Event::Notify(objects::immediate(completion)));
         }
