@@ -547,8 +547,8 @@ impl Fabric for VerbsFabric {
             tracing::error!(%error, "the completion queue cannot be armed");
             self.end(CloseReason::Device("its completion queue cannot be armed"));
         }
-        // What came before the queue was armed wakes nobody.
-        self.take();
+        // What came before the queue was armed wakes nobody, and none of it may be more than the fabric's own words.
+        while self.take() > 0 {}
         while let Some(event) = self.outbox.next_event() {
             self.ready.push_back(event);
         }
