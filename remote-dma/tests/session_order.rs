@@ -3,7 +3,7 @@
 //! A DMA write of 60 KiB and its vector: when the vector is heard all bytes are there. With a lender's end that holds writes back behind the
 //! messages that announce them, the check finds the first stale byte, over shared memory here and over queue pairs in the lab.
 
-#![expect(clippy::unwrap_used, reason = "a panic is how a test fails, in its helpers too")]
+#![expect(clippy::unwrap_used, clippy::expect_used, reason = "a panic is how a test fails, in its helpers too")]
 
 mod common;
 
