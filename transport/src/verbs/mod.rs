@@ -18,6 +18,8 @@ mod outbox;
 mod regions;
 mod sleep;
 mod sys;
+#[cfg(test)]
+mod tests;
 mod windows;
 mod wire;
 
@@ -38,8 +40,8 @@ use self::outbox::Outbox;
 use self::regions::Books;
 use self::sleep::Bed;
 use self::sys::{
-    IBV_WC_LOC_LEN_ERR, IBV_WC_LOC_PROT_ERR, IBV_WC_RECV_RDMA_WITH_IMM, IBV_WC_REM_ACCESS_ERR, IBV_WC_REM_INV_REQ_ERR,
-    IBV_WC_REM_OP_ERR, IBV_WC_SUCCESS, IBV_WC_WR_FLUSH_ERR, ibv_wc,
+    IBV_WC_LOC_PROT_ERR, IBV_WC_RECV_RDMA_WITH_IMM, IBV_WC_REM_ACCESS_ERR, IBV_WC_REM_INV_REQ_ERR, IBV_WC_REM_OP_ERR,
+    IBV_WC_SUCCESS, IBV_WC_WR_FLUSH_ERR, ibv_wc,
 };
 use self::wire::{SLOTS, Slot};
 use crate::fabric::{CloseReason, Event, Events, Fabric, Full, Limits, MAX_MESSAGE, Message, Op, OpError, Signal};
@@ -356,11 +358,12 @@ impl VerbsFabric {
         };
         let receive = completion.wr_id & RECEIVE != 0;
         let (error, reason) = match completion.status {
+            IBV_WC_LOC_PROT_ERR => (OpError::Revoked, CloseReason::Device("it may not use memory of this side")),
+            // A request of the peer's: each receive has the whole slot, so what does not fit is too long.
+            _ if receive => (OpError::Closed, CloseReason::Protocol("a message that is longer than a slot")),
             IBV_WC_REM_ACCESS_ERR | IBV_WC_REM_INV_REQ_ERR | IBV_WC_REM_OP_ERR => {
                 (OpError::Revoked, CloseReason::Protocol("an operation on memory that its owner had revoked"))
             }
-            IBV_WC_LOC_PROT_ERR => (OpError::Revoked, CloseReason::Device("it may not use memory of this side")),
-            IBV_WC_LOC_LEN_ERR if receive => (OpError::Closed, CloseReason::Protocol("a message that is longer than a slot")),
             // No acknowledgement, however often it was sent.
             _ => (OpError::Closed, CloseReason::PeerGone),
         };
