@@ -88,7 +88,7 @@ pub fn run(args: &BorrowArgs) -> anyhow::Result<ExitCode> {
 fn is_goodbye(reason: CloseReason) -> bool {
     match reason {
         CloseReason::PeerClosed | CloseReason::Local => true,
-        CloseReason::PeerGone | CloseReason::Protocol(_) => false,
+        CloseReason::PeerGone | CloseReason::Protocol(_) | CloseReason::Device(_) => false,
     }
 }
 

@@ -5,6 +5,7 @@
 //! [`hello`] holds the first messages of every link and the blocking driver that exchanges them over a socket, [`verdict`] what the lender
 //! says after them.
 
+pub mod control;
 mod exchange;
 pub mod hello;
 pub mod verdict;
