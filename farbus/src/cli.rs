@@ -13,7 +13,7 @@ use crate::link_address::{LinkAddress, socket_path};
 /// Lend a PCIe device to a virtual machine on another host, borrow it there.
 #[derive(Debug, Parser)]
 #[command(name = "farbus", version, about, long_about = None, after_help = "Exit status:
-  0  done, or ended by a signal, or by a peer that said goodbye
+  0  done; lend and borrow: ended by a signal or by a peer that said goodbye
   1  failed: why is on standard error, and with --json also an object with \"error\", \"causes\" and \"hint\" on standard output
   2  the arguments make no sense: why is on standard error, with --json too
   3  borrow: the lender is gone without a goodbye, or broke the protocol")]

@@ -5,7 +5,9 @@
 #![expect(clippy::unwrap_used, reason = "a panic is how a test fails, in its helpers too")]
 
 use std::os::unix::net::UnixListener;
+use std::process::{Command, Stdio};
 
+use farbus_tests::farbus;
 use farbus_tests::place::{Place, assert_end_in_order, assert_nvme};
 use farbus_tests::process::{AMPLE, run};
 use serde_json::Value;
@@ -41,6 +43,18 @@ fn devices_says_what_works_and_why_the_rest_does_not() {
         }
     }
     assert!(run(&["devices"]).stdout.contains("shm"));
+}
+
+#[test]
+fn output_that_is_lost_is_a_failure_unless_nobody_wanted_it() {
+    let devices = |output: Stdio| Command::new(farbus()).arg("devices").stdout(output).stderr(Stdio::piped()).output().unwrap();
+    let full = devices(std::fs::File::options().write(true).open("/dev/full").unwrap().into());
+    assert_eq!(full.status.code(), Some(1));
+    assert!(String::from_utf8_lossy(&full.stderr).contains("standard output"), "{full:?}");
+    let (reader, writer) = std::io::pipe().unwrap();
+    drop(reader);
+    let unread = devices(writer.into());
+    assert!(unread.status.success() && unread.stderr.is_empty(), "{unread:?}");
 }
 
 #[test]
