@@ -9,7 +9,7 @@
 pack_job() {
     local folder=$1 role=$2 stage="$1/stage" pair address=192.0.2.1 peer=192.0.2.1
     local -A shipped=()
-    local bytes
+    local bytes rows=24 columns=80
     local needs_glibc=0
     shift 2
     case $role in
@@ -21,23 +21,24 @@ pack_job() {
         ship "${pair%%:*}" "${pair#*:}"
     done
     # A name without a slash is a program of the guest.
-    if [[ $1 == */* ]]; then
+    if [[ ${1:-} == */* ]]; then
         [[ -f $1 && -x $1 ]] || die "$1 is no executable file; build it first, or give a program of the guest without a slash"
         set -- "$(absolute "$1")" "${@:2}"
         ship "$1" "$1"
     fi
     newer_glibc
+    [[ -z $terminal ]] || read -r rows columns < <(stty size <&5)
     {
         printf 'export PATH=/usr/bin:/usr/sbin HOME=/root USER=root LANG=C.UTF-8 TERM=%s\n' "$(quoted "${shell:+${TERM:-linux}}")"
         printf 'export FARBUS_RDMA_DEV=rxe0 FARBUS_LAB_HOST=%s FARBUS_LAB_ADDRESS=%s FARBUS_LAB_PEER=%s\n' "${role/one/a}" $address $peer
         [[ -z $library_path ]] || printf 'export LD_LIBRARY_PATH=%s\n' "$(quoted "$library_path")"
-        (($# == 0 || ${#environment[@]} == 0)) || printf 'export %s\n' "$(quoted_environment)"
+        ((${#environment[@]} == 0)) || printf 'export %s\n' "$(quoted_environment)"
         printf 'cd %s\n' "$(quoted "$PWD")"
     } >"$stage/run/farbus/environment"
     printf '. /run/farbus/environment\nexec %s\n' "$(quoted "$@")" >"$stage/run/farbus/job"
     {
         printf 'role=%s limit=%s shell=%s ' "${role/one/}" "$limit" "$shell"
-        printf 'address=%s rows=%s columns=%s\n' $address "${LINES:-24}" "${COLUMNS:-80}"
+        printf 'address=%s rows=%s columns=%s\n' $address $rows $columns
     } >"$stage/run/farbus/settings"
     printf '%s\n' "${outs[@]}" | sed '/^$/d' >"$stage/run/farbus/outs"
     tar -C "$stage" -chf "$folder/job" --owner=0 --group=0 . || die "cannot pack the job"
