@@ -1,4 +1,4 @@
-# shellcheck shell=bash
+# shellcheck shell=bash disable=SC2154 # cache and list are the caller's
 # How the labs get Debian packages without installing them: an apt of our own in a cache folder, whose packages are kept
 # with their sums. Sourced, never run. For example `configure_apt "$keyring" bookworm </dev/null; update; candidate perftest` prints
 # 4.5+0.17-1, and the host's own apt has not been touched.

@@ -1,4 +1,4 @@
-# shellcheck shell=bash
+# shellcheck shell=bash disable=SC2034,SC2154 # the parts share variables
 # Runs the program on this host: on the RNIC that FARBUS_RDMA_DEV names, or on soft-RoCE of the host's own kernel over a dummy
 # network device. Sourced, never run. For example `FARBUS_RDMA_DEV=mlx5_0 ci/softroce target/release/farbus devices` runs here, with no VM.
 #
@@ -71,11 +71,12 @@ host_has_rxe() {
 run_on_host_rxe() {
     mkdir -p "$(lab_cache)"
     exec {using}>"$(lab_cache)/host-rxe.lock"
-    flock "$using"
-    [[ -d /sys/class/infiniband/$host_device ]] || make_host_rxe
-    flock -s "$using"
-    FARBUS_RDMA_DEV=$host_device
-    export FARBUS_RDMA_DEV
+    # While a lock is exchanged for another kind, another run may take the device away.
+    until flock -s "$using" && [[ -d /sys/class/infiniband/$host_device ]]; do
+        flock "$using"
+        [[ -d /sys/class/infiniband/$host_device ]] || make_host_rxe
+    done
+    export FARBUS_RDMA_DEV=$host_device FARBUS_LAB_ADDRESS=$host_address FARBUS_LAB_PEER=$host_address
     run_on_device "$@"
 }
 make_host_rxe() {

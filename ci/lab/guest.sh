@@ -1,4 +1,4 @@
-# shellcheck shell=bash
+# shellcheck shell=bash disable=SC2034,SC2154 # the parts share variables
 # Runs jobs in soft-RoCE guests: restores the saved state, hands over the job, passes the output on, brings files back.
 # Sourced, never run. For example `run_one /bin/true` sets status=0 about 2 s later, and `run_one /bin/false` sets status=1.
 #
@@ -87,7 +87,7 @@ open_events() {
 
 # Starts guest $1 (one, a or b) with program "${@:2}" from the saved state, in $work/$1.
 start_guest() {
-    local name=$1 folder="$work/$1" console each
+    local name=$1 folder="$work/$1" console
     mkdir "$folder"
     shift
     pack_job "$folder" "$name" "$@"
@@ -181,7 +181,7 @@ hear_events() {
             show_console "$name"
             say "${name/one/the program} was ended after $limit s (--seconds); the guest's console above says where it was"
             ;;
-        left) say "${name/one/the program} left $rest processes running, which were ended" ;;
+        left) say "${name/one/the program} left processes running, which were ended: $rest" ;;
         missing)
             say "${name/one/the program} left no $rest"
             missing=yes
@@ -258,6 +258,6 @@ fetch_files() {
 end_guests() {
     kill_qemu
     [[ -z $typist ]] || kill "$typist" 2>/dev/null || true
-    ((${#pids[@]} == 0)) || kill -9 "${pids[@]}" 2>/dev/null || true
+    ((${#pids[@]} == 0)) || { kill -9 "${pids[@]}" && wait "${pids[@]}"; } 2>/dev/null || true
     ((${#readers[@]} == 0)) || kill "${readers[@]}" 2>/dev/null || true
 }

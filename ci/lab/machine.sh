@@ -1,4 +1,4 @@
-# shellcheck shell=bash
+# shellcheck shell=bash disable=SC2034,SC2154 # the parts share variables
 # The virtual machine of the soft-RoCE lab: the one list of QEMU's arguments with which a state is saved and restored.
 # Sourced, never run. For example `machine 1 1G` sets `machine_args`, and `boot_args` adds the kernel for the first start.
 
