@@ -8,11 +8,15 @@ use std::time::Duration;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use crate::device_spec::DeviceSpec;
-use crate::link_address::LinkAddress;
+use crate::link_address::{LinkAddress, socket_path};
 
 /// Lend a PCIe device to a virtual machine on another host, borrow it there.
 #[derive(Debug, Parser)]
-#[command(name = "farbus", version, about, long_about = None)]
+#[command(name = "farbus", version, about, long_about = None, after_help = "Exit status:
+  0  done, or ended by a signal, or by a peer that said goodbye
+  1  failed: why is on standard error, and with --json also an object with \"error\", \"causes\" and \"hint\" on standard output
+  2  the arguments make no sense: why is on standard error, with --json too
+  3  borrow: the lender is gone without a goodbye, or broke the protocol")]
 pub struct Cli {
     /// What to do.
     #[command(subcommand)]
@@ -35,6 +39,31 @@ pub enum Command {
     Devices(DevicesArgs),
     /// Run a benchmark suite
     Bench(BenchArgs),
+}
+
+/// What a command prints on standard output.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Json {
+    /// Text for people.
+    No,
+    /// A line for each event.
+    Events,
+    /// One object.
+    Object,
+}
+
+impl Command {
+    /// What it was asked to print.
+    pub fn json(&self) -> Json {
+        let (wanted, shape) = match self {
+            Self::Lend(args) => (args.json, Json::Events),
+            Self::Borrow(args) => (args.json, Json::Events),
+            Self::Demo(args) => (args.json, Json::Object),
+            Self::Devices(args) => (args.json, Json::Object),
+            Self::Bench(args) => (args.json, Json::Object),
+        };
+        if wanted { shape } else { Json::No }
+    }
 }
 
 /// `farbus lend`
@@ -62,7 +91,7 @@ pub struct LendArgs {
     /// Use guest memory that is not sealed against shrinking (memory-backend-file); whoever can shrink it can crash this process
     #[arg(long)]
     pub accept_unsealed: bool,
-    /// Run the session's thread on this core
+    /// Run the session's thread on this core, one that this process may use
     #[arg(long, value_name = "CORE")]
     pub core: Option<usize>,
     /// Print one JSON object a line
@@ -83,13 +112,17 @@ pub enum Unshared {
 #[derive(Debug, Args)]
 #[command(after_help = "Then start the VMM, for QEMU 10.1 or newer:
   qemu-system-x86_64 … -object memory-backend-memfd,id=mem,size=2G,share=on -machine q35,memory-backend=mem \\
-    -device '{\"driver\":\"vfio-user-pci\",\"socket\":{\"type\":\"unix\",\"path\":\"SOCKET\"}}'")]
+    -device '{\"driver\":\"vfio-user-pci\",\"socket\":{\"type\":\"unix\",\"path\":\"SOCKET\"}}'
+
+Do not migrate such a virtual machine: stock QEMU (11.1.3) moves it without the state of this device, and without a word.
+
+Exit status: 0 after a signal or the lender's goodbye, 3 where the lender is gone without one or broke the protocol.")]
 pub struct BorrowArgs {
     /// The lender: shm:PATH
     #[arg(long, value_name = "ADDR")]
     pub from: LinkAddress,
     /// The socket that the VMM connects to
-    #[arg(long, value_name = "SOCKET")]
+    #[arg(long, value_name = "SOCKET", value_parser = socket_path)]
     pub vfio_user: PathBuf,
     /// What to do where the VMM's memory is not shared (share=off)
     #[arg(long, value_enum, default_value = "messages")]
@@ -98,7 +131,7 @@ pub struct BorrowArgs {
     #[arg(long, value_name = "TIME", default_value = "20us", value_parser = parse_duration)]
     pub spin: Duration,
     /// How long the guest waits for a register read before it gets all ones
-    #[arg(long, value_name = "TIME", default_value = "2s", value_parser = parse_duration)]
+    #[arg(long, value_name = "TIME", default_value = "2s", value_parser = parse_wait)]
     pub read_deadline: Duration,
     /// Print one JSON object a line
     #[arg(long)]
@@ -166,6 +199,12 @@ pub fn parse_duration(text: &str) -> Result<Duration, String> {
     Duration::try_from_secs_f64(number * seconds).map_err(|_| format!("{text} is no length of time"))
 }
 
+/// A time that is not zero: who waits for nothing gets nothing.
+pub fn parse_wait(text: &str) -> Result<Duration, String> {
+    let wait = parse_duration(text)?;
+    if wait.is_zero() { Err("it must be longer than zero".to_owned()) } else { Ok(wait) }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -183,5 +222,6 @@ mod tests {
         for wrong in ["80", "us", "-1s", "1m", "1e400s", ""] {
             assert!(parse_duration(wrong).is_err(), "{wrong}");
         }
+        assert!(parse_wait("0us").is_err() && parse_wait("1us").is_ok());
     }
 }

@@ -7,6 +7,7 @@ use std::path::Path;
 use std::process::{Child, Command, Stdio};
 
 use anyhow::{Context, anyhow, bail};
+use serde_json::Value;
 
 use crate::link_address::LinkAddress;
 
@@ -50,8 +51,11 @@ impl LenderProcess {
             BufReader::new(stdout).read_line(&mut line).context("cannot hear the lender")?;
         }
         let lender = Self { child, address };
-        if !line.contains("\"listening\"") {
-            bail!("the lender did not start; it said {line:?}");
+        let said: Value = serde_json::from_str(&line).unwrap_or_default();
+        match (said["event"].as_str(), said["error"].as_str()) {
+            (Some("listening"), _) => {}
+            (_, Some(error)) => bail!("the lender did not start: {error}"),
+            _ => bail!("the lender did not start; it said {line:?}"),
         }
         Ok(lender)
     }

@@ -1,0 +1,309 @@
+//! Memory of both sides: what the device may use here, what the peer was granted, and what the peer granted us.
+//!
+//! Each grant is a memory window, or, where the device does not hold its peers to a window's bounds (rxe), a memory region of its own with just the
+//! access given. The grant that the caller hands to its peer carries a number; address and key come on the control connection, and only from there
+//! are they believed.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use super::chain::{Bytes, What};
+use super::error::VerbsError;
+use super::establish::by_chance;
+use super::objects::{MemoryRegion, ProtectionDomain};
+use super::sys::{IBV_ACCESS_LOCAL_WRITE, IBV_ACCESS_MW_BIND, IBV_ACCESS_REMOTE_READ, IBV_ACCESS_REMOTE_WRITE};
+use super::windows::MemoryWindow;
+use super::wire::{Announcement, Frame, Slot};
+use super::{VerbsFabric, outbox};
+use crate::fabric::{CloseReason, Grant, GrantError, Regions, RegisterError};
+use crate::link::control::{Control, ControlError, receive_by};
+use crate::memory::{Mapped, Memory, MemoryError};
+use crate::span::{Access, LocalRegion, LocalSpan, RegionName, RemoteRegion, RemoteSpan};
+use crate::table::{MAX_REGIONS, Table};
+
+/// How long a grant may take to come on the control connection after it was heard of on the queue pair.
+const GRANT_LIMIT: Duration = Duration::from_secs(2);
+
+/// Memory of this side.
+pub(super) struct Local {
+    pub(super) memory: Arc<Memory>,
+    /// `None` where it is only to be granted, and where it has no bytes.
+    pub(super) region: Option<MemoryRegion>,
+    access: Access,
+}
+
+/// Memory of the peer's.
+pub(super) struct Remote {
+    pub(super) address: u64,
+    pub(super) key: u32,
+    number: u64,
+}
+
+/// A grant of ours that lives.
+struct Granted {
+    number: u64,
+    of: RegionName,
+    opening: Opening,
+}
+
+/// Through what the peer reaches granted memory, as long as it lives.
+enum Opening {
+    /// Nothing is to be reached: the memory has no bytes.
+    None,
+    /// A region of its own, held for that.
+    Region(MemoryRegion),
+    Window(MemoryWindow),
+}
+
+/// All memory that one end knows of.
+pub(super) struct Books {
+    domain: Arc<ProtectionDomain>,
+    /// Grants are windows.
+    windows: bool,
+    pub(super) locals: Table<Local>,
+    pub(super) remotes: Table<Remote>,
+    granted: Vec<Granted>,
+    last_grant: u64,
+    /// Grants of the peer's by number, imported or not.
+    announced: BTreeMap<u64, Announcement>,
+}
+
+impl Books {
+    pub(super) fn new(domain: Arc<ProtectionDomain>, windows: bool) -> Self {
+        Self {
+            domain,
+            windows,
+            locals: Table::default(),
+            remotes: Table::default(),
+            granted: Vec::new(),
+            // Somewhere among 2^63, so that a made-up number is no grant.
+            last_grant: by_chance() >> 1,
+            announced: BTreeMap::new(),
+        }
+    }
+
+    /// Takes the frames that have come.
+    ///
+    /// # Errors
+    /// Why the link ends.
+    pub(super) fn take_frames(&mut self, control: &mut dyn Control) -> Result<(), CloseReason> {
+        loop {
+            match control.receive() {
+                Ok(None) => return Ok(()),
+                Ok(Some(frame)) => self.take_frame(&frame)?,
+                Err(error) => return Err(reason(&error)),
+            }
+        }
+    }
+
+    /// Ends all windows, before the queue pair that they are bound to.
+    pub(super) fn free_windows(&mut self) {
+        for granted in &mut self.granted {
+            if let Opening::Window(_) = granted.opening {
+                granted.opening = Opening::None;
+            }
+        }
+    }
+
+    fn take_frame(&mut self, frame: &[u8]) -> Result<(), CloseReason> {
+        let Frame::Grant(grant) = Frame::parse(frame).map_err(CloseReason::Protocol)? else {
+            return Err(CloseReason::Protocol("a control frame that was not asked for"));
+        };
+        if self.announced.len() >= MAX_REGIONS as usize {
+            return Err(CloseReason::Protocol("more grants than a side may hold"));
+        }
+        match self.announced.insert(grant.number, grant) {
+            None => Ok(()),
+            Some(_) => Err(CloseReason::Protocol("two grants of one number")),
+        }
+    }
+
+    /// The peer is about to take a grant back; operations on it would end the link, so they are refused here.
+    pub(super) fn revoked_by_peer(&mut self, number: u64) {
+        self.announced.remove(&number);
+        self.remotes.remove_where(|remote| remote.number == number);
+    }
+}
+
+fn reason(error: &ControlError) -> CloseReason {
+    match error {
+        ControlError::TooLong { .. } | ControlError::Flood => CloseReason::Protocol("control frames out of bounds"),
+        ControlError::Gone | ControlError::Stuck | ControlError::Host(_) => CloseReason::PeerGone,
+    }
+}
+
+fn region_of(domain: &Arc<ProtectionDomain>, memory: &Arc<Memory>, flags: u32) -> Result<Option<MemoryRegion>, MemoryError> {
+    if memory.is_empty() { Ok(None) } else { MemoryRegion::new(domain, memory, flags).map(Some) }
+}
+
+impl VerbsFabric {
+    fn add_local(&mut self, memory: Arc<Memory>, access: Access, used_here: bool) -> Result<LocalRegion, RegisterError> {
+        if access.write && !memory.writable() {
+            return Err(MemoryError::ReadOnly.into());
+        }
+        let write = if access.write { IBV_ACCESS_LOCAL_WRITE } else { 0 };
+        // A window is a part of a region; a grant that is a region of its own needs no other.
+        let (flags, used_here) = if self.books.windows { (write | IBV_ACCESS_MW_BIND, true) } else { (write, used_here) };
+        let region = if used_here { region_of(&self.books.domain, &memory, flags)? } else { None };
+        let len = memory.len();
+        let name =
+            self.books.locals.insert(Local { memory, region, access }).ok_or(RegisterError::TooMany { limit: MAX_REGIONS })?;
+        Ok(LocalRegion { name, len, access })
+    }
+}
+
+impl VerbsFabric {
+    /// A window over a whole region, bound by a work request of its own and waited for.
+    fn open_window(&mut self, region: &LocalRegion, access: u32) -> Result<Opening, GrantError> {
+        let refused = |error: VerbsError| MemoryError::Host { what: "open a memory window", source: std::io::Error::other(error) };
+        let mut window = MemoryWindow::new(&self.books.domain).map_err(refused)?;
+        let Some(Local { region: Some(whole), .. }) = self.books.locals.find(region.name) else {
+            return Err(GrantError::NotRegistered);
+        };
+        let bind = window.bind(whole, 0, region.len, access & !IBV_ACCESS_LOCAL_WRITE);
+        self.hand_over();
+        if !self.drain(|fabric| fabric.outbox.has_room(1)) || !self.outbox.push(true, bind, Bytes::Copied(&[])) {
+            return Err(GrantError::Closed);
+        }
+        self.hand_over();
+        window.bound();
+        let bound = self.outbox.last_posted();
+        if !self.drain(|fabric| fabric.outbox.is_done(bound)) || self.pair.is_none() {
+            return Err(GrantError::Closed);
+        }
+        Ok(Opening::Window(window))
+    }
+
+    /// A write of no bytes that reports: when it is done, so is everything before it. No key is looked at for it (InfiniBand Architecture
+    /// Specification 1.4, volume 1, C9-88).
+    fn push_barrier(&mut self) -> bool {
+        let pushed = self.outbox.has_reserve() && self.outbox.push(true, What::Write { address: 0, key: 0 }, Bytes::Copied(&[]));
+        self.hand_over();
+        pushed
+    }
+}
+
+impl Regions for VerbsFabric {
+    fn register(&mut self, memory: Arc<Memory>, access: Access) -> Result<LocalRegion, RegisterError> {
+        self.add_local(memory, access, true)
+    }
+
+    fn register_for_peer(&mut self, memory: Arc<Memory>, access: Access) -> Result<LocalRegion, RegisterError> {
+        self.add_local(memory, access, false)
+    }
+
+    fn deregister(&mut self, region: LocalRegion) {
+        let (ended, alive): (Vec<_>, Vec<_>) = self.books.granted.drain(..).partition(|granted| granted.of == region.name);
+        self.books.granted = alive;
+        for granted in &ended {
+            // Where there is no room to say it, a peer that uses the grant once more loses the link.
+            self.say(Slot::Revoke(granted.number), false);
+            if let Opening::Window(window) = &granted.opening
+                && self.outbox.has_reserve()
+            {
+                self.outbox.push(false, What::Invalidate { key: window.key() }, Bytes::Copied(&[]));
+            }
+            if self.outbox.sends.is_full() {
+                self.hand_over();
+            }
+        }
+        self.hand_over();
+        // The device may still be reading or filling the memory for operations of ours.
+        if self.outbox.outstanding() > 0 && self.pair.is_some() && self.push_barrier() {
+            let last = self.outbox.last_posted();
+            if !self.drain(|fabric| fabric.outbox.is_done(last)) {
+                self.end(CloseReason::Protocol("an operation on memory that is given back does not end"));
+            }
+        }
+        // With the regions the peer's access ends: whatever arrives from now on is refused by the device.
+        drop(ended);
+        self.books.locals.remove(region.name);
+    }
+
+    fn local_memory(&self, region: &LocalRegion) -> Option<Arc<Memory>> {
+        self.books.locals.find(region.name).map(|local| Arc::clone(&local.memory))
+    }
+
+    fn map_local(&self, span: LocalSpan) -> Option<Mapped> {
+        let local = self.books.locals.find(span.name)?;
+        Mapped::new(Arc::clone(&local.memory), span.offset, u64::from(span.len)).ok()
+    }
+
+    fn export(&mut self, region: &LocalRegion, access: Access) -> Result<Grant, GrantError> {
+        let local = self.books.locals.find(region.name).ok_or(GrantError::NotRegistered)?;
+        if !local.access.allows(access) {
+            return Err(GrantError::Widened { asked: access, allowed: local.access });
+        }
+        if self.pair.is_none() {
+            return Err(GrantError::Closed);
+        }
+        if self.books.granted.len() >= MAX_REGIONS as usize {
+            return Err(GrantError::TooMany { limit: MAX_REGIONS });
+        }
+        let read = if access.read { IBV_ACCESS_REMOTE_READ } else { 0 };
+        // The device writes for the peer, so it must be allowed to write at all.
+        let write = if access.write { IBV_ACCESS_REMOTE_WRITE | IBV_ACCESS_LOCAL_WRITE } else { 0 };
+        let opening = match &local.region {
+            Some(_) if self.books.windows => self.open_window(region, read | write)?,
+            _ => region_of(&self.books.domain, &local.memory, read | write)?.map_or(Opening::None, Opening::Region),
+        };
+        let (address, key) = match &opening {
+            Opening::None => (0, 0),
+            Opening::Region(own) => (own.address(), own.rkey()),
+            Opening::Window(window) => {
+                let whole = self.books.locals.find(region.name).and_then(|local| local.region.as_ref());
+                (whole.map_or(0, MemoryRegion::address), window.key())
+            }
+        };
+        self.books.last_grant += 1;
+        let announcement = Announcement { number: self.books.last_grant, address, len: region.len, key, access };
+        self.control.send(&Frame::Grant(announcement).encode()).map_err(|error| {
+            tracing::debug!(%error, "a grant cannot be told");
+            GrantError::Closed
+        })?;
+        self.books.granted.push(Granted { number: announcement.number, of: region.name, opening });
+        Ok(Grant { key: announcement.number, len: region.len, access })
+    }
+
+    fn import(&mut self, grant: &Grant) -> Result<RemoteRegion, GrantError> {
+        let deadline = Instant::now() + GRANT_LIMIT;
+        let announced = loop {
+            if self.pair.is_none() {
+                return Err(GrantError::Closed);
+            }
+            if let Some(announced) = self.books.announced.get(&grant.key) {
+                break *announced;
+            }
+            let taken = match receive_by(&mut *self.control, deadline) {
+                Ok(Some(frame)) => self.books.take_frame(&frame),
+                Ok(None) => return Err(GrantError::Missing { key: grant.key }),
+                Err(error) => Err(reason(&error)),
+            };
+            if let Err(reason) = taken {
+                self.end(reason);
+                return Err(GrantError::Closed);
+            }
+        };
+        // What the owner said counts; a grant that says more was altered on its way.
+        if grant.len > announced.len {
+            return Err(GrantError::TooLong { granted: grant.len, actual: announced.len });
+        }
+        if !announced.access.allows(grant.access) {
+            return Err(GrantError::Widened { asked: grant.access, allowed: announced.access });
+        }
+        let remote = Remote { address: announced.address, key: announced.key, number: announced.number };
+        let name = self.books.remotes.insert(remote).ok_or(GrantError::TooMany { limit: MAX_REGIONS })?;
+        Ok(RemoteRegion { name, len: grant.len, access: grant.access })
+    }
+
+    fn release(&mut self, region: RemoteRegion) {
+        self.books.remotes.remove(region.name);
+    }
+
+    fn map_remote(&self, _span: RemoteSpan) -> Option<Mapped> {
+        None
+    }
+}
+
+const _: () = assert!(MAX_REGIONS > outbox::DEPTH);
