@@ -23,6 +23,8 @@ mod wire;
 pub use device::{DeviceChoice, DeviceInfo, Gid, PortInfo, devices};
 pub use error::{NoRdma, VerbsError};
 pub use outbox::Counters;
+#[doc(hidden)]
+pub use wire::{frame_again, slot_again};
 
 use std::collections::VecDeque;
 use std::os::fd::BorrowedFd;
