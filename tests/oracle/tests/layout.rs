@@ -198,7 +198,7 @@ fn numbers(judge: &mut Judge) {
     compare!(judge, module ibv_qp_type IBV_QPT_RC);
     compare!(judge, module ibv_wc_opcode IBV_WC_RECV_RDMA_WITH_IMM);
     compare!(judge, module ibv_wc_status
-        IBV_WC_SUCCESS IBV_WC_LOC_PROT_ERR IBV_WC_WR_FLUSH_ERR IBV_WC_REM_INV_REQ_ERR IBV_WC_REM_ACCESS_ERR IBV_WC_REM_OP_ERR);
+        IBV_WC_SUCCESS IBV_WC_LOC_LEN_ERR IBV_WC_LOC_QP_OP_ERR IBV_WC_LOC_PROT_ERR IBV_WC_WR_FLUSH_ERR IBV_WC_REM_INV_REQ_ERR IBV_WC_REM_ACCESS_ERR IBV_WC_REM_OP_ERR);
     compare!(judge, module ibv_wr_opcode IBV_WR_RDMA_WRITE IBV_WR_RDMA_WRITE_WITH_IMM IBV_WR_SEND IBV_WR_RDMA_READ);
     compare!(judge, variants ibv_event_type
         IBV_EVENT_CQ_ERR IBV_EVENT_QP_FATAL IBV_EVENT_QP_REQ_ERR IBV_EVENT_QP_ACCESS_ERR IBV_EVENT_DEVICE_FATAL IBV_EVENT_PORT_ACTIVE
