@@ -25,6 +25,8 @@ pub use device::{DeviceChoice, DeviceInfo, Gid, PortInfo, devices};
 pub use error::{NoRdma, VerbsError};
 pub use outbox::Counters;
 pub use windows::GrantMethod;
+#[doc(hidden)]
+pub use wire::{frame_again, slot_again};
 
 use std::collections::VecDeque;
 use std::os::fd::BorrowedFd;
@@ -38,8 +40,8 @@ use self::outbox::Outbox;
 use self::regions::Books;
 use self::sleep::Bed;
 use self::sys::{
-    IBV_WC_LOC_PROT_ERR, IBV_WC_RECV_RDMA_WITH_IMM, IBV_WC_REM_ACCESS_ERR, IBV_WC_REM_INV_REQ_ERR, IBV_WC_REM_OP_ERR,
-    IBV_WC_SUCCESS, IBV_WC_WR_FLUSH_ERR, ibv_wc,
+    IBV_WC_LOC_LEN_ERR, IBV_WC_LOC_PROT_ERR, IBV_WC_LOC_QP_OP_ERR, IBV_WC_RECV_RDMA_WITH_IMM, IBV_WC_REM_ACCESS_ERR,
+    IBV_WC_REM_INV_REQ_ERR, IBV_WC_REM_OP_ERR, IBV_WC_SUCCESS, IBV_WC_WR_FLUSH_ERR, ibv_wc,
 };
 use self::wire::{SLOTS, Slot};
 use crate::fabric::{CloseReason, Event, Events, Fabric, Full, Limits, MAX_MESSAGE, Message, Op, OpError, Signal};
@@ -347,6 +349,10 @@ impl VerbsFabric {
                 (OpError::Revoked, CloseReason::Protocol("an operation on memory that its owner had revoked"))
             }
             IBV_WC_LOC_PROT_ERR => (OpError::Revoked, CloseReason::Device("it may not use memory of this side")),
+            // rxe says the second.
+            IBV_WC_LOC_LEN_ERR | IBV_WC_LOC_QP_OP_ERR if receive => {
+                (OpError::Closed, CloseReason::Protocol("a message longer than a receive slot"))
+            }
             // Flushed, because the other direction failed: what its peer did is known by the device's own event, where it raises one.
             IBV_WC_WR_FLUSH_ERR => (OpError::Closed, self.why_flushed()),
             // No acknowledgement, however often it was sent.
