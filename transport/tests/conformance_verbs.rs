@@ -3,17 +3,18 @@
 //! `FARBUS_RDMA_DEV=rxe0 cargo test --test conformance_verbs -- --ignored --test-threads 1`; `ci/softroce` runs it where there is no device. A device that was
 //! promised and is not there fails every case.
 
+mod verbs_support;
+
 use farbus_transport::Nanos;
 use farbus_transport::conformance::{Pair, Provider};
-use farbus_transport::verbs::{DeviceChoice, GrantMethod, VerbsFabric};
+use farbus_transport::verbs::{DeviceChoice, GrantMethod};
 
 struct Verbs(GrantMethod);
 
 impl Provider for Verbs {
     fn connect(&self, _seed: u64) -> Result<Pair, String> {
-        let choice = DeviceChoice { device: std::env::var("FARBUS_RDMA_DEV").ok(), grants: self.0, ..DeviceChoice::default() };
-        // Asked for by name, so its absence is a failure.
-        let (left, right) = VerbsFabric::pair(&choice).unwrap_or_else(|error| panic!("no link over {choice:?}: {error}"));
+        let choice = DeviceChoice { grants: self.0, ..verbs_support::choice() };
+        let (left, right) = verbs_support::pair_over(&choice);
         Ok(Pair { ends: [Box::new(left), Box::new(right)], clock: Box::new(Nanos::now) })
     }
 
