@@ -9,12 +9,12 @@ use farbus_pci_shim::{Function, FunctionOptions, InterruptOwner};
 use farbus_remote_dma::DeviceDescription;
 use farbus_remote_dma::borrower::{BorrowerOptions, BorrowerSession};
 use farbus_transport::link::hello::{Hello, Role, SPOKEN};
+use farbus_transport::link::verdict::Refusal;
 use farbus_transport::shm::{Connection, ListenError, ShmFabric, ShmOptions, connect};
 use serde_json::json;
 use tokio::sync::oneshot;
 
 use crate::cli::{BorrowArgs, Unshared};
-use crate::lend::FEATURE_BUSY;
 use crate::link_address::LinkAddress;
 use crate::output::Events;
 use crate::signals::EndSignals;
@@ -74,9 +74,9 @@ pub fn run(args: &BorrowArgs) -> anyhow::Result<()> {
 /// Connects to a lender.
 pub fn attach(from: &LinkAddress, options: BorrowerOptions) -> anyhow::Result<BorrowerSession<ShmFabric>> {
     let LinkAddress::Shm(path) = from;
-    let hello = Hello { versions: SPOKEN, role: Role::Borrower, features: FEATURE_BUSY, epoch: 0, description: Vec::new() };
+    let hello = Hello { versions: SPOKEN, role: Role::Borrower, features: 0, epoch: 0, description: Vec::new() };
     let Connection { fabric, agreed } = match connect(path, &hello, ShmOptions::default()) {
-        Err(ListenError::Refused { agreed, .. }) if agreed.features & FEATURE_BUSY != 0 => {
+        Err(ListenError::Refused { refusal: Refusal::Lent, .. }) => {
             bail!("the device at {from} is lent to another borrower: try again when that one has left")
         }
         connected => connected.with_context(|| format!("cannot borrow from {from}: is `farbus lend` running there?"))?,

@@ -314,3 +314,20 @@ fn a_borrower_that_breaks_the_protocol_is_dropped_and_the_device_survives() {
         assert!(LenderSession::new(lender, engine).is_ok());
     }
 }
+
+#[test]
+fn a_peer_that_left_before_its_first_message_was_read_left_and_broke_nothing() {
+    let both = || {
+        let (lender, borrower) = ShmFabric::pair(ShmOptions::default()).unwrap();
+        let lender = LenderSession::new(lender, Box::new(CopyEngine::new())).map_err(|(error, _)| error).unwrap();
+        (lender, BorrowerSession::new(borrower, description(), BorrowerOptions::default()).unwrap())
+    };
+    let (mut lender, borrower) = both();
+    drop(borrower);
+    assert_eq!(lender.run(PollOptions::default(), &Waker::new().unwrap()), CloseReason::PeerClosed);
+
+    let (lender, mut borrower) = both();
+    lender.end();
+    borrower.poll(Nanos::now(), &mut Recorder::default());
+    assert_eq!(borrower.gone(), Some(CloseReason::PeerClosed));
+}

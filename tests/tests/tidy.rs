@@ -63,7 +63,6 @@ const LONG_FILES: &[(&str, usize)] = &[
     ("remote-dma/src/message.rs", 593),
     ("remote-dma/tests/nvme.rs", 498),
     ("remote-dma/tests/nvme_storm.rs", 517),
-    ("tests/tests/command_line.rs", 459),
 ];
 
 /// What may not stand in code, and what to do instead.

@@ -11,7 +11,7 @@ mod socket;
 #[cfg(test)]
 mod tests;
 
-pub use listen::{Connection, HELLO_LIMIT, ListenError, Listener, connect};
+pub use listen::{Connection, Greeted, HELLO_LIMIT, ListenError, Listener, connect};
 
 use std::collections::VecDeque;
 use std::io;

@@ -1,0 +1,127 @@
+//! How `farbus lend` and `farbus borrow` end, by a signal, with their peer, or killed, and what each says of it.
+//!
+//! A killed lender ends its borrower, which says that the lender is gone and leaves no socket behind; a VMM that is still connected reads all
+//! ones until it leaves.
+
+use std::os::unix::fs::FileTypeExt;
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use farbus_tests::Running;
+use farbus_tests::place::{Place, assert_end_in_order, assert_nvme, reason, version};
+use farbus_tests::process::AMPLE;
+use serde_json::Value;
+
+#[test]
+fn a_killed_borrower_gives_the_device_back() {
+    let place = Place::new();
+    let mut lender = place.lend();
+    for with_vmm in [false, true] {
+        let borrower = place.borrow("vmm");
+        lender.event("lent", AMPLE);
+        let vmm = with_vmm.then(|| place.vmm("vmm"));
+        borrower.kill();
+        assert_eq!(borrower.wait(AMPLE).signal(), Some(9));
+        let said = reason(&lender.event("returned", AMPLE));
+        assert!(said.contains("gone") || said.contains("closed"), "{said}");
+        drop(vmm);
+        place.assert_served(&mut lender);
+    }
+}
+
+#[test]
+fn a_killed_lender_ends_the_borrower_which_says_so() {
+    let place = Place::new();
+    let mut lender = place.lend();
+    let mut borrower = place.borrow("vmm");
+    lender.event("lent", AMPLE);
+    lender.kill();
+    let said = reason(&borrower.event("ended", AMPLE));
+    assert!(said.contains("lender") && said.contains("gone"), "{said}");
+    borrower.wait(AMPLE).assert_no_panic();
+    assert!(!place.path("vmm").exists());
+}
+
+#[test]
+fn a_killed_lender_is_a_dead_slot_to_the_vmm_until_that_leaves() {
+    let place = Place::new();
+    let mut lender = place.lend();
+    let mut borrower = place.borrow("vmm");
+    lender.event("lent", AMPLE);
+    let mut vmm = place.vmm("vmm");
+    assert_nvme(&mut vmm);
+    lender.kill();
+    drop(lender);
+    let started = Instant::now();
+    while version(&mut vmm) != u32::MAX {
+        assert!(started.elapsed() < AMPLE, "a register of a dead device still has a value");
+    }
+    vmm.region_write(0, 0x14, &[0; 4]).unwrap();
+    assert!(started.elapsed() < Duration::from_secs(5), "{:?}", started.elapsed());
+    drop(vmm);
+    let said = reason(&borrower.event("ended", AMPLE));
+    assert!(said.contains("lender"), "{said}");
+    borrower.wait(AMPLE).assert_no_panic();
+}
+
+#[test]
+fn sigterm_ends_both_in_order_and_removes_their_sockets() {
+    let place = Place::new();
+    for lender_first in [false, true] {
+        let mut lender = place.lend();
+        let borrower = place.borrow("vmm");
+        lender.event("lent", AMPLE);
+        let mut vmm = place.vmm("vmm");
+        assert_nvme(&mut vmm);
+        assert!(is_socket(&place.path("link")) && is_socket(&place.path("vmm")));
+        if lender_first {
+            assert_end_in_order(lender);
+            assert_eq!(version(&mut vmm), u32::MAX);
+            assert_end_in_order(borrower);
+        } else {
+            assert_end_in_order(borrower);
+            lender.event("returned", AMPLE);
+            assert_end_in_order(lender);
+        }
+        drop(vmm);
+        assert!(!place.path("link").exists() && !place.path("vmm").exists());
+    }
+}
+
+fn is_socket(path: &Path) -> bool {
+    std::fs::symlink_metadata(path).is_ok_and(|found| found.file_type().is_socket())
+}
+
+#[test]
+fn once_ends_the_lender_after_its_first_borrower() {
+    let place = Place::new();
+    let args = ["lend", "--json", "--once", "--device", &place.device("disk.img"), "--listen", &place.link()];
+    let mut lender = Running::farbus(&args);
+    lender.event("listening", AMPLE);
+    // Somebody who only knocks is no borrower.
+    drop(UnixStream::connect(place.path("link")).unwrap());
+    lender.event("refused", AMPLE);
+    place.assert_served(&mut lender);
+    let end = lender.wait(AMPLE);
+    assert_eq!(end.code(), Some(0), "{end:?}");
+    assert!(!place.path("link").exists());
+}
+
+#[test]
+fn every_line_of_json_output_is_an_object_with_its_event() {
+    let place = Place::new();
+    let mut lender = place.lend();
+    let borrower = place.borrow("vmm");
+    lender.event("lent", AMPLE);
+    borrower.terminate();
+    let borrower = borrower.wait(AMPLE);
+    lender.event("returned", AMPLE);
+    lender.terminate();
+    let lender = lender.wait(AMPLE);
+    let events = |text: &str| -> Vec<String> {
+        text.lines().map(|line| serde_json::from_str::<Value>(line).unwrap()["event"].as_str().unwrap().to_owned()).collect()
+    };
+    assert_eq!(events(&lender.stdout), ["listening", "lent", "returned", "ended"]);
+    assert_eq!(events(&borrower.stdout), ["serving", "ended"]);
+}
