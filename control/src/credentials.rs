@@ -97,6 +97,11 @@ pub enum CredentialsError {
 pub struct Credentials {
     pub(crate) own: Arc<CertifiedKey>,
     pub(crate) roots: Arc<RootCertStore>,
+    says: Arc<Says>,
+}
+
+/// What the certificates say.
+struct Says {
     identity: Identity,
     certificate: Certificate,
     authorities: Vec<Certificate>,
@@ -105,8 +110,8 @@ pub struct Credentials {
 impl fmt::Debug for Credentials {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Credentials")
-            .field("certificate", &self.certificate)
-            .field("authorities", &self.authorities)
+            .field("certificate", &self.says.certificate)
+            .field("authorities", &self.says.authorities)
             .finish_non_exhaustive()
     }
 }
@@ -153,7 +158,7 @@ impl Credentials {
             roots.add(der).map_err(|error| unusable("authority's certificate")(error.to_string()))?;
             authorities.push(parsed);
         }
-        Ok(Self { own: Arc::new(own), roots: Arc::new(roots), identity, certificate: parsed, authorities })
+        Ok(Self { own: Arc::new(own), roots: Arc::new(roots), says: Arc::new(Says { identity, certificate: parsed, authorities }) })
     }
 
     /// Whether they are valid at `moment`: the peer would refuse, and less clearly.
@@ -161,8 +166,8 @@ impl Credentials {
     /// # Errors
     /// [`CredentialsError::Untimely`], [`CredentialsError::AuthorityUntimely`] where none of the authorities is valid.
     pub fn check(&self, moment: Moment) -> Result<(), CredentialsError> {
-        self.certificate.validity.check(moment).map_err(CredentialsError::Untimely)?;
-        let mut untimely = self.authorities.iter().map(|authority| authority.validity.check(moment));
+        self.says.certificate.validity.check(moment).map_err(CredentialsError::Untimely)?;
+        let mut untimely = self.says.authorities.iter().map(|authority| authority.validity.check(moment));
         // One that is valid is enough; TLS itself does not look at the times of what it is told to trust.
         if untimely.clone().any(|checked| checked.is_ok()) {
             return Ok(());
@@ -172,12 +177,12 @@ impl Credentials {
 
     /// Whose they are.
     pub fn identity(&self) -> &Identity {
-        &self.identity
+        &self.says.identity
     }
 
     /// What this side's certificate says.
     pub fn certificate(&self) -> &Certificate {
-        &self.certificate
+        &self.says.certificate
     }
 }
 

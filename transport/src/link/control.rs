@@ -190,15 +190,11 @@ impl<S: ControlStream> Framed<S> {
 
     /// Waits for room in the socket where that is all that `error` says.
     fn room(&self, error: io::Error, deadline: Instant) -> Result<(), ControlError> {
+        let left = deadline.saturating_duration_since(Instant::now());
         match error.kind() {
+            ErrorKind::Interrupted | ErrorKind::WouldBlock if left.is_zero() => Err(ControlError::Stuck),
             ErrorKind::Interrupted => Ok(()),
-            ErrorKind::WouldBlock => {
-                let left = deadline.saturating_duration_since(Instant::now());
-                if left.is_zero() {
-                    return Err(ControlError::Stuck);
-                }
-                wait(self.stream.socket(), PollFlags::OUT, left).map_err(ControlError::Host)
-            }
+            ErrorKind::WouldBlock => wait(self.stream.socket(), PollFlags::OUT, left).map_err(ControlError::Host),
             _ if is_the_end(&error) => Err(ControlError::Gone),
             _ => Err(culprit(error)),
         }
