@@ -21,6 +21,8 @@ use rustls::pki_types::{CertificateDer, ServerName};
 use rustls::{ClientConfig, ClientConnection, RootCertStore};
 use support::{AMPLE, Lender, PLAIN, Site, borrow, frame, hello, runtime, tls};
 
+type IsIt = fn(&MeetError) -> bool;
+
 /// What a lender makes of a peer that sends `bytes` and then nothing more; and what that peer hears.
 fn say(lender: &Lender, bytes: &[u8]) -> (MeetError, Vec<u8>) {
     let mut stranger = TcpStream::connect(lender.address()).unwrap();
@@ -58,7 +60,7 @@ fn noise_is_turned_away_and_learns_nothing() {
     assert!(matches!(&error, MeetError::NotTls { found } if found == b"GET / HT"), "{error}");
     assert!(heard.len() < 20, "{heard:?}");
     let half = record(22, &[1, 0, 1, 0, 3, 3]);
-    let cases: [(&str, Vec<u8>, fn(&MeetError) -> bool); 8] = [
+    let cases: [(&str, Vec<u8>, IsIt); 8] = [
         ("nothing", vec![], |error| matches!(error, MeetError::Closed { received: 0 })),
         ("half a record", half[..5].to_vec(), |error| matches!(error, MeetError::Closed { received: 5 })),
         ("half a handshake", half, |error| matches!(error, MeetError::Closed { received: 11 })),
@@ -358,7 +360,7 @@ fn a_borrower_gives_up_a_lender_that_says_nothing() {
 #[test]
 fn a_borrower_turns_away_a_lender_that_sends_noise_or_leaves() {
     let vm7 = Site::new().vm7();
-    let cases: [(Vec<u8>, fn(&MeetError) -> bool); 4] = [
+    let cases: [(Vec<u8>, IsIt); 4] = [
         (b"HTTP/1.1 400 Bad Request\r\n\r\n".to_vec(), |error| matches!(error, MeetError::NotTls { .. })),
         (record(22, &[2, 0, 0, 4, 3, 3, 0, 0]), |error| matches!(error, MeetError::Tls(_))),
         (record(21, &[2, 40]), |error| matches!(error, MeetError::Unwelcome(Unwelcome::Alert(40)))),
