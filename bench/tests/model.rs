@@ -14,7 +14,7 @@ use std::time::Duration;
 use farbus_bench::driver::{DmaMemory, Driver, DriverError, DriverOptions, Io, QueueIndex};
 use farbus_bench::function::FunctionRegisters;
 use farbus_bench::measure::{CountingAllocator, Latencies, allocations_here, count_syscalls, interleave};
-use farbus_bench::report::{CaseReport, DemoReport, demo_table};
+use farbus_bench::report::{CaseReport, DemoReport, Machine, demo_table};
 use farbus_bench::workload::{Budget, CASES, Contents, Workload};
 use farbus_bench::{image, measure};
 use farbus_pci_shim::{IrqSink, MessageInterrupt};
@@ -204,7 +204,8 @@ fn native_and_remote_side_by_side() {
     }
     let rig = &mut *remote.borrow_mut();
     let verified = rig.workload.verify(&mut rig.driver, |_| {}).unwrap();
-    let report = DemoReport { fabric: "shm".to_owned(), verified: true, bytes_verified: verified.bytes, cases };
+    let report =
+        DemoReport { fabric: "shm".to_owned(), verified: true, bytes_verified: verified.bytes, cases, machine: Machine::here() };
     println!("{}", demo_table(&report));
     assert_eq!(report.cases.len(), 6);
     assert!(report.cases.iter().all(|case| case.remote.iops > 0.0 && case.p50_ratio.is_finite()));

@@ -12,7 +12,11 @@ use crate::link_address::LinkAddress;
 
 /// Lend a PCIe device to a virtual machine on another host, borrow it there.
 #[derive(Debug, Parser)]
-#[command(name = "farbus", version, about, long_about = None)]
+#[command(name = "farbus", version, about, long_about = None, after_help = "Exit status:
+  0  done, or ended by a signal, or by a peer that said goodbye
+  1  failed: why is on standard error, and with --json also an object with \"error\", \"causes\" and \"hint\" on standard output
+  2  the arguments make no sense: why is on standard error, with --json too
+  3  borrow: the lender is gone without a goodbye, or broke the protocol")]
 pub struct Cli {
     /// What to do.
     #[command(subcommand)]
@@ -35,6 +39,31 @@ pub enum Command {
     Devices(DevicesArgs),
     /// Run a benchmark suite
     Bench(BenchArgs),
+}
+
+/// What a command prints on standard output.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Json {
+    /// Text for people.
+    No,
+    /// A line for each event.
+    Events,
+    /// One object.
+    Object,
+}
+
+impl Command {
+    /// What it was asked to print.
+    pub fn json(&self) -> Json {
+        let (wanted, shape) = match self {
+            Self::Lend(args) => (args.json, Json::Events),
+            Self::Borrow(args) => (args.json, Json::Events),
+            Self::Demo(args) => (args.json, Json::Object),
+            Self::Devices(args) => (args.json, Json::Object),
+            Self::Bench(args) => (args.json, Json::Object),
+        };
+        if wanted { shape } else { Json::No }
+    }
 }
 
 /// `farbus lend`
@@ -62,7 +91,7 @@ pub struct LendArgs {
     /// Use guest memory that is not sealed against shrinking (memory-backend-file); whoever can shrink it can crash this process
     #[arg(long)]
     pub accept_unsealed: bool,
-    /// Run the session's thread on this core
+    /// Run the session's thread on this core, one that this process may use
     #[arg(long, value_name = "CORE")]
     pub core: Option<usize>,
     /// Print one JSON object a line
@@ -83,7 +112,11 @@ pub enum Unshared {
 #[derive(Debug, Args)]
 #[command(after_help = "Then start the VMM, for QEMU 10.1 or newer:
   qemu-system-x86_64 … -object memory-backend-memfd,id=mem,size=2G,share=on -machine q35,memory-backend=mem \\
-    -device '{\"driver\":\"vfio-user-pci\",\"socket\":{\"type\":\"unix\",\"path\":\"SOCKET\"}}'")]
+    -device '{\"driver\":\"vfio-user-pci\",\"socket\":{\"type\":\"unix\",\"path\":\"SOCKET\"}}'
+
+Do not migrate such a virtual machine: stock QEMU (11.1.3) moves it without the state of this device, and without a word.
+
+Exit status: 0 after a signal or the lender's goodbye, 3 where the lender is gone without one or broke the protocol.")]
 pub struct BorrowArgs {
     /// The lender: shm:PATH
     #[arg(long, value_name = "ADDR")]

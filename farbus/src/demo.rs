@@ -14,13 +14,14 @@ use std::time::Duration;
 use anyhow::{Context, bail};
 use farbus_bench::image::{DEMO_BYTES, pack, sources};
 use farbus_bench::measure::interleave;
-use farbus_bench::report::{CaseReport, DemoReport, Distribution, all_latencies, demo_table, latency_picture};
+use farbus_bench::report::{CaseReport, DemoReport, Distribution, Machine, all_latencies, demo_table, latency_picture};
 use farbus_bench::workload::{Budget, CASES, Progress, UNIT_BYTES};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 use self::lender::LenderProcess;
 use self::sides::{Cores, DriverSide, native, remote};
 use crate::cli::DemoArgs;
+use crate::failure::Advise;
 use crate::output::print_line;
 
 /// Rounds of each case and side: more than the fewest, because a demo is seldom alone on its machine.
@@ -31,6 +32,7 @@ pub fn run(args: &DemoArgs) -> anyhow::Result<()> {
     if !(0.0..=3600.0).contains(&args.seconds) {
         bail!("--seconds takes 0 to 3600");
     }
+    let machine = Machine::here();
     // The original, where it is packed here, and the two copies.
     let (copies, length) = match &args.image {
         Some(image) => (2_u64, image_bytes(image)?),
@@ -38,7 +40,7 @@ pub fn run(args: &DemoArgs) -> anyhow::Result<()> {
     };
     // Before half a minute of measuring, not after it.
     File::create(&args.svg)
-        .with_context(|| format!("cannot leave the picture at {}: name another place with --svg", args.svg.display()))?;
+        .advise(format!("cannot leave the picture at {}", args.svg.display()), "name another place with --svg")?;
     let folder = scratch_folder(copies * length)?;
     let original = original_image(args, folder.path())?;
     let (native_copy, remote_copy) = (folder.path().join("native.img"), folder.path().join("remote.img"));
@@ -61,8 +63,8 @@ pub fn run(args: &DemoArgs) -> anyhow::Result<()> {
     lender.end()?;
 
     let (cases, distributions) = report;
-    let report = DemoReport { fabric: "shm".to_owned(), verified: true, bytes_verified, cases };
-    latency_picture(&args.svg, "NVMe latency, native and remote over shared memory", &distributions)?;
+    let report = DemoReport { fabric: "shm".to_owned(), verified: true, bytes_verified, cases, machine };
+    latency_picture(&args.svg, "NVMe latency, native and remote over shared memory", &report.machine, &distributions)?;
     if args.json {
         print_line(&serde_json::to_string(&report)?);
     } else {
@@ -83,9 +85,8 @@ fn scratch_folder(needed: u64) -> anyhow::Result<tempfile::TempDir> {
     {
         return Ok(folder);
     }
-    builder(&std::env::temp_dir()).with_context(|| {
-        format!("cannot make a folder for the images: set TMPDIR to one with {} MiB of room", needed.div_ceil(1 << 20))
-    })
+    let hint = format!("set TMPDIR to a folder with {} MiB of room", needed.div_ceil(1 << 20));
+    builder(&std::env::temp_dir()).advise("cannot make a folder for the images", hint)
 }
 
 /// The length of an image that the demo can use.

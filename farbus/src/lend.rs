@@ -20,6 +20,8 @@ use tokio::sync::mpsc;
 
 use self::visit::{Device, News, Terms, Visit, Visitor};
 use crate::cli::LendArgs;
+use crate::cores::check_core;
+use crate::failure::Advise;
 use crate::link_address::LinkAddress;
 use crate::output::Events;
 use crate::signals::EndSignals;
@@ -29,6 +31,9 @@ const MAX_GREETINGS: usize = 32;
 
 /// Lends until a signal comes (or, with `--once`, until the first borrower has left).
 pub fn run(args: LendArgs) -> anyhow::Result<()> {
+    if let Some(core) = args.core {
+        check_core(core)?;
+    }
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().context("cannot start the control plane")?;
     let device = args.device.open()?;
     runtime.block_on(lend(args, device))
@@ -38,7 +43,8 @@ async fn lend(args: LendArgs, device: Device) -> anyhow::Result<()> {
     let events = Events::new(args.json);
     let mut signals = EndSignals::new().context("cannot wait for signals")?;
     let LinkAddress::Shm(path) = &args.listen;
-    let listener = Listener::bind(path).context("cannot lend there: choose another path or end the process that uses it")?;
+    let listener =
+        Listener::bind(path).advise("cannot lend there", "choose another path for --listen, or end what uses this one")?;
     let accepting = listener.nonblocking_socket().and_then(UnixListener::from_std).context("cannot wait for borrowers")?;
     let name = device.description().name.clone();
     let address = args.listen.to_string();

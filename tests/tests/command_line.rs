@@ -2,6 +2,8 @@
 //!
 //! `farbus lend --device nvme:odd.img` over 1,000 bytes exits with status 1 and says that this is not a multiple of 512, and nothing listens.
 
+#![expect(clippy::unwrap_used, reason = "a panic is how a test fails, in its helpers too")]
+
 use std::os::unix::net::UnixListener;
 
 use farbus_tests::place::{Place, assert_end_in_order, assert_nvme};
@@ -132,4 +134,57 @@ fn a_borrower_without_a_lender_or_a_socket_says_what_is_missing() {
     assert_end_in_order(first);
     lender.event("returned", AMPLE);
     place.assert_served(&mut lender);
+}
+
+#[test]
+fn a_core_that_does_not_exist_is_refused_with_those_that_do() {
+    let place = Place::new();
+    for core in ["99999", "1023"] {
+        run(&["lend", "--device", &place.device("disk.img"), "--listen", &place.link(), "--core", core])
+            .assert_refusal(1, &[&format!("no core {core}"), "hint: it may run on cores "]);
+        assert!(!place.path("link").exists());
+    }
+}
+
+/// The one object that a command which failed printed, after what it says of itself as every other object does.
+#[track_caller]
+fn failed(args: &[&str]) -> Value {
+    let end = run(args);
+    end.assert_refusal(1, &["farbus: "]);
+    let value: Value = serde_json::from_str(&end.stdout).unwrap_or_else(|error| panic!("{error}: {end:?}"));
+    let said = value["error"].as_str().unwrap();
+    assert!(end.stderr.contains(said), "people are told the same: {end:?}");
+    assert!(value["causes"].as_array().unwrap().iter().all(Value::is_string), "{value}");
+    if let Some(hint) = value["hint"].as_str() {
+        assert!(end.stderr.contains(&format!("hint: {hint}")), "{end:?}");
+    }
+    value
+}
+
+#[test]
+fn with_json_a_failure_is_one_object_with_its_causes_and_advice() {
+    let place = Place::new();
+    let (missing, nowhere) = (place.device("missing.img"), place.name("no/folder"));
+    let events = failed(&["lend", "--json", "--device", &missing, "--listen", &place.link()]);
+    assert_eq!(events["event"], "error");
+    assert!(events["error"].as_str().unwrap().contains("missing.img") && events["hint"].is_null(), "{events}");
+    let events = failed(&["lend", "--json", "--device", &place.device("disk.img"), "--listen", &format!("shm:{nowhere}")]);
+    assert!(events["hint"].as_str().unwrap().contains("another path"), "{events}");
+    assert!(events["causes"][0].as_str().unwrap().contains("No such file"), "{events}");
+    let events = failed(&["borrow", "--json", "--from", &place.link(), "--vfio-user", &place.name("vmm")]);
+    assert!(events["event"] == "error" && events["hint"].as_str().unwrap().contains("farbus lend"), "{events}");
+
+    let object = failed(&["demo", "--json", "--image", &place.name("missing.img"), "--svg", &place.name("demo.svg")]);
+    assert!(object.get("event").is_none() && object["error"].as_str().unwrap().contains("missing.img"), "{object}");
+    let object = failed(&["demo", "--json", "--svg", &nowhere]);
+    assert!(object["hint"].as_str().unwrap().contains("--svg"), "{object}");
+    let object = failed(&["bench", "shm", "--json", "--seconds", "1e9"]);
+    assert!(object["error"].as_str().unwrap().contains("--seconds"), "{object}");
+
+    // Without it nothing is on standard output.
+    assert_eq!(run(&["demo", "--image", &place.name("missing.img")]).stdout, "");
+    // What makes no sense is not understood to the end, --json neither.
+    let end = run(&["bench", "shm", "--json", "--seconds", "soon"]);
+    end.assert_refusal(2, &["--seconds"]);
+    assert_eq!(end.stdout, "");
 }

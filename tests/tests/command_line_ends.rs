@@ -8,9 +8,14 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
+use farbus_remote_dma::Backend;
+use farbus_remote_dma::model::edu::Edu;
 use farbus_tests::Running;
 use farbus_tests::place::{Place, assert_end_in_order, assert_nvme, reason, version};
 use farbus_tests::process::AMPLE;
+use farbus_transport::link::hello::{Hello, Role, SPOKEN};
+use farbus_transport::shm::{Greeted, Listener, ShmOptions};
+use farbus_transport::{Fabric, Op, Signal};
 use serde_json::Value;
 
 #[test]
@@ -30,17 +35,62 @@ fn a_killed_borrower_gives_the_device_back() {
     }
 }
 
+/// The exit status of a borrower whose lender is gone without a goodbye or broke the protocol.
+const LENDER_LOST: Option<i32> = Some(3);
+
 #[test]
-fn a_killed_lender_ends_the_borrower_which_says_so() {
+fn a_killed_lender_ends_the_borrower_which_says_so_and_fails() {
     let place = Place::new();
     let mut lender = place.lend();
     let mut borrower = place.borrow("vmm");
     lender.event("lent", AMPLE);
     lender.kill();
-    let said = reason(&borrower.event("ended", AMPLE));
+    let ended = borrower.event("ended", AMPLE);
+    let said = reason(&ended);
     assert!(said.contains("lender") && said.contains("gone"), "{said}");
-    borrower.wait(AMPLE).assert_no_panic();
+    assert_eq!(ended["status"], 3);
+    let end = borrower.wait(AMPLE);
+    assert_eq!(end.code(), LENDER_LOST, "{end:?}");
+    end.assert_no_panic();
     assert!(!place.path("vmm").exists());
+}
+
+#[test]
+fn a_lender_that_ends_in_order_ends_the_borrower_in_order() {
+    let place = Place::new();
+    let mut lender = place.lend();
+    let mut borrower = place.borrow("vmm");
+    lender.event("lent", AMPLE);
+    assert_end_in_order(lender);
+    let ended = borrower.event("ended", AMPLE);
+    let said = reason(&ended);
+    assert!(said.contains("lender") && said.contains("closed"), "{said}");
+    assert_eq!(ended["status"], 0);
+    let end = borrower.wait(AMPLE);
+    assert_eq!(end.code(), Some(0), "{end:?}");
+    end.assert_no_panic();
+}
+
+#[test]
+fn a_lender_that_breaks_the_protocol_ends_the_borrower_which_fails() {
+    let place = Place::new();
+    let listener = Listener::bind(place.path("link")).unwrap();
+    let borrower = std::thread::scope(|scope| {
+        let borrower = scope.spawn(|| place.borrow("vmm"));
+        let description = Edu::new().unwrap().description().encode().unwrap();
+        let hello = Hello { versions: SPOKEN, role: Role::Lender, features: 0, epoch: 0, description };
+        let greeted = Greeted::greet(listener.accept().unwrap(), &hello, place.path("link")).unwrap();
+        let mut link = greeted.link(ShmOptions::default()).unwrap().fabric;
+        link.post(Signal::No, Op::Send { message: b"\xff\xff" }).unwrap();
+        link.flush();
+        let mut borrower = borrower.join().unwrap();
+        let said = reason(&borrower.event("ended", AMPLE));
+        assert!(said.contains("lender") && said.contains("broke the protocol"), "{said}");
+        borrower
+    });
+    let end = borrower.wait(AMPLE);
+    assert_eq!(end.code(), LENDER_LOST, "{end:?}");
+    end.assert_no_panic();
 }
 
 #[test]
@@ -59,10 +109,30 @@ fn a_killed_lender_is_a_dead_slot_to_the_vmm_until_that_leaves() {
     }
     vmm.region_write(0, 0x14, &[0; 4]).unwrap();
     assert!(started.elapsed() < Duration::from_secs(5), "{:?}", started.elapsed());
+    borrower.complaint("the device is gone", AMPLE);
     drop(vmm);
     let said = reason(&borrower.event("ended", AMPLE));
     assert!(said.contains("lender"), "{said}");
-    borrower.wait(AMPLE).assert_no_panic();
+    let end = borrower.wait(AMPLE);
+    assert_eq!(end.code(), LENDER_LOST, "{end:?}");
+    end.assert_no_panic();
+}
+
+#[test]
+fn a_signal_ends_a_borrower_in_order_also_over_a_dead_device_which_it_names() {
+    let place = Place::new();
+    let mut lender = place.lend();
+    let mut borrower = place.borrow("vmm");
+    lender.event("lent", AMPLE);
+    let _vmm = place.vmm("vmm");
+    lender.kill();
+    borrower.complaint("the device is gone", AMPLE);
+    borrower.terminate();
+    let said = reason(&borrower.event("ended", AMPLE));
+    assert!(said.contains("SIGTERM") && said.contains("after the lender: the peer is gone"), "{said}");
+    let end = borrower.wait(AMPLE);
+    assert_eq!(end.code(), Some(0), "{end:?}");
+    end.assert_no_panic();
 }
 
 #[test]

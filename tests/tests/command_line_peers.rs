@@ -6,15 +6,17 @@
 #![expect(clippy::unwrap_used, reason = "a panic is how a test fails")]
 
 use std::io::{Read, Write};
-use std::os::unix::net::UnixStream;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::time::{Duration, Instant};
 
+use farbus_pci_shim::vfio_user::client::{Client, ClientError};
 use farbus_tests::place::{Place, assert_end_in_order, assert_nvme, reason};
 use farbus_tests::process::{AMPLE, run};
 use farbus_transport::link::hello::{HEADER_LEN, Hello, Role, SPOKEN, Versions};
 use farbus_transport::link::verdict::Refusal;
 use farbus_transport::shm::{ListenError, ShmOptions, connect};
 use farbus_transport::{Fabric, Op, Signal};
+use rustix::io::Errno;
 
 #[test]
 fn a_second_borrower_is_told_that_the_device_is_lent() {
@@ -151,4 +153,72 @@ fn a_vmm_that_sends_noise_is_sent_away_and_the_next_is_served() {
     }
     assert_end_in_order(borrower);
     lender.event("returned", AMPLE);
+}
+
+/// Everybody who may listen where a lender was looked for: what they send, and what the borrower says of it and advises.
+#[test]
+fn a_borrower_that_finds_somebody_else_says_who_and_does_not_ask_for_a_lender() {
+    let hello = |versions, role| Hello { versions, role, features: 0, epoch: 0, description: Vec::new() };
+    let newer = hello(Versions::new(7, 9).unwrap(), Role::Lender).encode().unwrap();
+    let borrower = hello(SPOKEN, Role::Borrower).encode().unwrap();
+    let lender = hello(SPOKEN, Role::Lender).encode().unwrap();
+    let unknown = [lender.as_slice(), b"verdict\xc8"].concat();
+    let cases: [(&[u8], &[&str]); 6] = [
+        (&newer, &["peer speaks versions 7 to 9", "same version of farbus on both sides"]),
+        (&borrower, &["both sides are the borrower", "address that a `farbus lend` has"]),
+        (b"SSH-2.0-OpenSSH_9.2p1 Debian-2+deb12u3\r\n........", &["not a farbus peer", "another program listens there"]),
+        (b"", &["closed the connection after 0", "turned this process away"]),
+        (&lender, &["no link after its hello", "what it says itself"]),
+        (&unknown, &["refuses for reason 200", "the lender is newer"]),
+    ];
+    let place = Place::new();
+    let listener = UnixListener::bind(place.path("link")).unwrap();
+    for (sent, words) in cases {
+        let end = std::thread::scope(|scope| {
+            scope.spawn(|| {
+                let (mut other, _) = listener.accept().unwrap();
+                // The borrower may have left by then.
+                let _sent = other.write_all(sent);
+                let _shut = other.shutdown(std::net::Shutdown::Write);
+                let _gone = other.read_to_end(&mut Vec::new());
+            });
+            run(&["borrow", "--from", &place.link(), "--vfio-user", &place.name("vmm")])
+        });
+        end.assert_refusal(1, words);
+        assert!(!end.stderr.contains("running there"), "{end:?}");
+    }
+}
+
+#[test]
+fn a_second_vmm_is_told_that_the_device_is_in_use_and_the_first_goes_on() {
+    let place = Place::new();
+    let mut lender = place.lend();
+    let borrower = place.borrow("vmm");
+    lender.event("lent", AMPLE);
+    let mut first = place.vmm("vmm");
+    for _ in 0..3 {
+        let refused = Client::open(place.path("vmm"), AMPLE).err();
+        assert_eq!(refused.as_ref().and_then(ClientError::errno), Some(Errno::BUSY), "{refused:?}");
+        assert_nvme(&mut first);
+    }
+    borrower.complaint("a second client was told that the device is in use", AMPLE);
+    drop(first);
+    assert_nvme(&mut place.vmm("vmm"));
+    assert_end_in_order(borrower);
+}
+
+#[test]
+fn the_first_vmm_brings_the_warning_that_it_must_not_be_migrated_and_no_other_does() {
+    let place = Place::new();
+    let mut lender = place.lend();
+    let borrower = place.borrow("vmm");
+    lender.event("lent", AMPLE);
+    for _ in 0..3 {
+        assert_nvme(&mut place.vmm("vmm"));
+        borrower.complaint("do not migrate the virtual machine", AMPLE);
+    }
+    borrower.terminate();
+    let end = borrower.wait(AMPLE);
+    assert_eq!(end.stderr.matches("do not migrate").count(), 1, "{end:?}");
+    assert!(run(&["borrow", "--help"]).stdout.contains("Do not migrate"));
 }

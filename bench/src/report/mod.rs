@@ -3,11 +3,13 @@
 //! `{"fabric":"shm","verified":true,…,"cases":[{"name":"randread-4k-qd1","native":{"iops":…},"remote":{…},"p50_ratio":1.21}]}` is one demo;
 //! a suite is `{"suite":"shm","rows":[…]}`, each row with its reference and whether it meets its target.
 
+mod machine;
 mod picture;
 mod table;
 
 use serde::Serialize;
 
+pub use machine::Machine;
 pub use picture::{Distribution, PictureError, latency_picture};
 pub use table::{demo_table, duration, suite_table};
 
@@ -51,6 +53,8 @@ pub struct DemoReport {
     pub bytes_verified: u64,
     /// The cases, in the order they ran.
     pub cases: Vec<CaseReport>,
+    /// Where and when.
+    pub machine: Machine,
 }
 
 /// What a row is held against.
@@ -215,11 +219,18 @@ mod tests {
             verified: true,
             bytes_verified: 4096,
             cases: vec![CaseReport::new(crate::workload::CASES[0], &pairs)],
+            machine: Machine {
+                date: "2026-11-14 09:30 UTC".to_owned(),
+                cpu: "AMD EPYC".to_owned(),
+                cores: 2,
+                kernel: "Linux 6.18.44".to_owned(),
+                farbus: "0.1.0".to_owned(),
+            },
         };
         let json = serde_json::to_string(&report).unwrap();
         assert_eq!(
             json,
-            r#"{"fabric":"shm","verified":true,"bytes_verified":4096,"cases":[{"name":"randread-4k-qd1","native":{"iops":1000.0,"p50_ns":500,"p99_ns":500},"remote":{"iops":900.0,"p50_ns":600,"p99_ns":600},"iops_ratio":0.9,"p50_ratio":1.2}]}"#
+            r#"{"fabric":"shm","verified":true,"bytes_verified":4096,"cases":[{"name":"randread-4k-qd1","native":{"iops":1000.0,"p50_ns":500,"p99_ns":500},"remote":{"iops":900.0,"p50_ns":600,"p99_ns":600},"iops_ratio":0.9,"p50_ratio":1.2}],"machine":{"date":"2026-11-14 09:30 UTC","cpu":"AMD EPYC","cores":2,"kernel":"Linux 6.18.44","farbus":"0.1.0"}}"#
         );
     }
 

@@ -100,7 +100,7 @@ fn align(rows: &[Vec<String>]) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::report::{CaseReport, Row};
+    use crate::report::{CaseReport, Machine, Row};
 
     #[test]
     fn columns_line_up_and_a_missing_row_gives_its_reason() {
@@ -117,6 +117,7 @@ mod tests {
             verified: true,
             bytes_verified: 256 << 20,
             cases: vec![case("randread-4k-qd1"), case("read-128k")],
+            machine: Machine::here(),
         };
         let text = demo_table(&report);
         let lines: Vec<_> = text.lines().collect();

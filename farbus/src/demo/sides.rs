@@ -20,7 +20,7 @@ use farbus_remote_dma::native::Native;
 use farbus_remote_dma::{Attachment, Iova};
 use farbus_transport::Memory;
 
-use crate::borrow::attach;
+use crate::attach::attach;
 use crate::link_address::LinkAddress;
 
 /// Bytes of the driver's memory: queues, and buffers for every case.

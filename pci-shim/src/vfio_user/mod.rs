@@ -11,6 +11,7 @@
 
 pub mod client;
 mod commands;
+mod door;
 mod irqs;
 mod maps;
 mod mediation;

@@ -5,12 +5,14 @@
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Once;
 use std::time::Duration;
 
 use farbus_remote_dma::{Activity, InterruptMode, ResetKind};
 use farbus_transport::Nanos;
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::io::Errno;
+use rustix::net::Shutdown;
 
 use super::maps::Maps;
 use super::mediation::{Finding, Mediator};
@@ -32,6 +34,8 @@ pub(super) struct Session<'a, D> {
     pub(super) device: &'a mut D,
     options: &'a Options,
     socket: BorrowedFd<'a>,
+    /// Whether somebody was told what happens in a migration.
+    pub(super) no_migration: &'a Once,
     output: Output,
     pub(super) maps: Maps,
     pub(super) mediator: Mediator,
@@ -39,6 +43,8 @@ pub(super) struct Session<'a, D> {
     pub(super) reply: Vec<u8>,
     pub(super) agreed: bool,
     proof_due: bool,
+    /// Whether it was said that the device is gone.
+    mourned: bool,
     pub(super) mode: InterruptMode,
     pub(super) end: Option<ClientEnd>,
 }
@@ -52,6 +58,7 @@ pub(super) fn serve_client<D: Served>(
     options: &Options,
     socket: BorrowedFd<'_>,
     stop: &StopHandle,
+    no_migration: &Once,
 ) -> Result<ClientEnd, ServeError> {
     let mut session = Session {
         mode: InterruptMode::Pin,
@@ -59,14 +66,20 @@ pub(super) fn serve_client<D: Served>(
         device,
         options,
         socket,
+        no_migration,
         output: Output::default(),
         maps: Maps::default(),
         reply: Vec::with_capacity(4096),
         agreed: false,
         proof_due: false,
+        mourned: false,
         end: None,
     };
     let end = session.run(stop);
+    // Before the reset, which may take its time: who was sent away hears it now, and who comes now waits for the reset and is not refused.
+    if let Err(errno) = rustix::net::shutdown(socket, Shutdown::Both) {
+        tracing::debug!(%errno, "a client was gone already");
+    }
     session.close();
     end
 }
@@ -100,8 +113,14 @@ impl<D: Served> Session<'_, D> {
                 return Ok(ClientEnd::Stopped);
             }
             let now = Nanos::now();
-            if self.options.on_gone == OnGone::End && self.device.gone().is_some() {
-                return Ok(ClientEnd::DeviceGone);
+            if !self.mourned
+                && let Some(reason) = self.device.gone()
+            {
+                if self.options.on_gone == OnGone::End {
+                    return Ok(ClientEnd::DeviceGone);
+                }
+                self.mourned = true;
+                tracing::warn!(%reason, "the device is gone: its client reads all ones until it leaves");
             }
             if activity == Activity::Busy {
                 awake_until = now + self.options.spin;
@@ -321,6 +340,7 @@ impl<D: Served> Session<'_, D> {
     }
 }
 
-fn timespec(duration: Duration) -> Timespec {
+/// A time to sleep as poll(2) takes it.
+pub(super) fn timespec(duration: Duration) -> Timespec {
     Timespec { tv_sec: i64::try_from(duration.as_secs()).unwrap_or(i64::MAX), tv_nsec: i64::from(duration.subsec_nanos()) }
 }
