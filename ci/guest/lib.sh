@@ -8,7 +8,7 @@ guest_dir=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 say() { printf '%s: %s\n' "${0##*/}" "$*" >&2; }
 die() {
     say "$*"
-    exit 1
+    exit "${die_status:-1}"
 }
 
 # The folder that holds everything downloaded or derived from downloads.

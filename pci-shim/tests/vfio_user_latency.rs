@@ -49,6 +49,8 @@ impl Served for Register {
     fn bar_write(&mut self, _: BarAddress, _: Width, _: u64) -> Result<(), AccessError> {
         Ok(())
     }
+
+    fn flush(&mut self) {}
     fn map(&mut self, _: Window) -> Result<(), MapError> {
         Ok(())
     }

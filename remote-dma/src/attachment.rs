@@ -171,8 +171,12 @@ pub trait Attachment: Send {
     /// a BAR, naturally aligned (the function checked them).
     fn bar_read(&mut self, at: BarAddress, width: Width, host: &mut dyn Host) -> u64;
 
-    /// Posts a register write: returns before the device has it; never reordered.
+    /// Posts a register write: returns before the device has it; never reordered. It may wait for others until [`Attachment::flush`], or the next
+    /// read, poll or sleep.
     fn bar_write(&mut self, at: BarAddress, width: Width, value: u64, host: &mut dyn Host);
+
+    /// Sends the writes that wait: one doorbell for a burst of them.
+    fn flush(&mut self);
 
     /// Lets the device use a range. Effective for every register access after it.
     ///

@@ -28,6 +28,8 @@ pub struct Limits {
     pub immediate: bool,
     /// The peer's memory can be mapped here ([`Regions::map_remote`]): loads, stores and system calls reach it without a copy of ours.
     pub peer_mappable: bool,
+    /// An operation on memory that its owner has revoked ends the link (a queue pair answers so); elsewhere it fails alone.
+    pub revocation_ends_link: bool,
 }
 
 /// The caller's name for an operation, handed back when it completes.
@@ -124,6 +126,9 @@ pub enum CloseReason {
     /// The peer broke the protocol.
     #[error("the peer broke the protocol: {0}")]
     Protocol(&'static str),
+    /// The device that carries the link failed.
+    #[error("the RDMA device failed: {0}")]
+    Device(&'static str),
     /// This side closed it.
     #[error("closed here")]
     Local,
@@ -308,6 +313,15 @@ pub trait Regions {
     /// # Errors
     /// [`RegisterError`].
     fn register(&mut self, memory: Arc<Memory>, access: Access) -> Result<LocalRegion, RegisterError>;
+
+    /// As [`Regions::register`], for memory that is only granted to the peer and never used in operations of this side: it costs one
+    /// registration where each grant is one by itself.
+    ///
+    /// # Errors
+    /// [`RegisterError`].
+    fn register_for_peer(&mut self, memory: Arc<Memory>, access: Access) -> Result<LocalRegion, RegisterError> {
+        self.register(memory, access)
+    }
 
     /// Ends the use of local memory; grants of it are revoked first.
     fn deregister(&mut self, region: LocalRegion);

@@ -20,6 +20,7 @@ pub mod span;
 mod sync;
 mod table;
 pub mod time;
+pub mod verbs;
 pub mod wrap;
 
 pub use fabric::{

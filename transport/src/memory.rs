@@ -45,6 +45,17 @@ pub enum MemoryError {
     /// The mapping is read-only.
     #[error("the mapping is read-only")]
     ReadOnly,
+    /// The memory that this process may lock is not enough for the device to use it.
+    #[error(
+        "cannot lock {asked} bytes for the device: this process may lock {limit} in all; run `ulimit -l unlimited` first, or set \
+         LimitMEMLOCK=infinity in its systemd unit"
+    )]
+    LockLimit {
+        /// Bytes to be locked.
+        asked: u64,
+        /// Bytes that this process may lock in all (RLIMIT_MEMLOCK).
+        limit: u64,
+    },
     /// The host refused.
     #[error("cannot {what}: {source}")]
     Host {

@@ -51,6 +51,16 @@ impl<T> Table<T> {
         Some(value)
     }
 
+    /// Removes all regions that `wanted` says; their names are dead from now on.
+    pub(crate) fn remove_where(&mut self, wanted: impl Fn(&T) -> bool) {
+        for index in 0..self.entries.len() as u32 {
+            let Some(entry) = self.entries.get(index as usize) else { return };
+            if entry.value.as_ref().is_some_and(&wanted) {
+                self.remove(RegionName { index, generation: entry.generation });
+            }
+        }
+    }
+
     /// The region of that name, unless it is gone.
     #[inline]
     pub(crate) fn find(&self, name: RegionName) -> Option<&T> {

@@ -167,11 +167,26 @@ impl<S: IrqSink> Function<S> {
         Ok(value)
     }
 
+    /// Sends what [`Function::post_write`] posted.
+    pub fn flush(&mut self) {
+        self.attachment.flush();
+    }
+
     /// Writes a register: posted, in order, and not seen by the device when this returns.
     ///
     /// # Errors
     /// Any [`AccessError`] but that of configuration space.
     pub fn bar_write(&mut self, at: BarAddress, width: Width, value: u64) -> Result<(), AccessError> {
+        let written = self.post_write(at, width, value);
+        self.flush();
+        written
+    }
+
+    /// As [`Function::bar_write`], as one of several: they may wait for each other until [`Function::flush`].
+    ///
+    /// # Errors
+    /// As [`Function::bar_write`].
+    pub fn post_write(&mut self, at: BarAddress, width: Width, value: u64) -> Result<(), AccessError> {
         self.refusable(|function| function.routes.check(at, width))?;
         let value = width.truncate(value);
         if !self.decodes(at.bar) {

@@ -39,11 +39,14 @@ pub trait Served {
     /// [`AccessError`] for an address outside the BARs, or misaligned.
     fn bar_read(&mut self, at: BarAddress, width: Width) -> Result<u64, AccessError>;
 
-    /// Posts a register write.
+    /// Posts a register write; it may wait until [`Served::flush`].
     ///
     /// # Errors
     /// As [`Served::bar_read`].
     fn bar_write(&mut self, at: BarAddress, width: Width, value: u64) -> Result<(), AccessError>;
+
+    /// Sends the writes that wait.
+    fn flush(&mut self);
 
     /// Lets the device use a range.
     ///
@@ -115,7 +118,11 @@ impl Served for Function<ClientInterrupts> {
     }
 
     fn bar_write(&mut self, at: BarAddress, width: Width, value: u64) -> Result<(), AccessError> {
-        self.bar_write(at, width, value)
+        self.post_write(at, width, value)
+    }
+
+    fn flush(&mut self) {
+        self.flush();
     }
 
     fn map(&mut self, window: Window) -> Result<(), MapError> {

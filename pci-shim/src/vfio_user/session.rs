@@ -204,7 +204,9 @@ impl<D: Served> Session<'_, D> {
         }
         while self.end.is_none() {
             match input.next_message() {
-                Some(Incoming::Message { header, body, fds, excess_fds }) => self.message(&header, body, fds, excess_fds),
+                Some(Incoming::Message { header, body, fds, excess_fds, last }) => {
+                    self.message(&header, body, fds, excess_fds, last)
+                }
                 Some(Incoming::TooLong(header)) => self.refuse(&header, Errno::TOOBIG),
                 Some(Incoming::Broken(header)) => {
                     self.refuse(&header, Errno::INVAL);
@@ -213,10 +215,11 @@ impl<D: Served> Session<'_, D> {
                 None => break,
             }
         }
+        self.device.flush();
         true
     }
 
-    fn message(&mut self, header: &Header, body: &[u8], fds: Vec<OwnedFd>, excess_fds: bool) {
+    fn message(&mut self, header: &Header, body: &[u8], fds: Vec<OwnedFd>, excess_fds: bool, last: bool) {
         if header.is_reply() {
             self.client_reply(header, body);
         } else if !header.is_command() || excess_fds {
@@ -226,7 +229,12 @@ impl<D: Served> Session<'_, D> {
             self.end = Some(ClientEnd::Misbehaved("its first message was not VERSION"));
         } else {
             self.reply.clear();
-            match parse(header.command, body).and_then(|request| self.dispatch(&request, fds)) {
+            let outcome = parse(header.command, body).and_then(|request| self.dispatch(&request, fds));
+            if last {
+                // A doorbell is on its way before the client is told that it was taken; a burst goes together.
+                self.device.flush();
+            }
+            match outcome {
                 Ok(()) => self.acknowledge(header),
                 Err(errno) => {
                     tracing::debug!(command = header.command, %errno, "a command was refused");

@@ -194,6 +194,8 @@ impl Served for Scripted {
         Ok(())
     }
 
+    fn flush(&mut self) {}
+
     fn map(&mut self, window: Window) -> Result<(), MapError> {
         let mut state = self.state.lock().unwrap();
         if state.refuses_files && matches!(window.memory, WindowMemory::Mapped { .. }) {
@@ -423,6 +425,10 @@ impl Attachment for Lent {
     }
     fn bar_write(&mut self, at: BarAddress, width: Width, value: u64, _: &mut dyn Host) {
         Served::bar_write(&mut self.0, at, width, value).unwrap();
+    }
+
+    fn flush(&mut self) {
+        self.0.flush();
     }
     fn map(&mut self, window: Window, _: &mut dyn Host) -> Result<(), MapError> {
         Served::map(&mut self.0, window)

@@ -67,15 +67,16 @@ impl Memories {
         let log = DirtyLog::new(memory.len()).map_err(GrantError::from)?;
         let access = if memory.writable() { Access::READ_WRITE } else { Access::READ };
         let not_registered = |_| GrantError::TooMany { limit: u32::MAX };
-        let region = fabric.register(Arc::clone(memory), access).map_err(not_registered)?;
-        let result = fabric.register(Arc::clone(log.marks()), Access::READ_WRITE).map_err(not_registered).and_then(|log_region| {
-            let grants =
-                fabric.export(&region, access).and_then(|memory| Ok((memory, fabric.export(&log_region, Access::READ_WRITE)?)));
-            if grants.is_err() {
-                fabric.deregister(log_region);
-            }
-            grants.map(|grants| (log_region, grants))
-        });
+        let region = fabric.register_for_peer(Arc::clone(memory), access).map_err(not_registered)?;
+        let result =
+            fabric.register_for_peer(Arc::clone(log.marks()), Access::READ_WRITE).map_err(not_registered).and_then(|log_region| {
+                let grants =
+                    fabric.export(&region, access).and_then(|memory| Ok((memory, fabric.export(&log_region, Access::READ_WRITE)?)));
+                if grants.is_err() {
+                    fabric.deregister(log_region);
+                }
+                grants.map(|grants| (log_region, grants))
+            });
         match result {
             Ok((log_region, (granted, dirty))) => {
                 let regions = [region, log_region];

@@ -77,6 +77,8 @@ pub struct BorrowerSession<F: Fabric> {
     sequence: Sequence,
     answer: Option<(Sequence, Answer)>,
     gone: Option<CloseReason>,
+    /// A register write was posted and not flushed.
+    unflushed: bool,
     counters: Counters,
 }
 
@@ -111,6 +113,7 @@ impl<F: Fabric> BorrowerSession<F> {
             sequence: 0,
             answer: None,
             gone: None,
+            unflushed: false,
             counters: Counters::default(),
         };
         session.send(ToLender::Staging(session.staging.store_grant()));
@@ -163,7 +166,7 @@ impl<F: Fabric> BorrowerSession<F> {
     /// Waits for the answer to `sequence`; `None` at the deadline or when the link is gone.
     #[inline]
     fn wait_for(&mut self, sequence: Sequence, limit: Duration, host: &mut dyn Host) -> Option<Answer> {
-        self.link.flush();
+        self.flush();
         let started = self.patience.begin();
         let mut now = started;
         loop {
@@ -208,10 +211,21 @@ impl<F: Fabric> BorrowerSession<F> {
     #[inline]
     fn handle(&mut self, event: &Event, host: &mut dyn Host) {
         match *event {
-            Event::Message(ref message) => match ToBorrower::parse(message.bytes()) {
-                Ok(message) => self.obey(message, host),
-                Err(error) => self.close(CloseReason::Protocol(error.text())),
-            },
+            Event::Message(ref message) => {
+                let mut bytes = message.bytes();
+                loop {
+                    match ToBorrower::parse(bytes) {
+                        Ok((message, rest)) => {
+                            self.obey(message, host);
+                            bytes = rest;
+                        }
+                        Err(error) => self.close(CloseReason::Protocol(error.text())),
+                    }
+                    if bytes.is_empty() || self.gone.is_some() {
+                        break;
+                    }
+                }
+            }
             Event::Closed(reason) => self.close(reason),
             // The link ended with it under way; why is said by the event that follows.
             Event::Failed(_, OpError::Closed) => {}
@@ -324,6 +338,11 @@ impl<F: Fabric> Attachment for BorrowerSession<F> {
         }
         self.counters.bar_writes += 1;
         self.send(ToLender::BarWrite { at, width, value });
+        self.unflushed = true;
+    }
+
+    fn flush(&mut self) {
+        self.unflushed = false;
         self.link.flush();
     }
 
@@ -436,10 +455,16 @@ impl<F: Fabric> Attachment for BorrowerSession<F> {
         if self.gone.is_some() {
             return Activity::Idle(None);
         }
+        if self.unflushed {
+            self.flush();
+        }
         if self.take_events(now, host) { Activity::Busy } else { Activity::Idle(None) }
     }
 
     fn arm(&mut self) -> bool {
+        if self.unflushed {
+            self.flush();
+        }
         self.gone.is_some() || self.link.arm()
     }
 

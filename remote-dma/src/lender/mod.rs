@@ -232,10 +232,21 @@ impl<F: Fabric> LenderSession<F> {
     #[inline]
     fn handle(&mut self, event: &Event) {
         match *event {
-            Event::Message(ref message) => match ToLender::parse(message.bytes()) {
-                Ok(message) => self.obey(message),
-                Err(error) => self.close(CloseReason::Protocol(error.text())),
-            },
+            Event::Message(ref message) => {
+                let mut bytes = message.bytes();
+                loop {
+                    match ToLender::parse(bytes) {
+                        Ok((message, rest)) => {
+                            self.obey(message);
+                            bytes = rest;
+                        }
+                        Err(error) => self.close(CloseReason::Protocol(error.text())),
+                    }
+                    if bytes.is_empty() || self.closed.is_some() {
+                        break;
+                    }
+                }
+            }
             Event::Done(id) => self.bus.operation_done(id, Ok(())),
             Event::Failed(Some(id), error) => {
                 tracing::warn!(%error, "an operation on the borrower's memory failed");

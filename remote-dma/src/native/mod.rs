@@ -88,6 +88,9 @@ impl Attachment for Native {
         self.deliver(host);
     }
 
+    /// A write has happened when it was posted.
+    fn flush(&mut self) {}
+
     fn map(&mut self, window: Window, _host: &mut dyn Host) -> Result<(), MapError> {
         self.bus.map(&window)
     }

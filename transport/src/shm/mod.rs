@@ -46,8 +46,14 @@ mod kind {
 /// Only for who polls without end: a sleeper is woken when its peer goes.
 const SILENCE: Duration = Duration::from_millis(250);
 
-const LIMITS: Limits =
-    Limits { max_message: MAX_MESSAGE as u32, max_op_len: 1 << 30, queue_depth: SLOTS, immediate: true, peer_mappable: true };
+const LIMITS: Limits = Limits {
+    max_message: MAX_MESSAGE as u32,
+    max_op_len: 1 << 30,
+    queue_depth: SLOTS,
+    immediate: true,
+    peer_mappable: true,
+    revocation_ends_link: false,
+};
 
 /// Which of the two rings this side fills.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

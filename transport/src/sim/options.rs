@@ -90,6 +90,7 @@ impl SimOptions {
             queue_depth: self.queue_depth,
             immediate: false,
             peer_mappable: false,
+            revocation_ends_link: false,
         }
     }
 }

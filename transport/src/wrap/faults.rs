@@ -200,6 +200,10 @@ impl<F: Fabric> Regions for Faults<F> {
         self.inner.register(memory, access)
     }
 
+    fn register_for_peer(&mut self, memory: Arc<Memory>, access: Access) -> Result<LocalRegion, RegisterError> {
+        self.inner.register_for_peer(memory, access)
+    }
+
     fn deregister(&mut self, region: LocalRegion) {
         self.inner.deregister(region);
     }

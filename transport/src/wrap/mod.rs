@@ -22,6 +22,10 @@ impl<R: Regions + ?Sized> Regions for Box<R> {
         (**self).register(memory, access)
     }
 
+    fn register_for_peer(&mut self, memory: Arc<Memory>, access: Access) -> Result<LocalRegion, RegisterError> {
+        (**self).register_for_peer(memory, access)
+    }
+
     fn deregister(&mut self, region: LocalRegion) {
         (**self).deregister(region);
     }

@@ -305,6 +305,12 @@ impl<F: Fabric> Regions for Trace<F> {
         Ok(region)
     }
 
+    fn register_for_peer(&mut self, memory: Arc<Memory>, access: Access) -> Result<LocalRegion, RegisterError> {
+        let region = self.inner.register_for_peer(memory, access)?;
+        lock(&self.log).counters.registered += 1;
+        Ok(region)
+    }
+
     fn deregister(&mut self, region: LocalRegion) {
         self.inner.deregister(region);
         lock(&self.log).counters.deregistered += 1;
