@@ -18,7 +18,7 @@ use crate::address::HostPort;
 use crate::credentials::{Credentials, PROVIDER};
 use crate::error::MeetError;
 use crate::identity::Name;
-use crate::meet::{HANDSHAKE_LIMIT, Met, PATIENCE, acquaint_plain, acquaint_tls, last_words, prepare};
+use crate::meet::{HANDSHAKE_LIMIT, Met, acquaint_plain, acquaint_tls, last_words, prepare};
 use crate::stream::{Deadline, Stream};
 use crate::verify::{LenderCheck, WantedLender};
 
@@ -96,12 +96,12 @@ impl Dialled {
     }
 
     /// Makes sure who is there, exchanges hellos and waits for the verdict. Blocks for at most
-    /// [`PATIENCE`] and [`HANDSHAKE_LIMIT`].
+    /// twice [`HANDSHAKE_LIMIT`] and a little.
     ///
     /// # Errors
     /// [`MeetError`].
     pub fn greet(self, hello: &Hello) -> Result<Met, MeetError> {
-        let deadline = Deadline::after(PATIENCE);
+        let deadline = Deadline::after(HANDSHAKE_LIMIT);
         let mut acquainted = match self.security {
             BorrowerSecurity::Plain { .. } => acquaint_plain(self.stream, hello, deadline)?,
             BorrowerSecurity::Tls { credentials, peer } => {

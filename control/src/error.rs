@@ -17,6 +17,7 @@ use crate::address::RESOLVE_LIMIT;
 use crate::allow::AllowError;
 use crate::certificate::{Certificate, Untimely};
 use crate::identity::{Identity, Name};
+use crate::listen::{MAX_FROM_ONE, MAX_GREETINGS};
 
 /// Why there is no control connection.
 #[derive(Debug, Error)]
@@ -49,6 +50,9 @@ pub enum MeetError {
         /// What was allowed.
         allowed: Duration,
     },
+    /// It was too slow for the crowd.
+    #[error("the peer had not said enough when {MAX_GREETINGS} others came, or {MAX_FROM_ONE} from where it is")]
+    Crowded,
     /// It left.
     #[error("the peer closed the connection during the TLS handshake, after {received} bytes")]
     Closed {

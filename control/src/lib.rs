@@ -60,4 +60,4 @@ pub use connect::{BorrowerSecurity, CONNECT_LIMIT, Dialled, connect};
 pub use credentials::{CredentialFiles, Credentials};
 pub use error::{CertificateProblem, MeetError, Unwelcome};
 pub use listen::{Arrival, Greeted, LenderSecurity, Listener, MAX_FROM_ONE, MAX_GREETINGS};
-pub use meet::{HANDSHAKE_LIMIT, Met, PATIENCE, PROBE_AFTER, PROBE_EVERY, PROBES, UNACKNOWLEDGED};
+pub use meet::{HANDSHAKE_LIMIT, Met, PROBE_AFTER, PROBE_EVERY, PROBES, UNACKNOWLEDGED};

@@ -3,9 +3,9 @@
 //! `Listener::bind(&"0.0.0.0:7000".parse()?, security).await?` accepts; each arrival is greeted on a thread of its own, where it has 5 s to show
 //! a certificate that is good and to say hello. Until then it has cost a socket and a thread, and has seen the lender's certificate and no more.
 
-use std::collections::HashMap;
+use std::collections::VecDeque;
 use std::io::ErrorKind;
-use std::net::{IpAddr, Ipv6Addr, SocketAddr, TcpStream};
+use std::net::{IpAddr, Ipv6Addr, Shutdown, SocketAddr, TcpStream};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -16,7 +16,6 @@ use rustls::server::danger::ClientCertVerifier;
 use rustls::server::{NoServerSessionStorage, ServerConfig, ServerConnection};
 use rustls::sign::SingleCertAndKey;
 use tokio::net::TcpListener;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use crate::address::HostPort;
 use crate::allow::AllowList;
@@ -27,11 +26,12 @@ use crate::meet::{Acquainted, HANDSHAKE_LIMIT, Met, acquaint_plain, acquaint_tls
 use crate::stream::Deadline;
 use crate::verify::BorrowerCheck;
 
-/// Visitors that may be on their way at a time; more wait in the socket's queue. Each costs a thread, and some 100 KiB in TLS.
+/// Visitors on their way from TCP to the end of their hello at a time, each with a socket, and in TLS with some 100 KiB and the caller's thread. One
+/// more ends the oldest: whoever means it needs milliseconds.
 pub const MAX_GREETINGS: usize = 32;
 
-/// Of these, visitors from one address (from one network of 2^64 addresses in IPv6); more are dropped, so that one host cannot keep all others
-/// out. A good one is done in milliseconds.
+/// Of these, visitors from one address (in IPv6 from one network of 2^64 addresses). One more ends the oldest from there, so that one host
+/// with many strangers is in nobody's way but its own.
 pub const MAX_FROM_ONE: usize = 8;
 
 /// How long accepting waits where this process has no descriptor left.
@@ -64,8 +64,7 @@ pub struct Listener {
     tcp: TcpListener,
     address: SocketAddr,
     security: Arc<Security>,
-    greetings: Arc<Semaphore>,
-    sources: Arc<Sources>,
+    greetings: Arc<Greetings>,
 }
 
 impl Listener {
@@ -94,8 +93,7 @@ impl Listener {
             _ => host("listen at", source),
         })?;
         let address = tcp.local_addr().map_err(|source| host("listen at", source))?;
-        let greetings = Arc::new(Semaphore::new(MAX_GREETINGS));
-        Ok(Self { tcp, address, security: Arc::new(security), greetings, sources: Arc::default() })
+        Ok(Self { tcp, address, security: Arc::new(security), greetings: Arc::default() })
     }
 
     /// Where it listens, with the port that was chosen.
@@ -103,24 +101,21 @@ impl Listener {
         self.address
     }
 
-    /// Waits for a visitor, who has said nothing yet, and for room for it. Nothing is lost where the wait is given up.
+    /// Waits for a visitor, who has said nothing yet. Nothing is lost where the wait is given up.
     ///
     /// # Errors
     /// [`MeetError::Host`] where this port is of no use any more.
     pub async fn accept(&self) -> Result<Arrival, MeetError> {
         let failed = |source| MeetError::Host { what: "accept a borrower at", address: self.address.to_string(), source };
-        let room = Arc::clone(&self.greetings).acquire_owned().await;
-        // The semaphore lives as long as this and is never closed.
-        let room = room.map_err(|closed| failed(std::io::Error::other(closed)))?;
         loop {
             match self.tcp.accept().await {
-                Ok((stream, from)) => match self.sources.enter(from.ip()) {
-                    Some(place) => {
-                        let stream = stream.into_std().map_err(failed)?;
-                        return Ok(Arrival { stream, from, security: Arc::clone(&self.security), _place: place, _room: room });
+                Ok((stream, from)) => {
+                    let stream = stream.into_std().map_err(failed)?;
+                    match Greetings::enter(&self.greetings, &stream, from.ip()) {
+                        Ok(place) => return Ok(Arrival { stream, from, security: Arc::clone(&self.security), place }),
+                        Err(error) => tracing::warn!(%error, %from, "a visitor was dropped"),
                     }
-                    None => tracing::warn!(%from, "a visitor was dropped: {MAX_FROM_ONE} from there are being greeted"),
-                },
+                }
                 // The visitor was gone, or its network was, before it was accepted (accept(2)).
                 Err(error) if is_the_visitors(&error) => tracing::debug!(%error, "a visitor left at once"),
                 Err(error) if is_exhaustion(&error) => {
@@ -142,38 +137,58 @@ fn is_exhaustion(error: &std::io::Error) -> bool {
     Errno::from_io_error(error).is_some_and(|errno| [Errno::MFILE, Errno::NFILE, Errno::NOBUFS, Errno::NOMEM].contains(&errno))
 }
 
-/// Visitors on their way, by where they come from.
+/// Visitors on their way, the oldest first.
 #[derive(Default)]
-struct Sources(Mutex<HashMap<IpAddr, usize>>);
+struct Greetings(Mutex<(u64, VecDeque<Greeting>)>);
 
-/// One visitor's place among those of its source, until it is dropped.
-struct Place {
-    sources: Arc<Sources>,
+struct Greeting {
+    number: u64,
     from: IpAddr,
+    /// To end it: the same socket as the visitor's.
+    socket: TcpStream,
 }
 
-impl Sources {
-    fn enter(self: &Arc<Self>, from: IpAddr) -> Option<Place> {
+/// One visitor's place among them, until it is dropped.
+struct Place {
+    greetings: Arc<Greetings>,
+    number: u64,
+}
+
+impl Greetings {
+    fn enter(own: &Arc<Self>, socket: &TcpStream, from: IpAddr) -> std::io::Result<Place> {
+        let socket = socket.try_clone()?;
         let from = network(from);
-        let mut counts = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let count = counts.entry(from).or_default();
-        if *count >= MAX_FROM_ONE {
-            return None;
+        let mut greetings = own.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let (last, waiting) = &mut *greetings;
+        let from_there = waiting.iter().filter(|other| other.from == from).count();
+        let in_the_way = if from_there >= MAX_FROM_ONE {
+            waiting.iter().position(|other| other.from == from)
+        } else {
+            (waiting.len() >= MAX_GREETINGS).then_some(0)
+        };
+        if let Some(oldest) = in_the_way.and_then(|at| waiting.remove(at)) {
+            // Its greeting hears the end of the stream; one that is at its end already is no loss.
+            let _over = oldest.socket.shutdown(Shutdown::Both);
         }
-        *count += 1;
-        Some(Place { sources: Arc::clone(self), from })
+        *last += 1;
+        waiting.push_back(Greeting { number: *last, from, socket });
+        Ok(Place { greetings: Arc::clone(own), number: *last })
+    }
+}
+
+impl Place {
+    /// Leaves; false where another was given it before.
+    fn leave(&self) -> bool {
+        let mut greetings = self.greetings.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let (_, waiting) = &mut *greetings;
+        let at = waiting.iter().position(|greeting| greeting.number == self.number);
+        at.is_some_and(|at| waiting.remove(at).is_some())
     }
 }
 
 impl Drop for Place {
     fn drop(&mut self) {
-        let mut counts = self.sources.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(count) = counts.get_mut(&self.from) {
-            *count -= 1;
-            if *count == 0 {
-                counts.remove(&self.from);
-            }
-        }
+        self.leave();
     }
 }
 
@@ -184,13 +199,12 @@ fn network(from: IpAddr) -> IpAddr {
     }
 }
 
-/// A visitor who has said nothing yet. It keeps its room until it is greeted or dropped.
+/// A visitor who has said nothing yet. It has a place among those on their way until it is greeted or dropped.
 pub struct Arrival {
     stream: TcpStream,
     from: SocketAddr,
     security: Arc<Security>,
-    _place: Place,
-    _room: OwnedSemaphorePermit,
+    place: Place,
 }
 
 impl Arrival {
@@ -204,18 +218,23 @@ impl Arrival {
     /// # Errors
     /// [`MeetError`].
     pub fn greet(self, hello: &Hello) -> Result<Greeted, MeetError> {
-        let deadline = Deadline::after(HANDSHAKE_LIMIT);
-        let host = |source| MeetError::Host { what: "talk to", address: self.from.to_string(), source };
-        prepare(&self.stream).map_err(host)?;
-        let acquainted = match &*self.security {
-            Security::Plain => acquaint_plain(self.stream, hello, deadline)?,
-            Security::Tls { credentials, chain, allow } => {
-                let check = Arc::new(BorrowerCheck::new(Arc::clone(chain), Arc::clone(allow)));
-                let connection = connection(credentials, Arc::clone(&check)).map_err(MeetError::Tls)?;
-                acquaint_tls(connection.into(), self.stream, || check.found(), hello, deadline)?
-            }
-        };
-        Ok(Greeted(acquainted))
+        let Self { stream, from, security, place } = self;
+        let greeted = greet(stream, from, &security, hello);
+        // Also where it had just come to its end: its socket is shut by now.
+        if place.leave() { greeted.map(Greeted) } else { Err(MeetError::Crowded) }
+    }
+}
+
+fn greet(stream: TcpStream, from: SocketAddr, security: &Security, hello: &Hello) -> Result<Acquainted, MeetError> {
+    let deadline = Deadline::after(HANDSHAKE_LIMIT);
+    prepare(&stream).map_err(|source| MeetError::Host { what: "talk to", address: from.to_string(), source })?;
+    match security {
+        Security::Plain => acquaint_plain(stream, hello, deadline),
+        Security::Tls { credentials, chain, allow } => {
+            let check = Arc::new(BorrowerCheck::new(Arc::clone(chain), Arc::clone(allow)));
+            let connection = connection(credentials, Arc::clone(&check)).map_err(MeetError::Tls)?;
+            acquaint_tls(connection.into(), stream, || check.found(), hello, deadline)
+        }
     }
 }
 
@@ -269,19 +288,51 @@ impl Greeted {
 
 #[cfg(test)]
 mod tests {
+    use std::net::Ipv4Addr;
+
     use super::*;
 
+    /// The two ends of a visitor's connection, of which the first is the lender's.
+    fn visitor() -> (TcpStream, TcpStream) {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let theirs = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        (listener.accept().unwrap().0, theirs)
+    }
+
     #[test]
-    fn one_source_has_some_places_and_gets_them_back() {
-        let sources = Arc::new(Sources::default());
-        let enter = |text: &str| sources.enter(text.parse().unwrap());
-        let mut held: Vec<_> = (0..MAX_FROM_ONE).map(|_| enter("10.0.0.1").unwrap()).collect();
-        assert!(enter("10.0.0.1").is_none() && enter("::ffff:10.0.0.1").is_none() && enter("10.0.0.2").is_some());
-        held.pop();
-        assert!(enter("10.0.0.1").is_some(), "its place, which it gave back at once");
-        let _v6: Vec<_> = (0..MAX_FROM_ONE).map(|host| enter(&format!("fd00::{host:x}")).unwrap()).collect();
-        assert!(enter("fd00::ffff").is_none() && enter("fd00:0:0:1::1").is_some());
-        drop(held);
-        assert_eq!(sources.0.lock().unwrap().len(), 1, "who left is still counted");
+    fn one_more_ends_the_oldest_of_its_own_source_before_that_of_another() {
+        let greetings = Arc::new(Greetings::default());
+        let (ours, theirs) = visitor();
+        let enter = |text: &str| Greetings::enter(&greetings, &ours, text.parse().unwrap()).unwrap();
+        let first = enter("10.0.0.1");
+        let other = enter("10.0.0.2");
+        let _more: Vec<_> = (1..MAX_FROM_ONE).map(|_| enter("10.0.0.1")).collect();
+        assert!(theirs.set_nonblocking(true).is_ok() && theirs.peek(&mut [0]).is_err(), "ended too early");
+        // The same, as a socket for both families sees it.
+        let mapped = enter("::ffff:10.0.0.1");
+        assert_eq!(theirs.peek(&mut [0]).unwrap(), 0, "the oldest goes on");
+        assert!(!first.leave() && other.leave() && mapped.leave());
+    }
+
+    #[test]
+    fn networks_of_ipv6_are_one_source_each() {
+        assert_eq!(network("fd00::1".parse().unwrap()), network("fd00::ffff:1".parse().unwrap()));
+        assert_ne!(network("fd00::1".parse().unwrap()), network("fd00:0:0:1::1".parse().unwrap()));
+        assert_ne!(network("10.0.0.1".parse().unwrap()), network("10.0.0.2".parse().unwrap()));
+    }
+
+    #[test]
+    fn one_more_than_all_ends_the_oldest_and_who_left_is_not_counted() {
+        let greetings = Arc::new(Greetings::default());
+        let (ours, _theirs) = visitor();
+        let enter = |host: usize| Greetings::enter(&greetings, &ours, Ipv4Addr::from(host as u32).into()).unwrap();
+        let mut all: Vec<_> = (0..MAX_GREETINGS).map(enter).collect();
+        drop(all.pop());
+        let late = enter(100);
+        assert!(all.first().is_some_and(Place::leave), "somebody was ended though there was room");
+        let (_room, _one_more) = (enter(101), enter(102));
+        assert!(!all.get(1).is_some_and(Place::leave), "the oldest is still there");
+        drop((all, late));
+        assert_eq!(greetings.0.lock().unwrap().1.len(), 2);
     }
 }

@@ -16,12 +16,8 @@ use crate::identity::Identity;
 use crate::stream::{Deadline, Sniffed, Stream, TlsStream};
 use crate::verify::Found;
 
-/// How long a borrower may take over TLS and hello together, and a lender over its verdict.
+/// How long a peer may take over TLS and hello together, and a lender over its verdict.
 pub const HANDSHAKE_LIMIT: Duration = Duration::from_secs(5);
-
-/// How long a lender may take over TLS and hello: it may have as many strangers as it greets at a time, each for [`HANDSHAKE_LIMIT`], and two
-/// queues of them are waited for.
-pub const PATIENCE: Duration = Duration::from_secs(11);
 
 /// Silence after which the kernel asks whether the peer's host is there. Nothing is sent on an idle control connection, and the device
 /// should be free again soon after its borrower's host has died.
