@@ -5,13 +5,13 @@
 
 use farbus_transport::Nanos;
 use farbus_transport::conformance::{Pair, Provider};
-use farbus_transport::verbs::{DeviceChoice, VerbsFabric};
+use farbus_transport::verbs::{DeviceChoice, GrantMethod, VerbsFabric};
 
-struct Verbs;
+struct Verbs(GrantMethod);
 
 impl Provider for Verbs {
     fn connect(&self, _seed: u64) -> Result<Pair, String> {
-        let choice = DeviceChoice { device: std::env::var("FARBUS_RDMA_DEV").ok(), ..DeviceChoice::default() };
+        let choice = DeviceChoice { device: std::env::var("FARBUS_RDMA_DEV").ok(), grants: self.0, ..DeviceChoice::default() };
         // Asked for by name, so its absence is a failure.
         let (left, right) = VerbsFabric::pair(&choice).unwrap_or_else(|error| panic!("no link over {choice:?}: {error}"));
         Ok(Pair { ends: [Box::new(left), Box::new(right)], clock: Box::new(Nanos::now) })
@@ -23,4 +23,13 @@ impl Provider for Verbs {
     }
 }
 
-farbus_transport::conformance_suite!(Verbs, ignore = "needs an RDMA device; ci/softroce runs it");
+mod regions {
+    use super::{GrantMethod, Verbs};
+    farbus_transport::conformance_suite!(Verbs(GrantMethod::Regions), ignore = "needs an RDMA device; ci/softroce runs it");
+}
+
+/// Whether or not the device holds anybody to a window's bounds: no case depends on it, because no grant is believed that its owner did not make.
+mod windows {
+    use super::{GrantMethod, Verbs};
+    farbus_transport::conformance_suite!(Verbs(GrantMethod::Windows), ignore = "needs an RDMA device; ci/softroce runs it");
+}

@@ -10,6 +10,7 @@ use super::error::{NoRdma, VerbsError};
 use super::library::Library;
 use super::objects::{Context, device_names};
 use super::sys::{IBV_GID_TYPE_IB, IBV_GID_TYPE_ROCE_V2, IBV_PORT_ACTIVE, ibv_device_attr, ibv_port_attr};
+use super::windows::GrantMethod;
 
 /// `link_layer` of a port that is Ethernet (verbs.h, IBV_LINK_LAYER_ETHERNET); all others are InfiniBand.
 const ETHERNET: u8 = 2;
@@ -23,6 +24,8 @@ pub struct DeviceChoice {
     pub port: Option<u8>,
     /// The index of its address; `None`: the first RoCE v2 address that is no link-local one, if there is one.
     pub gid: Option<u32>,
+    /// How memory is granted to the peer.
+    pub grants: GrantMethod,
 }
 
 /// An address of a port.

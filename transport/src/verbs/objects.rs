@@ -13,8 +13,9 @@ use super::chain::{Receives, Sends};
 use super::error::VerbsError;
 use super::library::Library;
 use super::sys::{
-    IBV_QPT_RC, ibv_access_flags, ibv_async_event, ibv_comp_channel, ibv_context, ibv_cq, ibv_device_attr, ibv_event_type,
-    ibv_gid_entry, ibv_mr, ibv_pd, ibv_port_attr, ibv_qp, ibv_qp_attr, ibv_qp_cap, ibv_qp_init_attr, ibv_wc,
+    IBV_QPT_RC, ibv_access_flags, ibv_async_event, ibv_comp_channel, ibv_context, ibv_context_ops, ibv_cq, ibv_device_attr,
+    ibv_event_type, ibv_gid_entry, ibv_mr, ibv_mw, ibv_mw_type, ibv_pd, ibv_port_attr, ibv_qp, ibv_qp_attr, ibv_qp_cap,
+    ibv_qp_init_attr, ibv_wc,
 };
 use crate::memory::{Memory, MemoryError};
 
@@ -110,6 +111,12 @@ impl Context {
         Ok(attributes)
     }
 
+    /// The provider's own functions.
+    fn operations(&self) -> ibv_context_ops {
+        // SAFETY: an open context, whose provider filled its operations when it was opened and leaves them.
+        unsafe { self.raw.as_ref() }.ops
+    }
+
     /// The addresses of all ports.
     pub(super) fn gids(&self) -> Result<Vec<ibv_gid_entry>, VerbsError> {
         const MOST: usize = 512;
@@ -179,6 +186,26 @@ impl ProtectionDomain {
     }
 }
 
+impl ProtectionDomain {
+    /// A memory window, to be given back by [`ProtectionDomain::free_window`].
+    pub(super) fn alloc_window(&self, kind: ibv_mw_type) -> Result<NonNull<ibv_mw>, VerbsError> {
+        let refused = self.context.refused("make a memory window");
+        let Some(alloc_mw) = self.context.operations().alloc_mw else {
+            return Err(refused(io::ErrorKind::Unsupported.into()));
+        };
+        // SAFETY: a live domain.
+        let raw = unsafe { alloc_mw(self.raw.as_ptr(), kind) };
+        NonNull::new(raw).ok_or_else(io::Error::last_os_error).map_err(refused)
+    }
+
+    /// Frees a window of this domain; an errno.
+    pub(super) fn free_window(&self, window: NonNull<ibv_mw>) -> c_int {
+        let Some(dealloc_mw) = self.context.operations().dealloc_mw else { return libc::ENOSYS };
+        // SAFETY: made by alloc_window of this domain, whose owner (windows.rs) frees it once.
+        unsafe { dealloc_mw(window.as_ptr()) }
+    }
+}
+
 impl Drop for ProtectionDomain {
     fn drop(&mut self) {
         // SAFETY: regions and queue pairs of the domain hold an Arc of it, so this is the last use.
@@ -226,6 +253,11 @@ impl MemoryRegion {
         self.lkey
     }
 
+    /// For binding windows to it.
+    pub(super) fn raw(&self) -> *mut ibv_mr {
+        self.raw.as_ptr()
+    }
+
     /// What the peer needs to reach the region.
     pub(super) fn rkey(&self) -> u32 {
         self.rkey
@@ -270,8 +302,7 @@ impl CompletionQueue {
         let entries = c_int::try_from(entries).unwrap_or(c_int::MAX);
         // SAFETY: context and channel live; no user pointer; vector 0 exists on every device.
         let raw = unsafe { (library.create_cq)(context.raw.as_ptr(), entries, std::ptr::null_mut(), channel.as_ptr(), 0) };
-        // SAFETY: an open context whose provider filled its operations when it was opened.
-        let operations = unsafe { context.raw.as_ref() }.ops;
+        let operations = context.operations();
         let (Some(raw), Some(poll_cq), Some(req_notify_cq)) = (NonNull::new(raw), operations.poll_cq, operations.req_notify_cq)
         else {
             let source = io::Error::last_os_error();
@@ -366,8 +397,7 @@ impl QueuePair {
         // SAFETY: the domain and both queues live and are of one context; the capacity is written back.
         let raw = unsafe { (context.library.create_qp)(domain.raw.as_ptr(), &raw mut attributes) };
         let raw = NonNull::new(raw).ok_or_else(io::Error::last_os_error).map_err(context.refused("make a queue pair"))?;
-        // SAFETY: as in CompletionQueue::new.
-        let operations = unsafe { context.raw.as_ref() }.ops;
+        let operations = context.operations();
         let (Some(post_send), Some(post_recv)) = (operations.post_send, operations.post_recv) else {
             // SAFETY: just made and used by nothing.
             report_leak(unsafe { (context.library.destroy_qp)(raw.as_ptr()) }, "destroy a queue pair");
@@ -438,7 +468,7 @@ fn checked(errno: c_int) -> io::Result<()> {
     }
 }
 
-fn report_leak(failed: c_int, what: &'static str) {
+pub(super) fn report_leak(failed: c_int, what: &'static str) {
     if let Err(error) = checked(failed) {
         tracing::error!(%error, "could not {what}: it leaks");
     }

@@ -1,16 +1,19 @@
 //! Memory of both sides: what the device may use here, what the peer was granted, and what the peer granted us.
 //!
-//! Each grant is a memory region of its own with just the access given, because rxe does not hold a memory window to its bounds. The grant that the
-//! caller hands to its peer carries a number; address and key come on the control connection, and only from there are they believed.
+//! Each grant is a memory window, or, where the device does not hold its peers to a window's bounds (rxe), a memory region of its own with just the
+//! access given. The grant that the caller hands to its peer carries a number; address and key come on the control connection, and only from there
+//! are they believed.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::chain::{Bytes, What};
+use super::error::VerbsError;
 use super::establish::by_chance;
 use super::objects::{MemoryRegion, ProtectionDomain};
-use super::sys::{IBV_ACCESS_LOCAL_WRITE, IBV_ACCESS_REMOTE_READ, IBV_ACCESS_REMOTE_WRITE};
+use super::sys::{IBV_ACCESS_LOCAL_WRITE, IBV_ACCESS_MW_BIND, IBV_ACCESS_REMOTE_READ, IBV_ACCESS_REMOTE_WRITE};
+use super::windows::MemoryWindow;
 use super::wire::{Announcement, Frame, Slot};
 use super::{VerbsFabric, outbox};
 use crate::fabric::{CloseReason, Grant, GrantError, Regions, RegisterError};
@@ -41,13 +44,23 @@ pub(super) struct Remote {
 struct Granted {
     number: u64,
     of: RegionName,
-    /// Held: the peer can reach the memory as long as this lives.
-    _region: Option<MemoryRegion>,
+    opening: Opening,
+}
+
+/// Through what the peer reaches granted memory, as long as it lives.
+enum Opening {
+    /// Nothing is to be reached: the memory has no bytes.
+    None,
+    /// A region of its own, held for that.
+    Region(MemoryRegion),
+    Window(MemoryWindow),
 }
 
 /// All memory that one end knows of.
 pub(super) struct Books {
     domain: Arc<ProtectionDomain>,
+    /// Grants are windows.
+    windows: bool,
     pub(super) locals: Table<Local>,
     pub(super) remotes: Table<Remote>,
     granted: Vec<Granted>,
@@ -57,9 +70,10 @@ pub(super) struct Books {
 }
 
 impl Books {
-    pub(super) fn new(domain: Arc<ProtectionDomain>) -> Self {
+    pub(super) fn new(domain: Arc<ProtectionDomain>, windows: bool) -> Self {
         Self {
             domain,
+            windows,
             locals: Table::default(),
             remotes: Table::default(),
             granted: Vec::new(),
@@ -79,6 +93,15 @@ impl Books {
                 Ok(None) => return Ok(()),
                 Ok(Some(frame)) => self.take_frame(&frame)?,
                 Err(error) => return Err(reason(&error)),
+            }
+        }
+    }
+
+    /// Ends all windows, before the queue pair that they are bound to.
+    pub(super) fn free_windows(&mut self) {
+        for granted in &mut self.granted {
+            if let Opening::Window(_) = granted.opening {
+                granted.opening = Opening::None;
             }
         }
     }
@@ -120,7 +143,9 @@ impl VerbsFabric {
         if access.write && !memory.writable() {
             return Err(MemoryError::ReadOnly.into());
         }
-        let flags = if access.write { IBV_ACCESS_LOCAL_WRITE } else { 0 };
+        let write = if access.write { IBV_ACCESS_LOCAL_WRITE } else { 0 };
+        // A window is a part of a region; a grant that is a region of its own needs no other.
+        let (flags, used_here) = if self.books.windows { (write | IBV_ACCESS_MW_BIND, true) } else { (write, used_here) };
         let region = if used_here { region_of(&self.books.domain, &memory, flags)? } else { None };
         let len = memory.len();
         let name =
@@ -130,6 +155,27 @@ impl VerbsFabric {
 }
 
 impl VerbsFabric {
+    /// A window over a whole region, bound by a work request of its own and waited for.
+    fn open_window(&mut self, region: &LocalRegion, access: u32) -> Result<Opening, GrantError> {
+        let refused = |error: VerbsError| MemoryError::Host { what: "open a memory window", source: std::io::Error::other(error) };
+        let mut window = MemoryWindow::new(&self.books.domain).map_err(refused)?;
+        let Some(Local { region: Some(whole), .. }) = self.books.locals.find(region.name) else {
+            return Err(GrantError::NotRegistered);
+        };
+        let bind = window.bind(whole, 0, region.len, access & !IBV_ACCESS_LOCAL_WRITE);
+        self.hand_over();
+        if !self.drain(|fabric| fabric.outbox.has_room(1)) || !self.outbox.push(true, bind, Bytes::Copied(&[])) {
+            return Err(GrantError::Closed);
+        }
+        self.hand_over();
+        window.bound();
+        let bound = self.outbox.last_posted();
+        if !self.drain(|fabric| fabric.outbox.is_done(bound)) || self.pair.is_none() {
+            return Err(GrantError::Closed);
+        }
+        Ok(Opening::Window(window))
+    }
+
     /// A write of no bytes that reports: when it is done, so is everything before it. No key is looked at for it (InfiniBand Architecture
     /// Specification 1.4, volume 1, C9-88).
     fn push_barrier(&mut self) -> bool {
@@ -154,6 +200,14 @@ impl Regions for VerbsFabric {
         for granted in &ended {
             // Where there is no room to say it, a peer that uses the grant once more loses the link.
             self.say(Slot::Revoke(granted.number), false);
+            if let Opening::Window(window) = &granted.opening
+                && self.outbox.has_reserve()
+            {
+                self.outbox.push(false, What::Invalidate { key: window.key() }, Bytes::Copied(&[]));
+            }
+            if self.outbox.sends.is_full() {
+                self.hand_over();
+            }
         }
         self.hand_over();
         // The device may still be reading or filling the memory for operations of ours.
@@ -191,15 +245,25 @@ impl Regions for VerbsFabric {
         let read = if access.read { IBV_ACCESS_REMOTE_READ } else { 0 };
         // The device writes for the peer, so it must be allowed to write at all.
         let write = if access.write { IBV_ACCESS_REMOTE_WRITE | IBV_ACCESS_LOCAL_WRITE } else { 0 };
-        let granted = region_of(&self.books.domain, &local.memory, read | write)?;
-        let (address, key) = granted.as_ref().map_or((0, 0), |region| (region.address(), region.rkey()));
+        let opening = match &local.region {
+            Some(_) if self.books.windows => self.open_window(region, read | write)?,
+            _ => region_of(&self.books.domain, &local.memory, read | write)?.map_or(Opening::None, Opening::Region),
+        };
+        let (address, key) = match &opening {
+            Opening::None => (0, 0),
+            Opening::Region(own) => (own.address(), own.rkey()),
+            Opening::Window(window) => {
+                let whole = self.books.locals.find(region.name).and_then(|local| local.region.as_ref());
+                (whole.map_or(0, MemoryRegion::address), window.key())
+            }
+        };
         self.books.last_grant += 1;
         let announcement = Announcement { number: self.books.last_grant, address, len: region.len, key, access };
         self.control.send(&Frame::Grant(announcement).encode()).map_err(|error| {
             tracing::debug!(%error, "a grant cannot be told");
             GrantError::Closed
         })?;
-        self.books.granted.push(Granted { number: announcement.number, of: region.name, _region: granted });
+        self.books.granted.push(Granted { number: announcement.number, of: region.name, opening });
         Ok(Grant { key: announcement.number, len: region.len, access })
     }
 
