@@ -3,6 +3,7 @@
 //! It packs real files into an image, lends a copy from a second process, drives that through a borrowed function with the built-in NVMe
 //! driver, drives another copy natively in this process, compares every byte, and prints six cases side by side.
 
+mod far_side;
 mod lender;
 mod sides;
 
@@ -18,7 +19,7 @@ use farbus_bench::report::{CaseReport, DemoReport, Distribution, Machine, all_la
 use farbus_bench::workload::{Budget, CASES, Progress, UNIT_BYTES};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
-use self::lender::LenderProcess;
+use self::far_side::FarSide;
 use self::sides::{Cores, DriverSide, native, remote};
 use crate::cli::DemoArgs;
 use crate::failure::Advise;
@@ -33,22 +34,27 @@ pub fn run(args: &DemoArgs) -> anyhow::Result<()> {
         bail!("--seconds takes 0 to 3600");
     }
     let machine = Machine::here();
-    // The original, where it is packed here, and the two copies.
-    let (copies, length) = match &args.image {
-        Some(image) => (2_u64, image_bytes(image)?),
-        None => (3, DEMO_BYTES),
-    };
+    // The native copy; a remote one where the lender is ours; the original where it is packed here.
+    let copies = 1 + u64::from(args.from.is_none()) + u64::from(args.image.is_none());
+    let length = args.image.as_deref().map_or(Ok(DEMO_BYTES), image_bytes)?;
     // Before half a minute of measuring, not after it.
     File::create(&args.svg)
         .advise(format!("cannot leave the picture at {}", args.svg.display()), "name another place with --svg")?;
     let folder = scratch_folder(copies * length)?;
     let original = original_image(args, folder.path())?;
     let (native_copy, remote_copy) = (folder.path().join("native.img"), folder.path().join("remote.img"));
-    copy_with_progress(&original, &[&native_copy, &remote_copy])?;
-
     let cores = Cores::new();
-    let lender = LenderProcess::start(&remote_copy, &folder.path().join("link"), cores.device())?;
-    let mut remote = remote(lender.address(), &original)?;
+    let far = match &args.from {
+        Some(from) => {
+            copy_with_progress(&original, &[&native_copy])?;
+            FarSide::elsewhere(from, args)
+        }
+        None => {
+            copy_with_progress(&original, &[&native_copy, &remote_copy])?;
+            FarSide::here(args, &remote_copy, folder.path(), cores.device())?
+        }
+    };
+    let mut remote = remote(&far, &original)?;
     let mut native = native(&native_copy, &original, cores)?;
     let pinned = cores.drive()?;
     let mut bytes_verified = verify(&mut remote, "verifying every block, remote")?;
@@ -60,16 +66,17 @@ pub fn run(args: &DemoArgs) -> anyhow::Result<()> {
     drop(pinned);
     native.shut_down()?;
     remote.shut_down()?;
-    lender.end()?;
+    let (fabric, link) = (far.fabric(), far.link());
+    far.end()?;
 
     let (cases, distributions) = report;
-    let report = DemoReport { fabric: "shm".to_owned(), verified: true, bytes_verified, cases, machine };
-    latency_picture(&args.svg, "NVMe latency, native and remote over shared memory", &report.machine, &distributions)?;
+    let report = DemoReport { fabric: fabric.to_owned(), verified: true, bytes_verified, cases, machine };
+    latency_picture(&args.svg, &format!("NVMe latency, native and remote over {link}"), &report.machine, &distributions)?;
     if args.json {
         print_line(&serde_json::to_string(&report)?);
     } else {
         print_line(&demo_table(&report));
-        print_line("native: the same device model on a thread of this process; remote: borrowed from a second process");
+        print_line("native: the same device model on a thread of this process; remote: borrowed over the link");
         print_line(&format!("both latency distributions: {}", args.svg.display()));
     }
     Ok(())

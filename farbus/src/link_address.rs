@@ -180,7 +180,9 @@ mod tests {
 
     #[test]
     fn an_rdma_address_is_read_as_it_is_written() {
-        for text in ["rdma:nas:7000", "rdma:[fd00::7]:7000,dev=rxe0", "rdma:10.0.0.7:1,dev=mlx5_0,port=2,gid=3", "rdma:0.0.0.0:0,gid=0"] {
+        for text in
+            ["rdma:nas:7000", "rdma:[fd00::7]:7000,dev=rxe0", "rdma:10.0.0.7:1,dev=mlx5_0,port=2,gid=3", "rdma:0.0.0.0:0,gid=0"]
+        {
             assert_eq!(text.parse::<LinkAddress>().unwrap().to_string(), text);
         }
         let options = "rdma:nas:7000,gid=3,port=1,dev=rxe0".parse();

@@ -2,6 +2,7 @@
 //!
 //! It is ready when it has printed `{"event":"listening",…}`; it is ended by SIGTERM, and killed if this process fails before.
 
+use std::ffi::OsString;
 use std::io::{BufRead, BufReader};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
@@ -20,26 +21,16 @@ pub struct LenderProcess {
 }
 
 impl LenderProcess {
-    /// Lends `image` at `socket`, from `core` where one is given; returns when it listens.
-    pub fn start(image: &Path, socket: &Path, core: Option<usize>) -> anyhow::Result<Self> {
+    /// Lends `image` at `at` with more `options`, from `core` where one is given; returns when it listens.
+    pub fn start(image: &Path, at: &LinkAddress, options: &[OsString], core: Option<usize>) -> anyhow::Result<Self> {
         let image = image
             .to_str()
             .filter(|path| !path.contains(','))
             .ok_or_else(|| anyhow!("a scratch folder with a comma or odd letters in its name"))?;
-        let address = LinkAddress::Shm(socket.to_path_buf());
         let program = std::env::current_exe().context("cannot find this program to start it again")?;
         let mut child = Command::new(program)
-            .args([
-                "lend",
-                "--once",
-                "--json",
-                "--spin",
-                SPIN,
-                "--device",
-                &format!("nvme:{image}"),
-                "--listen",
-                &address.to_string(),
-            ])
+            .args(["lend", "--once", "--json", "--spin", SPIN, "--device", &format!("nvme:{image}"), "--listen", &at.to_string()])
+            .args(options)
             .args(core.map(|core| format!("--core={core}")))
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
@@ -49,10 +40,9 @@ impl LenderProcess {
         if let Some(stdout) = child.stdout.as_mut() {
             BufReader::new(stdout).read_line(&mut line).context("cannot hear the lender")?;
         }
-        let lender = Self { child, address };
-        if !line.contains("\"listening\"") {
-            bail!("the lender did not start; it said {line:?}");
-        }
+        let mut lender = Self { child, address: at.clone() };
+        let Some(address) = listening(&line) else { bail!("the lender did not start; it said {line:?}") };
+        lender.address = address;
         Ok(lender)
     }
 
@@ -69,6 +59,12 @@ impl LenderProcess {
         }
         Ok(())
     }
+}
+
+/// The address in `{"event":"listening","address":…}`: its port may have been chosen by the kernel.
+fn listening(line: &str) -> Option<LinkAddress> {
+    let event: serde_json::Value = serde_json::from_str(line).ok()?;
+    (event.get("event")? == "listening").then(|| event.get("address")?.as_str()?.parse().ok())?
 }
 
 impl Drop for LenderProcess {
