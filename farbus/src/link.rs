@@ -64,9 +64,9 @@ impl Door {
             }
             LinkAddress::Rdma(address) => {
                 let security: LenderSecurity = security.lender(allow, at)?;
-                check(&choice(address)).or_else(|error| advice::give(format!("cannot lend at {at}"), error))?;
                 let listener = farbus_control::Listener::bind(&address.meet, security).await;
                 let listener = listener.or_else(|error| advice::give("cannot lend there", error))?;
+                check(&choice(address)).or_else(|error| advice::give("cannot lend over RDMA", error))?;
                 Ok(Self::Rdma { listener, address: address.clone() })
             }
         }

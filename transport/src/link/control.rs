@@ -140,6 +140,11 @@ impl<S: ControlStream> Framed<S> {
         Ok(Self { stream, partial: Vec::new(), waiting: VecDeque::new(), ended: false, broken: false })
     }
 
+    /// The stream underneath.
+    pub fn stream(&self) -> &S {
+        &self.stream
+    }
+
     /// Takes what the socket has.
     fn fill(&mut self) -> Result<(), ControlError> {
         let mut chunk = [0; MAX_FRAME];
