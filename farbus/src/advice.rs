@@ -46,7 +46,8 @@ fn of_shm(error: &ListenError) -> Option<String> {
         ListenError::Host { source, .. } if source.kind() == ErrorKind::PermissionDenied => {
             "run this as the user who runs `farbus lend`"
         }
-        ListenError::Host { .. } | ListenError::InUse { .. } | ListenError::NotASocket { .. } => return None,
+        ListenError::NotASocket { .. } => "give the address that a `farbus lend` has after --listen",
+        ListenError::Host { .. } | ListenError::InUse { .. } => return None,
     };
     Some(advice.to_owned())
 }
@@ -172,6 +173,7 @@ mod tests {
             ListenError::Refused { path: path(), refusal: Refusal::Lent },
             ListenError::Refused { path: path(), refusal: Refusal::Unknown(9) },
             ListenError::Dropped { path: path() },
+            ListenError::NotASocket { path: path() },
             ListenError::Hello(ExchangeError::PeerClosed { received: 0, needed: 40 }),
             ListenError::Hello(ExchangeError::Deadline { allowed: Duration::from_secs(5) }),
             ListenError::Hello(ExchangeError::Malformed(HelloError::Magic { found: [0; 8] })),

@@ -6,7 +6,7 @@
 use std::process::ExitCode;
 
 use anyhow::{Context, bail};
-use farbus_pci_shim::vfio_user::{ClientInterrupts, Ended, OnUnshared, Options, Server};
+use farbus_pci_shim::vfio_user::{BindError, ClientInterrupts, Ended, OnUnshared, Options, Server};
 use farbus_pci_shim::{Function, FunctionOptions, InterruptOwner};
 use farbus_remote_dma::borrower::BorrowerOptions;
 use farbus_transport::CloseReason;
@@ -31,8 +31,14 @@ pub fn run(args: &BorrowArgs) -> anyhow::Result<ExitCode> {
     };
     let events = Events::new(args.json);
     // Bound before the lender is asked, so that a device is not taken for a socket that cannot be served.
-    let mut server = Server::bind(&args.vfio_user)
-        .advise("cannot serve a VMM there", "choose another path for --vfio-user, or end what uses this one")?;
+    let mut server = Server::bind(&args.vfio_user).or_else(|error| {
+        let hint = match &error {
+            BindError::InUse(_) => "choose another path for --vfio-user, or end what uses this one",
+            BindError::NotASocket(_) => "choose another path for --vfio-user, or remove what is there",
+            BindError::Host { .. } => "choose a path for --vfio-user in a folder that is there and may be written to",
+        };
+        Err(error).advise("cannot serve a VMM there", hint)
+    })?;
     let options = BorrowerOptions { read_deadline: args.read_deadline, ..BorrowerOptions::default() };
     let session = attach(&args.from, &args.security, &args.peer, options)?;
     let name = session.description().name.clone();

@@ -9,13 +9,13 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use farbus_control::identity::Name;
 
 use crate::device_spec::DeviceSpec;
-use crate::link_address::LinkAddress;
+use crate::link_address::{LinkAddress, socket_path};
 use crate::security::{AllowArgs, PeerArgs, SecurityArgs};
 
 /// Lend a PCIe device to a virtual machine on another host, borrow it there.
 #[derive(Debug, Parser)]
 #[command(name = "farbus", version, about, long_about = None, after_help = "Exit status:
-  0  done, or ended by a signal, or by a peer that said goodbye
+  0  done; lend and borrow: ended by a signal or by a peer that said goodbye
   1  failed: why is on standard error, and with --json also an object with \"error\", \"causes\" and \"hint\" on standard output
   2  the arguments make no sense: why is on standard error, with --json too
   3  borrow: the lender is gone without a goodbye, or broke the protocol")]
@@ -136,7 +136,7 @@ pub struct BorrowArgs {
     #[arg(long, value_name = "ADDR")]
     pub from: LinkAddress,
     /// The socket that the VMM connects to
-    #[arg(long, value_name = "SOCKET")]
+    #[arg(long, value_name = "SOCKET", value_parser = socket_path)]
     pub vfio_user: PathBuf,
     /// What to do where the VMM's memory is not shared (share=off)
     #[arg(long, value_enum, default_value = "messages")]
@@ -145,7 +145,7 @@ pub struct BorrowArgs {
     #[arg(long, value_name = "TIME", default_value = "20us", value_parser = parse_duration)]
     pub spin: Duration,
     /// How long the guest waits for a register read before it gets all ones
-    #[arg(long, value_name = "TIME", default_value = "2s", value_parser = parse_duration)]
+    #[arg(long, value_name = "TIME", default_value = "2s", value_parser = parse_wait)]
     pub read_deadline: Duration,
     /// Print one JSON object a line
     #[arg(long)]
@@ -334,6 +334,12 @@ pub fn parse_duration(text: &str) -> Result<Duration, String> {
     Duration::try_from_secs_f64(number * seconds).map_err(|_| format!("{text} is no length of time"))
 }
 
+/// A time that is not zero: who waits for nothing gets nothing.
+pub fn parse_wait(text: &str) -> Result<Duration, String> {
+    let wait = parse_duration(text)?;
+    if wait.is_zero() { Err("it must be longer than zero".to_owned()) } else { Ok(wait) }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -351,5 +357,6 @@ mod tests {
         for wrong in ["80", "us", "-1s", "1m", "1e400s", ""] {
             assert!(parse_duration(wrong).is_err(), "{wrong}");
         }
+        assert!(parse_wait("0us").is_err() && parse_wait("1us").is_ok());
     }
 }

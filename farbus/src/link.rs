@@ -56,8 +56,14 @@ impl Door {
         match at {
             LinkAddress::Shm(path) => {
                 security.none(at, !allow.allow.is_empty() || allow.allow_file.is_some())?;
-                let listener = shm::Listener::bind(path)
-                    .advise("cannot lend there", "choose another path for --listen, or end what uses this one")?;
+                let listener = shm::Listener::bind(path).or_else(|error| {
+                    let hint = match &error {
+                        ListenError::InUse { .. } => "choose another path for --listen, or end what uses this one",
+                        ListenError::NotASocket { .. } => "choose another path for --listen",
+                        _ => "choose a path for --listen in a folder that is there and may be written to",
+                    };
+                    Err(error).advise("cannot lend there", hint)
+                })?;
                 let accepting =
                     listener.nonblocking_socket().and_then(UnixListener::from_std).context("cannot wait for borrowers")?;
                 Ok(Self::Shm { listener, accepting })

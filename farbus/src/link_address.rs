@@ -42,14 +42,9 @@ pub enum AddressError {
     /// Nothing after the colon.
     #[error("shm: needs a path, as in shm:/tmp/farbus.link")]
     NoPath,
-    /// Unix sockets have short names.
-    #[error("the path is {len} bytes long; a unix socket's is at most {limit}")]
-    TooLong {
-        /// Bytes of the path.
-        len: usize,
-        /// The most a socket may have.
-        limit: usize,
-    },
+    /// No socket can be there.
+    #[error(transparent)]
+    Path(#[from] PathTooLong),
     /// Host or port.
     #[error("rdma: needs a host and a TCP port, as in rdma:nas:7000,dev=mlx5_0: {0}")]
     Meet(#[from] HostPortError),
@@ -71,10 +66,25 @@ pub enum AddressError {
     },
 }
 
+/// No socket can be at a path that long: unix sockets have short names.
+#[derive(Clone, Debug, Error, PartialEq, Eq)]
+#[error("the path is {len} bytes long; a unix socket's is at most {MAX_PATH}")]
+pub struct PathTooLong {
+    len: usize,
+}
+
 /// Bytes of a unix socket's path (unix(7): sun_path is 108 with its NUL).
 const MAX_PATH: usize = 107;
 /// Bytes of an RDMA device's name (verbs.h, IBV_SYSFS_NAME_MAX with its NUL).
 const MAX_DEVICE: usize = 63;
+
+/// The path of a socket.
+///
+/// # Errors
+/// [`PathTooLong`].
+pub fn socket_path(text: &str) -> Result<PathBuf, PathTooLong> {
+    if text.len() > MAX_PATH { Err(PathTooLong { len: text.len() }) } else { Ok(text.into()) }
+}
 
 impl FromStr for LinkAddress {
     type Err = AddressError;
@@ -82,8 +92,7 @@ impl FromStr for LinkAddress {
     fn from_str(text: &str) -> Result<Self, AddressError> {
         match text.split_once(':') {
             Some(("shm", "")) => Err(AddressError::NoPath),
-            Some(("shm", path)) if path.len() > MAX_PATH => Err(AddressError::TooLong { len: path.len(), limit: MAX_PATH }),
-            Some(("shm", path)) => Ok(Self::Shm(path.into())),
+            Some(("shm", path)) => Ok(Self::Shm(socket_path(path)?)),
             Some(("rdma", rest)) => rest.parse().map(Self::Rdma),
             _ => Err(AddressError::Scheme(text.to_owned())),
         }

@@ -44,7 +44,7 @@ fn main() -> ExitCode {
         Command::Devices(args) => devices::run(&args).map(|()| ExitCode::SUCCESS),
         Command::Bench(args) => bench::run(&args).map(|()| ExitCode::SUCCESS),
     };
-    result.unwrap_or_else(|error| {
+    let status = result.unwrap_or_else(|error| {
         eprintln!("farbus: {}", failure::story(&error));
         if let Some(hint) = failure::hint(&error) {
             eprintln!("hint: {hint}");
@@ -55,5 +55,6 @@ fn main() -> ExitCode {
             Json::Object => output::print_line(&failure::fields(&error).to_string()),
         }
         ExitCode::FAILURE
-    })
+    });
+    if output::was_lost() && status == ExitCode::SUCCESS { ExitCode::FAILURE } else { status }
 }

@@ -5,7 +5,9 @@
 #![expect(clippy::unwrap_used, reason = "a panic is how a test fails, in its helpers too")]
 
 use std::os::unix::net::UnixListener;
+use std::process::{Command, Stdio};
 
+use farbus_tests::farbus;
 use farbus_tests::place::{Place, assert_end_in_order, assert_nvme};
 use farbus_tests::process::{AMPLE, run};
 use serde_json::Value;
@@ -48,10 +50,23 @@ fn devices_says_what_works_and_why_the_rest_does_not() {
 }
 
 #[test]
+fn output_that_is_lost_is_a_failure_unless_nobody_wanted_it() {
+    let devices = |output: Stdio| Command::new(farbus()).arg("devices").stdout(output).stderr(Stdio::piped()).output().unwrap();
+    let full = devices(std::fs::File::options().write(true).open("/dev/full").unwrap().into());
+    assert_eq!(full.status.code(), Some(1));
+    assert!(String::from_utf8_lossy(&full.stderr).contains("standard output"), "{full:?}");
+    let (reader, writer) = std::io::pipe().unwrap();
+    drop(reader);
+    let unread = devices(writer.into());
+    assert!(unread.status.success() && unread.stderr.is_empty(), "{unread:?}");
+}
+
+#[test]
 fn a_device_that_does_not_exist_is_refused_with_those_that_do() {
     for wrong in ["", "floppy:a.img", "nvme", "nvme:", "nvme:a.img,fast", "nvme:a.img,latency=80", "edu:x"] {
         run(&["lend", "--device", wrong, "--listen", "shm:unused"]).assert_refusal(2, &["nvme"]);
     }
+    run(&["lend", "--device", "nvme:a,b.img", "--listen", "shm:unused"]).assert_refusal(2, &["b.img", "no comma"]);
     for wrong in ["", "link", "tcp:localhost:1", "shm:"] {
         run(&["lend", "--device", "nvme:a.img", "--listen", wrong]).assert_refusal(2, &["shm:"]);
         run(&["borrow", "--from", wrong, "--vfio-user", "unused"]).assert_refusal(2, &["shm:"]);
@@ -125,6 +140,10 @@ fn a_borrower_without_a_lender_or_a_socket_says_what_is_missing() {
     assert!(!place.path("vmm").exists(), "a socket that nobody serves");
     drop(UnixListener::bind(place.path("stale")).unwrap());
     borrow(&place.name("stale"), &place.name("vmm")).assert_refusal(1, &["nobody listens"]);
+    borrow(&place.name("disk.img"), &place.name("vmm")).assert_refusal(1, &["is no socket", "address that a `farbus lend` has"]);
+    borrow(&place.name("link"), &"x".repeat(200)).assert_refusal(2, &["200 bytes long", "at most 107"]);
+    run(&["borrow", "--from", &place.link(), "--vfio-user", &place.name("vmm"), "--read-deadline", "0s"])
+        .assert_refusal(2, &["--read-deadline", "longer than zero"]);
 
     let mut lender = place.lend();
     let first = place.borrow("vmm");
@@ -173,7 +192,7 @@ fn with_json_a_failure_is_one_object_with_its_causes_and_advice() {
     assert_eq!(events["event"], "error");
     assert!(events["error"].as_str().unwrap().contains("missing.img") && events["hint"].is_null(), "{events}");
     let events = failed(&["lend", "--json", "--device", &place.device("disk.img"), "--listen", &format!("shm:{nowhere}")]);
-    assert!(events["hint"].as_str().unwrap().contains("another path"), "{events}");
+    assert!(events["hint"].as_str().unwrap().contains("--listen"), "{events}");
     assert!(events["causes"][0].as_str().unwrap().contains("No such file"), "{events}");
     let events = failed(&["borrow", "--json", "--from", &place.link(), "--vfio-user", &place.name("vmm")]);
     assert!(events["event"] == "error" && events["hint"].as_str().unwrap().contains("farbus lend"), "{events}");

@@ -56,6 +56,11 @@ fn session_messages() {
 }
 
 #[test]
+fn verbs_wire() {
+    replay("verbs_wire");
+}
+
+#[test]
 fn vfio_user_messages() {
     replay("vfio_user_messages");
 }

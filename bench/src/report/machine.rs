@@ -19,6 +19,8 @@ pub struct Machine {
     pub kernel: String,
     /// The version of farbus.
     pub farbus: String,
+    /// How many threads wanted to run, on average over the last minute (proc(5), /proc/loadavg); `None` where the kernel does not say.
+    pub load_average: Option<f64>,
 }
 
 impl Machine {
@@ -27,11 +29,16 @@ impl Machine {
         let seconds = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
         // What cannot be read is said to be unknown: a report without it is better than none.
         let read = |path: &str| std::fs::read_to_string(path).unwrap_or_default();
-        Self::of(seconds, &read("/proc/cpuinfo"), &read("/proc/sys/kernel/osrelease"))
+        Self::of(seconds, &read("/proc/cpuinfo"), &read("/proc/sys/kernel/osrelease"), &read("/proc/loadavg"))
     }
 
-    /// From what the kernel says: seconds since 1970 and the texts of two files.
-    fn of(seconds: u64, cpuinfo: &str, release: &str) -> Self {
+    /// Whether more threads wanted to run than there are cores, so that figures would be those of a struggle.
+    pub fn is_busy(&self) -> bool {
+        self.cores > 0 && self.load_average.is_some_and(|load| load > self.cores as f64)
+    }
+
+    /// From what the kernel says: seconds since 1970 and the texts of three files.
+    fn of(seconds: u64, cpuinfo: &str, release: &str, loads: &str) -> Self {
         let fields = || cpuinfo.lines().filter_map(|line| line.split_once(':')).map(|(name, value)| (name.trim(), value.trim()));
         let cpu = fields().find(|(name, value)| *name == "model name" && !value.is_empty());
         let kernel = match release.trim() {
@@ -44,13 +51,14 @@ impl Machine {
             cores: fields().filter(|(name, _)| *name == "processor").count(),
             kernel,
             farbus: env!("CARGO_PKG_VERSION").to_owned(),
+            load_average: loads.split_whitespace().next().and_then(|load| load.parse().ok()),
         }
     }
 }
 
 impl std::fmt::Display for Machine {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let Self { date, cpu, cores, kernel, farbus } = self;
+        let Self { date, cpu, cores, kernel, farbus, .. } = self;
         write!(f, "{date}, {cpu}, {cores} cores, {kernel}, farbus {farbus}")
     }
 }
@@ -108,11 +116,14 @@ mod tests {
     #[test]
     fn what_the_kernel_does_not_say_is_unknown() {
         let cpuinfo = "processor\t: 0\nmodel name\t: AMD EPYC 9654\nflags\t: fpu\n\nprocessor\t: 1\nmodel name\t: AMD EPYC 9654\n";
-        let machine = Machine::of(0, cpuinfo, "6.18.44\n");
+        let machine = Machine::of(0, cpuinfo, "6.18.44\n", "2.01 1.00 0.50 2/99 1234\n");
         let version = env!("CARGO_PKG_VERSION");
         let expected = format!("1970-01-01 00:00 UTC, AMD EPYC 9654, 2 cores, Linux 6.18.44, farbus {version}");
         assert_eq!(machine.to_string(), expected);
-        let bare = Machine::of(0, "", "");
+        assert_eq!((machine.load_average, machine.is_busy()), (Some(2.01), true));
+        assert!(!Machine { load_average: Some(2.0), ..machine }.is_busy());
+        let bare = Machine::of(0, "", "", "");
+        assert_eq!((bare.load_average, bare.is_busy()), (None, false));
         assert_eq!((bare.cpu.as_str(), bare.cores, bare.kernel.as_str()), ("unknown CPU", 0, "Linux"));
         let here = Machine::here();
         assert!(here.cores > 0 && here.date.ends_with(" UTC") && here.kernel.len() > "Linux ".len(), "{here:?}");

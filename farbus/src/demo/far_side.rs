@@ -13,6 +13,7 @@ use farbus_control::store::save_issued;
 use farbus_transport::link::hello::Role;
 
 use super::lender::LenderProcess;
+use super::scratch::Scratch;
 use crate::cli::DemoArgs;
 use crate::failure::refusal;
 use crate::link_address::LinkAddress;
@@ -33,19 +34,25 @@ pub struct FarSide {
     pub peer: PeerArgs,
 }
 
+/// Refuses options for a lender that is not there.
+pub fn check(args: &DemoArgs) -> anyhow::Result<()> {
+    if args.from.is_none() && (args.security.is_given() || args.peer.peer.is_some()) {
+        let hint = "leave these options out, or name a lender that is running with --from";
+        return Err(refusal("the demo makes the certificates for its own lender itself", hint));
+    }
+    Ok(())
+}
+
 impl FarSide {
-    /// Lends `image` from a second process; `folder` is for this run only.
-    pub fn here(args: &DemoArgs, image: &Path, folder: &Path, core: Option<usize>) -> anyhow::Result<Self> {
-        if args.security.is_given() || args.peer.peer.is_some() {
-            let hint = "leave these options out, or name a lender that is running with --from";
-            return Err(refusal("the demo makes the certificates for its own lender itself", hint));
-        }
-        let at = args.link.clone().unwrap_or_else(|| LinkAddress::Shm(folder.join("link")));
+    /// Lends `image` from a second process; `scratch` is for this run only.
+    pub fn here(args: &DemoArgs, image: &Path, scratch: &Scratch, core: Option<usize>) -> anyhow::Result<Self> {
+        let at = args.link.clone().unwrap_or_else(|| LinkAddress::Shm(scratch.path("link")));
         let (security, peer, options) = match at {
             LinkAddress::Shm(_) => (SecurityArgs::default(), PeerArgs::default(), Vec::new()),
             LinkAddress::Rdma(_) => {
                 let name: Name = NAME.parse()?;
-                let (lender, borrower) = certificates(&name, folder).context("cannot make certificates for the demo")?;
+                let (lender, borrower) =
+                    certificates(&name, &scratch.path("certificates")).context("cannot make certificates for the demo")?;
                 let options = ["--tls".into(), lender.into(), "--allow".into(), NAME.into()];
                 (SecurityArgs { tls: Some(borrower), ..SecurityArgs::default() }, PeerArgs { peer: Some(name) }, options.into())
             }

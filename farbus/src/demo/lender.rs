@@ -8,6 +8,7 @@ use std::path::Path;
 use std::process::{Child, Command, Stdio};
 
 use anyhow::{Context, anyhow, bail};
+use serde_json::Value;
 
 use crate::link_address::LinkAddress;
 
@@ -41,8 +42,13 @@ impl LenderProcess {
             BufReader::new(stdout).read_line(&mut line).context("cannot hear the lender")?;
         }
         let mut lender = Self { child, address: at.clone() };
-        let Some(address) = listening(&line) else { bail!("the lender did not start; it said {line:?}") };
-        lender.address = address;
+        let said: Value = serde_json::from_str(&line).unwrap_or_default();
+        match (said["event"].as_str(), said["error"].as_str(), said["address"].as_str()) {
+            // Its port may have been chosen by the kernel.
+            (Some("listening"), _, Some(address)) => lender.address = address.parse().context("the lender's address")?,
+            (_, Some(error), _) => bail!("the lender did not start: {error}"),
+            _ => bail!("the lender did not start; it said {line:?}"),
+        }
         Ok(lender)
     }
 
@@ -59,12 +65,6 @@ impl LenderProcess {
         }
         Ok(())
     }
-}
-
-/// The address in `{"event":"listening","address":…}`: its port may have been chosen by the kernel.
-fn listening(line: &str) -> Option<LinkAddress> {
-    let event: serde_json::Value = serde_json::from_str(line).ok()?;
-    (event.get("event")? == "listening").then(|| event.get("address")?.as_str()?.parse().ok())?
 }
 
 impl Drop for LenderProcess {

@@ -31,7 +31,7 @@ pub enum BindError {
     #[error("{0} is in use: another server listens there")]
     InUse(PathBuf),
     /// Something else has that name.
-    #[error("{0} exists and is not a socket: choose another path or remove it")]
+    #[error("{0} exists and is not a socket")]
     NotASocket(PathBuf),
     /// The kernel refused.
     #[error("cannot listen on {path}: {source}")]

@@ -11,6 +11,7 @@ mod link_hello;
 mod nvme_registers;
 mod prp_lists;
 mod session_messages;
+mod verbs_wire;
 mod vfio_user_messages;
 
 pub use config_writes::config_writes;
@@ -19,6 +20,7 @@ pub use link_hello::link_hello;
 pub use nvme_registers::nvme_registers;
 pub use prp_lists::prp_lists;
 pub use session_messages::session_messages;
+pub use verbs_wire::verbs_wire;
 pub use vfio_user_messages::vfio_user_messages;
 
 /// A target: its name, which is also its folder in fuzz/corpus, and its body.
@@ -32,5 +34,6 @@ pub const TARGETS: [Target; 7] = [
     ("nvme_registers", nvme_registers),
     ("prp_lists", prp_lists),
     ("session_messages", session_messages),
+    ("verbs_wire", verbs_wire),
     ("vfio_user_messages", vfio_user_messages),
 ];

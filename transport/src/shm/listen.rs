@@ -248,6 +248,10 @@ impl Greeted {
 pub fn connect(path: impl AsRef<Path>, hello: &Hello, options: ShmOptions) -> Result<Connection, ListenError> {
     let path = path.as_ref();
     let stream = UnixStream::connect(path).map_err(|source| match source.kind() {
+        // The kernel refuses a connection to a file as it does to a socket that nobody serves.
+        io::ErrorKind::ConnectionRefused if std::fs::metadata(path).is_ok_and(|found| !found.file_type().is_socket()) => {
+            ListenError::NotASocket { path: path.to_path_buf() }
+        }
         io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused => ListenError::NobodyThere { path: path.to_path_buf() },
         _ => ListenError::Host { what: "connect to", path: path.to_path_buf(), source },
     })?;
@@ -338,6 +342,8 @@ mod tests {
         assert!(Listener::bind(&path).is_ok());
         std::fs::write(&path, "precious").unwrap();
         assert!(matches!(Listener::bind(&path), Err(ListenError::NotASocket { .. })));
+        let taken_for_a_lender = connect(&path, &hello(Role::Borrower), ShmOptions::default());
+        assert!(matches!(taken_for_a_lender, Err(ListenError::NotASocket { .. })));
         assert_eq!(std::fs::read_to_string(&path).unwrap(), "precious");
     }
 }

@@ -25,6 +25,8 @@ pub use device::{DeviceChoice, DeviceInfo, Gid, PortInfo, check, devices};
 pub use error::{NoRdma, VerbsError};
 pub use outbox::Counters;
 pub use windows::GrantMethod;
+#[doc(hidden)]
+pub use wire::{frame_again, slot_again};
 
 use std::collections::VecDeque;
 use std::os::fd::BorrowedFd;
@@ -38,8 +40,8 @@ use self::outbox::Outbox;
 use self::regions::Books;
 use self::sleep::Bed;
 use self::sys::{
-    IBV_WC_LOC_PROT_ERR, IBV_WC_RECV_RDMA_WITH_IMM, IBV_WC_REM_ACCESS_ERR, IBV_WC_REM_INV_REQ_ERR, IBV_WC_REM_OP_ERR,
-    IBV_WC_SUCCESS, IBV_WC_WR_FLUSH_ERR, ibv_wc,
+    IBV_WC_LOC_LEN_ERR, IBV_WC_LOC_PROT_ERR, IBV_WC_LOC_QP_OP_ERR, IBV_WC_RECV_RDMA_WITH_IMM, IBV_WC_REM_ACCESS_ERR,
+    IBV_WC_REM_INV_REQ_ERR, IBV_WC_REM_OP_ERR, IBV_WC_SUCCESS, IBV_WC_WR_FLUSH_ERR, ibv_wc,
 };
 use self::wire::{SLOTS, Slot};
 use crate::fabric::{CloseReason, Event, Events, Fabric, Full, Limits, MAX_MESSAGE, Message, Op, OpError, Signal};
@@ -246,10 +248,15 @@ impl VerbsFabric {
 
     // ---- receiving ----
 
-    /// Takes completions once; how many there were.
+    /// Takes completions once, where there is room for what they tell; how many there were.
     #[inline]
     fn take(&mut self) -> usize {
-        if self.pair.is_none() || self.ready.len() > MAX_READY / 2 {
+        if self.ready.len() > MAX_READY / 2 { 0 } else { self.take_now() }
+    }
+
+    #[inline]
+    fn take_now(&mut self) -> usize {
+        if self.pair.is_none() {
             return 0;
         }
         let count = match self.completions.poll(&mut self.found) {
@@ -342,6 +349,10 @@ impl VerbsFabric {
                 (OpError::Revoked, CloseReason::Protocol("an operation on memory that its owner had revoked"))
             }
             IBV_WC_LOC_PROT_ERR => (OpError::Revoked, CloseReason::Device("it may not use memory of this side")),
+            // rxe says the second.
+            IBV_WC_LOC_LEN_ERR | IBV_WC_LOC_QP_OP_ERR if receive => {
+                (OpError::Closed, CloseReason::Protocol("a message longer than a receive slot"))
+            }
             // Flushed, because the other direction failed: what its peer did is known by the device's own event, where it raises one.
             IBV_WC_WR_FLUSH_ERR => (OpError::Closed, self.why_flushed()),
             // No acknowledgement, however often it was sent.
@@ -378,6 +389,11 @@ impl VerbsFabric {
         // A queue pair with a bound window is slow to go: rxe takes 51 s.
         self.books.free_windows();
         self.pair = None;
+        self.answer_all();
+    }
+
+    #[cold]
+    fn answer_all(&mut self) {
         self.outbox.end();
         while let Some(event) = self.outbox.next_event() {
             self.ready.push_back(event);
@@ -390,7 +406,8 @@ impl VerbsFabric {
         let deadline = Instant::now() + DRAIN_LIMIT;
         let mut empty = 0_u32;
         while self.pair.is_some() && !done(self) {
-            if self.take() > 0 {
+            // No credits are told meanwhile, so that the peer's slots and our own reports bound what comes.
+            if self.take_now() > 0 {
                 empty = 0;
                 continue;
             }
@@ -455,7 +472,7 @@ impl Fabric for VerbsFabric {
         if self.phase != Phase::Open {
             return self.post_ended(signal);
         }
-        match op {
+        let posted = match op {
             Op::Write { from, to } => self.transfer(signal, from, to, Kind::Write),
             Op::WriteNotify { from, to, notify } => self.transfer(signal, from, to, Kind::WriteNotify(notify)),
             Op::Read { from, into } => self.transfer(signal, into, from, Kind::Read),
@@ -472,7 +489,12 @@ impl Fabric for VerbsFabric {
                 self.outbox.report(signal, 1);
                 Ok(())
             }
+        };
+        if self.pair.is_none() {
+            // The device refused the batch that this one filled.
+            self.answer_all();
         }
+        posted
     }
 
     #[inline]
