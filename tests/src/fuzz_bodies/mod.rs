@@ -27,7 +27,7 @@ pub use vfio_user_messages::vfio_user_messages;
 pub type Target = (&'static str, fn(&[u8]));
 
 /// All targets.
-pub const TARGETS: [Target; 7] = [
+pub const TARGETS: [Target; 8] = [
     ("config_writes", config_writes),
     ("control_frames", control_frames),
     ("link_hello", link_hello),
