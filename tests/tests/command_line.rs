@@ -16,9 +16,10 @@ use serde_json::Value;
 fn help_lists_every_command_and_every_command_explains_itself() {
     let end = run(&["--help"]);
     assert_eq!(end.code(), Some(0));
-    for command in ["lend", "borrow", "demo", "devices", "bench"] {
-        assert!(end.stdout.contains(command), "{}", end.stdout);
-        let help = run(&[command, "--help"]);
+    for command in ["lend", "borrow", "demo", "cert init", "cert issue", "cert show", "devices", "bench"] {
+        let words: Vec<&str> = command.split(' ').collect();
+        assert!(end.stdout.contains(words[0]), "{}", end.stdout);
+        let help = run(&[&words[..], &["--help"]].concat());
         assert_eq!(help.code(), Some(0));
         assert!(help.stdout.contains("Usage: farbus") && help.stdout.contains("--json"), "{}", help.stdout);
     }
@@ -42,6 +43,9 @@ fn devices_says_what_works_and_why_the_rest_does_not() {
             assert!(!entry["what"].as_str().unwrap().is_empty(), "{entry}");
         }
     }
+    // Either there is one, or it says what is missing.
+    let usable = listed["rdma"].as_array().unwrap().iter().any(|device| device["usable"] == true);
+    assert_eq!(find("fabrics", "rdma")["works"], usable);
     assert!(run(&["devices"]).stdout.contains("shm"));
 }
 

@@ -31,6 +31,11 @@ fn config_writes() {
 }
 
 #[test]
+fn control_frames() {
+    replay("control_frames");
+}
+
+#[test]
 fn link_hello() {
     replay("link_hello");
 }

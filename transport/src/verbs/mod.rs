@@ -23,7 +23,7 @@ mod tests;
 mod windows;
 mod wire;
 
-pub use device::{DeviceChoice, DeviceInfo, Gid, PortInfo, devices};
+pub use device::{DeviceChoice, DeviceInfo, Gid, PortInfo, check, devices};
 pub use error::{NoRdma, VerbsError};
 pub use outbox::Counters;
 pub use windows::GrantMethod;
