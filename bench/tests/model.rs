@@ -3,8 +3,6 @@
 //! 32 MiB of this machine's files are packed, read back in full, written to by all six cases, verified, restored, and verified again;
 //! then the image itself, looked at behind the device, must equal the file.
 
-#![expect(clippy::unwrap_used, reason = "a panic is how a test fails")]
-
 mod rig;
 
 use std::sync::atomic::Ordering;

@@ -3,8 +3,6 @@
 //! 8 MiB of this machine's files are read in full with eight reads of 128 KiB in flight, written to by all six cases, verified, restored and
 //! verified again through a remote controller, in the soft-RoCE lab or on an RNIC.
 
-#![expect(clippy::unwrap_used, reason = "a panic is how a test fails")]
-
 mod rig;
 
 use std::sync::atomic::{AtomicBool, Ordering};

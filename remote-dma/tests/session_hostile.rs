@@ -198,16 +198,9 @@ fn a_notification_ends_a_borrowers_session(connect: Connect) {
 fn nonsense_ends_a_lenders_session_and_its_device_serves_the_next(connect: Connect) {
     let good = ToLender::BusMaster(true).encode();
     let behind = [good.as_slice(), &[0]].concat();
-    let cases: [&[u8]; 8] = [
-        b"",
-        &[0],
-        &[99, 1, 2, 3],
-        &behind,
-        &[9, 2],
-        &ToLender::Fetched { ticket: Ticket(3), ok: true }.encode().as_slice().to_vec(),
-        &ToLender::Stored { ticket: Ticket(u32::MAX), ok: true }.encode().as_slice().to_vec(),
-        &[1; 56],
-    ];
+    let fetched = ToLender::Fetched { ticket: Ticket(3), ok: true }.encode();
+    let stored = ToLender::Stored { ticket: Ticket(u32::MAX), ok: true }.encode();
+    let cases: [&[u8]; 8] = [b"", &[0], &[99, 1, 2, 3], &behind, &[9, 2], fetched.as_slice(), stored.as_slice(), &[1; 56]];
     for message in cases {
         let reason = lender_against(connect, |raw| raw.send(message));
         assert!(matches!(reason, CloseReason::Protocol(_)), "{message:?}: {reason}");
@@ -215,17 +208,9 @@ fn nonsense_ends_a_lenders_session_and_its_device_serves_the_next(connect: Conne
 }
 
 fn nonsense_ends_a_borrowers_session_and_its_reads_are_all_ones(connect: Connect) {
-    let fetch = ToBorrower::Fetch { ticket: Ticket(77), iova: Iova(0), len: 4 };
-    let across = ToBorrower::Store { ticket: Ticket(16), iova: Iova(4095), len: 2, polled: false };
-    let cases: [&[u8]; 7] = [
-        b"",
-        &[0],
-        &[10, 1],
-        &[3, 0, 0, 1, 0],
-        &[2, 1, 0, 0, 0, 200],
-        &fetch.encode().as_slice().to_vec(),
-        &across.encode().as_slice().to_vec(),
-    ];
+    let fetch = ToBorrower::Fetch { ticket: Ticket(77), iova: Iova(0), len: 4 }.encode();
+    let across = ToBorrower::Store { ticket: Ticket(16), iova: Iova(4095), len: 2, polled: false }.encode();
+    let cases: [&[u8]; 7] = [b"", &[0], &[10, 1], &[3, 0, 0, 1, 0], &[2, 1, 0, 0, 0, 200], fetch.as_slice(), across.as_slice()];
     for message in cases {
         let reason = borrower_against(connect, |raw| raw.send(message));
         assert!(matches!(reason, CloseReason::Protocol(_)), "{message:?}: {reason}");

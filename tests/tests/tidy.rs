@@ -10,12 +10,13 @@ use std::path::{Path, PathBuf};
 /// Which of our packages each may use, in any kind of dependency.
 const LAYERS: &[(&str, &[&str])] = &[
     ("transport", &[]),
+    ("control", &["transport"]),
     ("remote-dma", &["transport"]),
     ("pci-shim", &["transport", "remote-dma"]),
     ("machine-bank", &["transport"]),
-    ("bench", &["transport", "remote-dma", "pci-shim"]),
-    ("farbus", &["transport", "remote-dma", "pci-shim", "machine-bank", "bench"]),
-    ("tests", &["transport", "remote-dma", "pci-shim", "machine-bank", "bench"]),
+    ("bench", &["transport", "control", "remote-dma", "pci-shim"]),
+    ("farbus", &["transport", "control", "remote-dma", "pci-shim", "machine-bank", "bench"]),
+    ("tests", &["transport", "control", "remote-dma", "pci-shim", "machine-bank", "bench"]),
     // Outside the workspace.
     ("fuzz", &["tests"]),
 ];

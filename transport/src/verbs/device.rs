@@ -94,6 +94,14 @@ pub fn devices() -> Result<Vec<DeviceInfo>, VerbsError> {
     Ok(found)
 }
 
+/// Whether a link could be made over the device of `choice`: it is there, its port is active and has an address.
+///
+/// # Errors
+/// [`VerbsError::NoRdma`], with what is missing.
+pub fn check(choice: &DeviceChoice) -> Result<(), VerbsError> {
+    OpenPort::open(choice).map(drop)
+}
+
 /// An open device with the port and the address that a link uses.
 pub(super) struct OpenPort {
     pub(super) context: Arc<Context>,

@@ -23,10 +23,12 @@ mod tests;
 mod windows;
 mod wire;
 
-pub use device::{DeviceChoice, DeviceInfo, Gid, PortInfo, devices};
+pub use device::{DeviceChoice, DeviceInfo, Gid, PortInfo, check, devices};
 pub use error::{NoRdma, VerbsError};
 pub use outbox::Counters;
 pub use windows::GrantMethod;
+#[doc(hidden)]
+pub use wire::{frame_again, slot_again};
 
 use std::collections::VecDeque;
 use std::os::fd::BorrowedFd;

@@ -145,6 +145,7 @@ impl Books {
 fn reason(error: &ControlError) -> CloseReason {
     match error {
         ControlError::TooLong { .. } | ControlError::Flood => CloseReason::Protocol("control frames out of bounds"),
+        ControlError::Foreign(_) => CloseReason::Protocol("control bytes that are not the peer's"),
         ControlError::Gone | ControlError::Stuck | ControlError::Host(_) => CloseReason::PeerGone,
     }
 }
