@@ -192,10 +192,11 @@ impl VerbsFabric {
         Ok(Opening::Window(window))
     }
 
-    /// A write of no bytes that reports: when it is done, so is everything before it. No key is looked at for it (InfiniBand Architecture
-    /// Specification 1.4, volume 1, C9-88).
-    fn push_barrier(&mut self) -> bool {
-        let pushed = self.outbox.has_reserve() && self.outbox.push(true, What::Write { address: 0, key: 0 }, Bytes::Copied(&[]));
+    /// A write of no bytes, which takes nothing of the peer's but an acknowledgement: when it is done, so is everything before it, and while it can be
+    /// done the peer's device is there. No key is looked at for it (InfiniBand Architecture Specification 1.4, volume 1, C9-88).
+    pub(super) fn push_nothing(&mut self, signalled: bool) -> bool {
+        let nothing = What::Write { address: 0, key: 0 };
+        let pushed = self.outbox.has_reserve() && self.outbox.push(signalled, nothing, Bytes::Copied(&[]));
         self.hand_over();
         pushed
     }
@@ -227,7 +228,7 @@ impl Regions for VerbsFabric {
         }
         self.hand_over();
         // The device may still be reading or filling the memory for operations of ours.
-        if self.outbox.outstanding() > 0 && self.pair.is_some() && self.push_barrier() {
+        if self.outbox.outstanding() > 0 && self.pair.is_some() && self.push_nothing(true) {
             let last = self.outbox.last_posted();
             if !self.drain(|fabric| fabric.outbox.is_done(last)) {
                 self.end(CloseReason::Protocol("an operation on memory that is given back does not end"));
