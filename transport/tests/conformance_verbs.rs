@@ -1,6 +1,6 @@
 //! The conformance suite on queue pairs: two ends in one process over one RDMA device, soft-RoCE in the lab or an RNIC.
 //!
-//! `FARBUS_RDMA_DEV=rxe0 cargo test --test conformance_verbs -- --ignored --test-threads 1`; `ci/softroce` runs it where there is no device. A device that was
+//! `FARBUS_RDMA_DEV=rxe0 cargo test --test conformance_verbs -- --ignored --test-threads 1`; `ci/run softroce` runs it in the lab where there is no device. A device that was
 //! promised and is not there fails every case.
 
 use farbus_transport::Nanos;
@@ -23,4 +23,4 @@ impl Provider for Verbs {
     }
 }
 
-farbus_transport::conformance_suite!(Verbs, ignore = "needs an RDMA device; ci/softroce runs it");
+farbus_transport::conformance_suite!(Verbs, ignore = "needs an RDMA device; ci/run softroce runs it in the lab");
