@@ -71,11 +71,12 @@ impl Link {
         Self { ends: [left, right], heard: Default::default(), events: Events::new(), last_id: 0 }
     }
 
-    /// Memory of `side` with bytes that differ from page to page.
+    /// Memory of `side` with bytes that differ from page to page and from side to side.
     pub fn memory(&mut self, side: usize, len: u64) -> Piece {
         let memory = Memory::memfd("test", len).unwrap();
-        let bytes: Vec<u8> = (0..len).map(|at| (at ^ at >> 8) as u8 ^ side as u8).collect();
-        memory.write(0, &bytes).unwrap();
+        for at in (0..len).step_by(64) {
+            memory.write(at, &(at << 1 | side as u64 | 1 << 40).to_le_bytes()).unwrap();
+        }
         let region = self.ends[side].register(Arc::clone(&memory), Access::READ_WRITE).unwrap();
         Piece { memory, region }
     }
