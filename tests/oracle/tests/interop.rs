@@ -332,7 +332,7 @@ fn nonsense_in_a_slot_ends_the_link_with_its_reason() {
             assert!(peer.send_raw(&[1; SLOT + 1]));
             peer.refused();
         },
-        |ours| assert_eq!(ours.next(), Event::Closed(CloseReason::Protocol("a message longer than a receive slot"))),
+        |ours| assert_eq!(ours.next(), Event::Closed(CloseReason::Protocol("a message that is longer than a slot"))),
     );
 }
 

@@ -18,6 +18,8 @@ mod outbox;
 mod regions;
 mod sleep;
 mod sys;
+#[cfg(test)]
+mod tests;
 mod windows;
 mod wire;
 
@@ -40,8 +42,8 @@ use self::outbox::Outbox;
 use self::regions::Books;
 use self::sleep::Bed;
 use self::sys::{
-    IBV_WC_LOC_LEN_ERR, IBV_WC_LOC_PROT_ERR, IBV_WC_LOC_QP_OP_ERR, IBV_WC_RECV_RDMA_WITH_IMM, IBV_WC_REM_ACCESS_ERR,
-    IBV_WC_REM_INV_REQ_ERR, IBV_WC_REM_OP_ERR, IBV_WC_SUCCESS, IBV_WC_WR_FLUSH_ERR, ibv_wc,
+    IBV_WC_LOC_PROT_ERR, IBV_WC_RECV_RDMA_WITH_IMM, IBV_WC_REM_ACCESS_ERR, IBV_WC_REM_INV_REQ_ERR, IBV_WC_REM_OP_ERR,
+    IBV_WC_SUCCESS, IBV_WC_WR_FLUSH_ERR, ibv_wc,
 };
 use self::wire::{SLOTS, Slot};
 use crate::fabric::{CloseReason, Event, Events, Fabric, Full, Limits, MAX_MESSAGE, Message, Op, OpError, Signal};
@@ -272,7 +274,10 @@ impl VerbsFabric {
             match (completion.status, completion.wr_id & RECEIVE != 0) {
                 (IBV_WC_SUCCESS, true) => self.received(&completion),
                 (IBV_WC_SUCCESS, false) => self.sent(completion.wr_id),
-                _ => self.broken(&completion),
+                _ => {
+                    self.broken(index, count);
+                    break;
+                }
             }
         }
         if count > 0 {
@@ -301,6 +306,9 @@ impl VerbsFabric {
         let slot = (completion.wr_id & !RECEIVE) as u32;
         let bytes = self.inbox.take(completion.wr_id, slot);
         self.outbox.counters.received += 1;
+        if self.inbox.overrun() {
+            return self.end(CloseReason::Protocol("more messages than it was given room for"));
+        }
         if completion.opcode == IBV_WC_RECV_RDMA_WITH_IMM {
             return self.tell(Event::Notify(objects::immediate(completion)));
         }
@@ -311,7 +319,11 @@ impl VerbsFabric {
                 None => self.end(CloseReason::Protocol("a message that is too long")),
             },
             Ok((Slot::Credits | Slot::Ping, _)) => {}
-            Ok((Slot::Revoke(number), _)) => self.books.revoked_by_peer(number),
+            Ok((Slot::Revoke(number), _)) => {
+                if let Err(reason) = self.books.revoked_by_peer(number) {
+                    self.end(reason);
+                }
+            }
             Ok((Slot::Goodbye, _)) => self.end(CloseReason::PeerClosed),
             Err(what) => self.end(CloseReason::Protocol(what)),
         }
@@ -337,24 +349,23 @@ impl VerbsFabric {
 
     // ---- ending ----
 
-    /// A completion that failed: the queue pair is dead. The first that says more than "flushed" is the cause.
+    /// Completion `index` of the `count` found failed: the queue pair is dead, and the first that says more than "flushed" is the cause.
     #[cold]
-    fn broken(&mut self, completion: &ibv_wc) {
+    fn broken(&mut self, index: usize, count: usize) {
         if matches!(self.phase, Phase::Ended(_) | Phase::Over) {
             return;
         }
+        let Some(completion) = self.cause(index, count) else {
+            return self.end(self.why_flushed());
+        };
         let receive = completion.wr_id & RECEIVE != 0;
         let (error, reason) = match completion.status {
+            IBV_WC_LOC_PROT_ERR => (OpError::Revoked, CloseReason::Device("it may not use memory of this side")),
+            // A request of the peer's: each receive has the whole slot, so what does not fit is too long.
+            _ if receive => (OpError::Closed, CloseReason::Protocol("a message that is longer than a slot")),
             IBV_WC_REM_ACCESS_ERR | IBV_WC_REM_INV_REQ_ERR | IBV_WC_REM_OP_ERR => {
                 (OpError::Revoked, CloseReason::Protocol("an operation on memory that its owner had revoked"))
             }
-            IBV_WC_LOC_PROT_ERR => (OpError::Revoked, CloseReason::Device("it may not use memory of this side")),
-            // rxe says the second.
-            IBV_WC_LOC_LEN_ERR | IBV_WC_LOC_QP_OP_ERR if receive => {
-                (OpError::Closed, CloseReason::Protocol("a message longer than a receive slot"))
-            }
-            // Flushed, because the other direction failed: what its peer did is known by the device's own event, where it raises one.
-            IBV_WC_WR_FLUSH_ERR => (OpError::Closed, self.why_flushed()),
             // No acknowledgement, however often it was sent.
             _ => (OpError::Closed, CloseReason::PeerGone),
         };
@@ -365,17 +376,33 @@ impl VerbsFabric {
         self.end(reason);
     }
 
+    /// The first failure that is more than "flushed", among the completions from `index` on and those that have come meanwhile.
     #[cold]
-    fn why_flushed(&mut self) -> CloseReason {
-        if let Phase::Closing { .. } = self.phase {
-            return CloseReason::Local;
-        }
-        while let Some(event) = self.context.next_async_event() {
-            if matches!(event, sys::IBV_EVENT_QP_ACCESS_ERR | sys::IBV_EVENT_QP_REQ_ERR) {
-                return CloseReason::Protocol("the peer used memory that it was not granted");
+    fn cause(&mut self, mut index: usize, mut count: usize) -> Option<ibv_wc> {
+        loop {
+            let found = self.found.get(index..count).unwrap_or_default().iter();
+            let mut failed = found.filter(|it| !matches!(it.status, IBV_WC_SUCCESS | IBV_WC_WR_FLUSH_ERR));
+            if let Some(cause) = failed.next() {
+                return Some(*cause);
+            }
+            (index, count) = (0, self.completions.poll(&mut self.found).unwrap_or(0));
+            if count == 0 {
+                return None;
             }
         }
-        CloseReason::PeerGone
+    }
+
+    /// All that was under way was flushed, and no request of ours failed: the device refused a request of the peer's. Some say so by an event.
+    #[cold]
+    fn why_flushed(&self) -> CloseReason {
+        while let Some(event) = self.context.next_async_event() {
+            match event {
+                sys::IBV_EVENT_DEVICE_FATAL => return CloseReason::Device("it failed"),
+                sys::IBV_EVENT_QP_FATAL | sys::IBV_EVENT_CQ_ERR => return CloseReason::Device("its queues failed"),
+                other => tracing::debug!(device = self.context.name(), event = other, "the device reports"),
+            }
+        }
+        CloseReason::Protocol("it used memory that it was not granted, or made a request that does not exist")
     }
 
     /// The link ends now: the queue pair goes, so that the device touches nothing of ours any more, and what is not done will not be.
@@ -436,7 +463,7 @@ impl VerbsFabric {
             match event {
                 sys::IBV_EVENT_DEVICE_FATAL => return self.end(CloseReason::Device("it failed")),
                 sys::IBV_EVENT_QP_ACCESS_ERR | sys::IBV_EVENT_QP_REQ_ERR => {
-                    return self.end(CloseReason::Protocol("the peer used memory that it was not granted"));
+                    return self.end(CloseReason::Protocol("it used memory that it was not granted"));
                 }
                 sys::IBV_EVENT_QP_FATAL | sys::IBV_EVENT_CQ_ERR => return self.end(CloseReason::Device("its queues failed")),
                 // It may come back before the retries are used up; if not, they end the link.
@@ -546,8 +573,8 @@ impl Fabric for VerbsFabric {
             tracing::error!(%error, "the completion queue cannot be armed");
             self.end(CloseReason::Device("its completion queue cannot be armed"));
         }
-        // What came before the queue was armed wakes nobody.
-        self.take();
+        // What came before the queue was armed wakes nobody, and none of it may be more than the fabric's own words.
+        while self.take() > 0 {}
         while let Some(event) = self.outbox.next_event() {
             self.ready.push_back(event);
         }

@@ -4,7 +4,7 @@
 //! access given. The grant that the caller hands to its peer carries a number; address and key come on the control connection, and only from there
 //! are they believed.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -67,6 +67,8 @@ pub(super) struct Books {
     last_grant: u64,
     /// Grants of the peer's by number, imported or not.
     announced: BTreeMap<u64, Announcement>,
+    /// Grants of the peer's that it took back before we read of them on the control connection.
+    revoked_unread: BTreeSet<u64>,
 }
 
 impl Books {
@@ -80,6 +82,7 @@ impl Books {
             // Somewhere among 2^63, so that a made-up number is no grant.
             last_grant: by_chance() >> 1,
             announced: BTreeMap::new(),
+            revoked_unread: BTreeSet::new(),
         }
     }
 
@@ -110,6 +113,9 @@ impl Books {
         let Frame::Grant(grant) = Frame::parse(frame).map_err(CloseReason::Protocol)? else {
             return Err(CloseReason::Protocol("a control frame that was not asked for"));
         };
+        if self.revoked_unread.remove(&grant.number) {
+            return Ok(());
+        }
         if self.announced.len() >= MAX_REGIONS as usize {
             return Err(CloseReason::Protocol("more grants than a side may hold"));
         }
@@ -120,9 +126,19 @@ impl Books {
     }
 
     /// The peer is about to take a grant back; operations on it would end the link, so they are refused here.
-    pub(super) fn revoked_by_peer(&mut self, number: u64) {
-        self.announced.remove(&number);
-        self.remotes.remove_where(|remote| remote.number == number);
+    ///
+    /// # Errors
+    /// Why the link ends.
+    pub(super) fn revoked_by_peer(&mut self, number: u64) -> Result<(), CloseReason> {
+        if self.announced.remove(&number).is_some() {
+            self.remotes.remove_where(|remote| remote.number == number);
+            return Ok(());
+        }
+        self.revoked_unread.insert(number);
+        if self.revoked_unread.len() > MAX_REGIONS as usize {
+            return Err(CloseReason::Protocol("more grants taken back than were given"));
+        }
+        Ok(())
     }
 }
 
