@@ -8,9 +8,8 @@ use std::process::ExitCode;
 use anyhow::{Context, bail};
 use farbus_pci_shim::vfio_user::{BindError, ClientInterrupts, Ended, OnUnshared, Options, Server};
 use farbus_pci_shim::{Function, FunctionOptions, InterruptOwner};
-use farbus_remote_dma::borrower::{BorrowerOptions, BorrowerSession};
+use farbus_remote_dma::borrower::BorrowerOptions;
 use farbus_transport::CloseReason;
-use farbus_transport::shm::ShmFabric;
 use serde_json::json;
 use tokio::sync::oneshot;
 
@@ -41,10 +40,10 @@ pub fn run(args: &BorrowArgs) -> anyhow::Result<ExitCode> {
         Err(error).advise("cannot serve a VMM there", hint)
     })?;
     let options = BorrowerOptions { read_deadline: args.read_deadline, ..BorrowerOptions::default() };
-    let session = attach(&args.from, options)?;
-    let name = session_name(&session);
-    let interrupts = ClientInterrupts::new(farbus_remote_dma::Attachment::description(&session));
-    let mut function = Function::new(Box::new(session), interrupts, FunctionOptions { interrupts: InterruptOwner::Client })?;
+    let session = attach(&args.from, &args.security, &args.peer, options)?;
+    let name = session.description().name.clone();
+    let interrupts = ClientInterrupts::new(session.description());
+    let mut function = Function::new(session, interrupts, FunctionOptions { interrupts: InterruptOwner::Client })?;
     let socket = args.vfio_user.display().to_string();
     events.say(
         "serving",
@@ -78,6 +77,7 @@ pub fn run(args: &BorrowArgs) -> anyhow::Result<ExitCode> {
         (Ended::Stopped, None) => (signal.unwrap_or("stopped").to_owned(), 0),
         // A VMM was still there and saw a dead device.
         (Ended::Stopped, Some(why)) => (format!("{}, after the lender: {why}", signal.unwrap_or("stopped")), 0),
+        (Ended::DeviceGone(why @ CloseReason::Device(_)), _) => (format!("here: {why}"), LENDER_LOST),
         (Ended::DeviceGone(why), _) => (format!("the lender: {why}"), if is_goodbye(why) { 0 } else { LENDER_LOST }),
     };
     events.say("ended", json!({ "reason": reason, "status": code }), &format!("ended: {reason}"));
@@ -88,10 +88,6 @@ pub fn run(args: &BorrowArgs) -> anyhow::Result<ExitCode> {
 fn is_goodbye(reason: CloseReason) -> bool {
     match reason {
         CloseReason::PeerClosed | CloseReason::Local => true,
-        CloseReason::PeerGone | CloseReason::Protocol(_) | CloseReason::Device(_) => false,
+        CloseReason::PeerGone | CloseReason::Device(_) | CloseReason::Protocol(_) => false,
     }
-}
-
-fn session_name(session: &BorrowerSession<ShmFabric>) -> String {
-    farbus_remote_dma::Attachment::description(session).name.clone()
 }

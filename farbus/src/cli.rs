@@ -6,14 +6,16 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use farbus_control::identity::Name;
 
 use crate::device_spec::DeviceSpec;
 use crate::link_address::{LinkAddress, socket_path};
+use crate::security::{AllowArgs, PeerArgs, SecurityArgs};
 
 /// Lend a PCIe device to a virtual machine on another host, borrow it there.
 #[derive(Debug, Parser)]
 #[command(name = "farbus", version, about, long_about = None, after_help = "Exit status:
-  0  done, or ended by a signal, or by a peer that said goodbye
+  0  done; lend and borrow: ended by a signal or by a peer that said goodbye
   1  failed: why is on standard error, and with --json also an object with \"error\", \"causes\" and \"hint\" on standard output
   2  the arguments make no sense: why is on standard error, with --json too
   3  borrow: the lender is gone without a goodbye, or broke the protocol")]
@@ -35,6 +37,8 @@ pub enum Command {
     Borrow(BorrowArgs),
     /// Lend an image from a second process, drive it remotely and natively, compare
     Demo(DemoArgs),
+    /// Make and show the certificates by which lenders and borrowers know each other
+    Cert(CertArgs),
     /// What can be lent here, and which fabrics work
     Devices(DevicesArgs),
     /// Run a benchmark suite
@@ -59,6 +63,7 @@ impl Command {
             Self::Lend(args) => (args.json, Json::Events),
             Self::Borrow(args) => (args.json, Json::Events),
             Self::Demo(args) => (args.json, Json::Object),
+            Self::Cert(args) => (args.json(), Json::Object),
             Self::Devices(args) => (args.json, Json::Object),
             Self::Bench(args) => (args.json, Json::Object),
         };
@@ -73,13 +78,15 @@ impl Command {
                 an NVMe 1.4 controller over an image file or a block device
   edu           the register file and DMA engine of QEMU's edu device
 
-Example:
-  farbus lend --device nvme:disk.img --listen shm:/tmp/farbus.link")]
+Examples:
+  farbus lend --device nvme:disk.img --listen shm:/tmp/farbus.link
+  farbus lend --device nvme:disk.img --listen rdma:0.0.0.0:7000,dev=mlx5_0 --tls lab/lender/nas --allow vm7")]
 pub struct LendArgs {
     /// What to lend
     #[arg(long, value_name = "SPEC")]
     pub device: DeviceSpec,
-    /// Where borrowers connect: shm:PATH
+    /// Where borrowers connect: shm:PATH, or rdma:HOST:PORT[,dev=NAME][,port=N][,gid=N] with an address of this host, a TCP port (0: any
+    /// that is free) and the RDMA device to use
     #[arg(long, value_name = "ADDR")]
     pub listen: LinkAddress,
     /// End after the first borrower has left
@@ -97,6 +104,12 @@ pub struct LendArgs {
     /// Print one JSON object a line
     #[arg(long)]
     pub json: bool,
+    /// How it is known to borrowers.
+    #[command(flatten)]
+    pub security: SecurityArgs,
+    /// Who may borrow.
+    #[command(flatten)]
+    pub allow: AllowArgs,
 }
 
 /// What to do with guest memory whose descriptor is not the guest's memory.
@@ -118,7 +131,8 @@ Do not migrate such a virtual machine: stock QEMU (11.1.3) moves it without the 
 
 Exit status: 0 after a signal or the lender's goodbye, 3 where the lender is gone without one or broke the protocol.")]
 pub struct BorrowArgs {
-    /// The lender: shm:PATH
+    /// The lender: shm:PATH, or rdma:HOST:PORT[,dev=NAME][,port=N][,gid=N] with the lender's host and TCP port, and the RDMA device of
+    /// this host to use
     #[arg(long, value_name = "ADDR")]
     pub from: LinkAddress,
     /// The socket that the VMM connects to
@@ -136,6 +150,12 @@ pub struct BorrowArgs {
     /// Print one JSON object a line
     #[arg(long)]
     pub json: bool,
+    /// How it is known to the lender.
+    #[command(flatten)]
+    pub security: SecurityArgs,
+    /// Which lender it wants.
+    #[command(flatten)]
+    pub peer: PeerArgs,
 }
 
 /// `farbus demo`
@@ -150,9 +170,124 @@ pub struct DemoArgs {
     /// Seconds for each case and side
     #[arg(long, value_name = "SECONDS", default_value_t = 1.0)]
     pub seconds: f64,
+    /// Where the second process lends: shm:PATH, or rdma:HOST:PORT[,dev=NAME][,port=N][,gid=N] with an address of this host; without it
+    /// shared memory
+    #[arg(long, value_name = "ADDR", conflicts_with = "from")]
+    pub link: Option<LinkAddress>,
+    /// Start no second process: drive the device that `farbus lend` lends there, on this host or another. It must be a copy of --image, and is
+    /// written to
+    #[arg(long, value_name = "ADDR", requires = "image")]
+    pub from: Option<LinkAddress>,
     /// Print one JSON object
     #[arg(long)]
     pub json: bool,
+    /// How it is known to the lender of --from.
+    #[command(flatten)]
+    pub security: SecurityArgs,
+    /// Which lender it wants.
+    #[command(flatten)]
+    pub peer: PeerArgs,
+}
+
+/// `farbus cert`
+#[derive(Debug, Args)]
+#[command(after_help = "A lab with one lender and one borrower:
+  farbus cert init lab
+  farbus cert issue lab --name nas --role lender --address nas.example.org --address 10.0.0.7
+  farbus cert issue lab --name vm7 --role borrower
+
+Then copy lab/lender/nas to the lender's host and lab/borrower/vm7 to the borrower's, each as it is, and keep lab/authority.key to yourself:
+whoever has it can make any certificate. On the hosts:
+  farbus lend --device nvme:disk.img --listen rdma:0.0.0.0:7000 --tls nas --allow vm7
+  farbus borrow --from rdma:nas.example.org:7000 --tls vm7 --vfio-user /tmp/farbus.vm")]
+pub struct CertArgs {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: CertCommand,
+}
+
+/// The commands of `farbus cert`.
+#[derive(Debug, Subcommand)]
+pub enum CertCommand {
+    /// Make an authority in a folder: authority.pem, and authority.key, which stays there
+    Init(CertInitArgs),
+    /// Make the certificate and key of a lender or borrower, in a folder below the authority's
+    Issue(CertIssueArgs),
+    /// Print whose a certificate is, for which role, and until when
+    Show(CertShowArgs),
+}
+
+impl CertArgs {
+    fn json(&self) -> bool {
+        match &self.command {
+            CertCommand::Init(args) => args.json,
+            CertCommand::Issue(args) => args.json,
+            CertCommand::Show(args) => args.json,
+        }
+    }
+}
+
+/// `farbus cert init`
+#[derive(Debug, Args)]
+pub struct CertInitArgs {
+    /// The authority's folder; it is made where it is missing
+    #[arg(value_name = "DIR")]
+    pub folder: PathBuf,
+    /// What the authority is called
+    #[arg(long, value_name = "NAME", default_value = "farbus")]
+    pub name: Name,
+    /// Days until it and all that it signed are worth nothing
+    #[arg(long, value_name = "N", default_value_t = 3650, value_parser = clap::value_parser!(u32).range(1..=36_500))]
+    pub days: u32,
+    /// Print one JSON object
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `farbus cert issue`
+#[derive(Debug, Args)]
+pub struct CertIssueArgs {
+    /// The authority's folder
+    #[arg(value_name = "DIR")]
+    pub folder: PathBuf,
+    /// What the lender or borrower is called: --allow and --peer name it so
+    #[arg(long, value_name = "NAME")]
+    pub name: Name,
+    /// What it may be
+    #[arg(long, value_enum)]
+    pub role: CertRole,
+    /// A DNS name or IP address by which borrowers reach the lender (repeatable); its name is one already
+    #[arg(long = "address", value_name = "HOST")]
+    pub addresses: Vec<String>,
+    /// Days until it is worth nothing; without it 365, or as long as the authority
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=36_500))]
+    pub days: Option<u32>,
+    /// Put a new one in the place of the one that is there
+    #[arg(long)]
+    pub replace: bool,
+    /// Print one JSON object
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `farbus cert show`
+#[derive(Debug, Args)]
+pub struct CertShowArgs {
+    /// A file of certificates in PEM form
+    #[arg(value_name = "FILE")]
+    pub file: PathBuf,
+    /// Print one JSON object
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// What a certificate's owner may be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum CertRole {
+    /// Lends devices
+    Lender,
+    /// Borrows them
+    Borrower,
 }
 
 /// `farbus devices`

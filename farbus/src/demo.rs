@@ -3,6 +3,7 @@
 //! It packs real files into an image, lends a copy from a second process, drives that through a borrowed function with the built-in NVMe
 //! driver, drives another copy natively in this process, compares every byte, and prints six cases side by side.
 
+mod far_side;
 mod files;
 mod lender;
 mod scratch;
@@ -20,8 +21,8 @@ use farbus_bench::report::{CaseReport, DemoReport, Distribution, Machine, all_la
 use farbus_bench::workload::{Budget, CASES, Progress};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
+use self::far_side::FarSide;
 use self::files::{Given, check_picture};
-use self::lender::LenderProcess;
 use self::scratch::Scratch;
 use self::sides::{Cores, DriverSide, native, remote};
 use crate::cli::DemoArgs;
@@ -35,6 +36,7 @@ pub fn run(args: &DemoArgs) -> anyhow::Result<()> {
     if !(0.0..=3600.0).contains(&args.seconds) {
         bail!("--seconds takes 0 to 3600");
     }
+    far_side::check(args)?;
     let given = args.image.as_deref().map(Given::look).transpose()?;
     check_picture(&args.svg, given.as_ref())?;
     let run = run_over(args, given.as_ref());
@@ -46,18 +48,26 @@ pub fn run(args: &DemoArgs) -> anyhow::Result<()> {
 
 fn run_over(args: &DemoArgs, given: Option<&Given>) -> anyhow::Result<()> {
     let machine = Machine::here();
-    // The original, where it is packed here, and the two copies.
-    let scratch = Scratch::new(given.map_or(3 * DEMO_BYTES, |given| 2 * given.bytes()))?;
+    // The original, where it is packed here; the native copy; and a remote one where the lender is ours.
+    let length = given.map_or(DEMO_BYTES, Given::bytes);
+    let scratch = Scratch::new((1 + u64::from(given.is_none()) + u64::from(args.from.is_none())) * length)?;
     let original = match given {
         Some(given) => given.path().to_owned(),
         None => pack_original(scratch.path("original.img"))?,
     };
     let (native_copy, remote_copy) = (scratch.path("native.img"), scratch.path("remote.img"));
-    copy_with_progress(&original, &[&native_copy, &remote_copy])?;
-
     let cores = Cores::new();
-    let lender = LenderProcess::start(&remote_copy, &scratch.path("link"), cores.device())?;
-    let mut remote = remote(lender.address(), &original)?;
+    let far = match &args.from {
+        Some(from) => {
+            copy_with_progress(&original, &[&native_copy])?;
+            FarSide::elsewhere(from, args)
+        }
+        None => {
+            copy_with_progress(&original, &[&native_copy, &remote_copy])?;
+            FarSide::here(args, &remote_copy, &scratch, cores.device())?
+        }
+    };
+    let mut remote = remote(&far, &original)?;
     let mut native = native(&native_copy, &original, cores)?;
     scratch.remove_names();
     let pinned = cores.drive()?;
@@ -70,17 +80,19 @@ fn run_over(args: &DemoArgs, given: Option<&Given>) -> anyhow::Result<()> {
     drop(pinned);
     native.shut_down()?;
     remote.shut_down()?;
-    lender.end()?;
+    let (fabric, link) = (far.fabric(), far.link());
+    far.end()?;
 
     let (cases, distributions) = report;
-    let report = DemoReport { fabric: "shm".to_owned(), verified: true, bytes_verified, cases, machine };
-    let drawn = latency_picture(&args.svg, "NVMe latency, native and remote over shared memory", &report.machine, &distributions);
+    let report = DemoReport { fabric: fabric.to_owned(), verified: true, bytes_verified, cases, machine };
+    let title = format!("NVMe latency, native and remote over {link}");
+    let drawn = latency_picture(&args.svg, &title, &report.machine, &distributions);
     // The figures are worth more than the picture, and are there.
     if args.json {
         print_line(&serde_json::to_string(&report)?);
     } else {
         print_line(&demo_table(&report));
-        print_line("native: the same device model on a thread of this process; remote: borrowed from a second process");
+        print_line("native: the same device model on a thread of this process; remote: borrowed over the link");
     }
     drawn?;
     if !args.json {

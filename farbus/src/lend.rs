@@ -13,16 +13,14 @@ use anyhow::{Context, anyhow};
 use farbus_remote_dma::wait::Waker;
 use farbus_transport::link::hello::{Hello, Role, SPOKEN};
 use farbus_transport::link::verdict::Refusal;
-use farbus_transport::shm::{ListenError, Listener, ShmOptions};
+use farbus_transport::shm::ShmOptions;
 use serde_json::json;
-use tokio::net::UnixListener;
 use tokio::sync::mpsc;
 
 use self::visit::{Device, News, Terms, Visit, Visitor};
 use crate::cli::LendArgs;
 use crate::cores::check_core;
-use crate::failure::Advise;
-use crate::link_address::LinkAddress;
+use crate::link::{Arrival, Door};
 use crate::output::Events;
 use crate::signals::EndSignals;
 
@@ -42,22 +40,12 @@ pub fn run(args: LendArgs) -> anyhow::Result<()> {
 async fn lend(args: LendArgs, device: Device) -> anyhow::Result<()> {
     let events = Events::new(args.json);
     let mut signals = EndSignals::new().context("cannot wait for signals")?;
-    let LinkAddress::Shm(path) = &args.listen;
-    let listener = Listener::bind(path).or_else(|error| {
-        let hint = match &error {
-            ListenError::InUse { .. } => "choose another path for --listen, or end what uses this one",
-            ListenError::NotASocket { .. } => "choose another path for --listen",
-            _ => "choose a path for --listen in a folder that is there and may be written to",
-        };
-        Err(error).advise("cannot lend there", hint)
-    })?;
-    let accepting = listener.nonblocking_socket().and_then(UnixListener::from_std).context("cannot wait for borrowers")?;
+    let door = Door::open(&args.listen, &args.security, &args.allow).await?;
     let name = device.description().name.clone();
-    let address = args.listen.to_string();
+    let address = door.address();
     events.say("listening", json!({ "address": address, "device": name }), &format!("lending {name} at {address}"));
 
     let terms = Arc::new(Terms {
-        path: path.clone(),
         hello: Hello { versions: SPOKEN, role: Role::Lender, features: 0, epoch: 0, description: device.description().encode()? },
         stop: Waker::new().context("cannot make a wake-up")?,
         spin: args.spin,
@@ -70,11 +58,11 @@ async fn lend(args: LendArgs, device: Device) -> anyhow::Result<()> {
     let ended_by = loop {
         tokio::select! {
             signal = signals.next() => break signal,
-            accepted = accept(&accepting) => {
-                let stream = accepted.context("cannot accept a borrower")?;
+            accepted = door.accept() => {
+                let arrival = accepted?;
                 visitors += 1;
                 let visit = Visit { visitor: Visitor(visitors), terms: Arc::clone(&terms), news: news.clone() };
-                if let Err(error) = desk.receive(stream, visit) {
+                if let Err(error) = desk.receive(arrival, visit) {
                     tracing::warn!(%error, "a borrower was dropped: this process has no room for it");
                 }
             }
@@ -104,7 +92,7 @@ struct Desk {
     /// `None` while it is lent.
     idle: Option<Device>,
     /// Connections whose hello is awaited, the oldest first.
-    greetings: VecDeque<(Visitor, UnixStream)>,
+    greetings: VecDeque<(Visitor, Option<UnixStream>)>,
     events: Events,
 }
 
@@ -118,17 +106,18 @@ enum Left {
 
 impl Desk {
     /// Begins to wait for a connection's hello.
-    fn receive(&mut self, stream: UnixStream, visit: Visit) -> std::io::Result<()> {
-        if self.greetings.len() >= MAX_GREETINGS
-            && let Some((_, oldest)) = self.greetings.pop_front()
+    fn receive(&mut self, arrival: Arrival, visit: Visit) -> std::io::Result<()> {
+        let awaited = arrival.hold()?;
+        if awaited.is_some()
+            && self.greetings.len() >= MAX_GREETINGS
+            && let Some((_, Some(oldest))) = self.greetings.pop_front()
         {
-            self.refused(&format!("it said nothing while {MAX_GREETINGS} others came"));
+            self.refused(None, &format!("it said nothing while {MAX_GREETINGS} others came"));
             // Its thread hears the end of the stream; one that is at its end already is no loss.
             let _over = oldest.shutdown(std::net::Shutdown::Both);
         }
         let visitor = visit.visitor;
-        let awaited = stream.try_clone()?;
-        std::thread::Builder::new().name("farbus-lender".into()).spawn(move || visit.run(stream))?;
+        std::thread::Builder::new().name("farbus-lender".into()).spawn(move || visit.run(arrival))?;
         self.greetings.push_back((visitor, awaited));
         Ok(())
     }
@@ -136,23 +125,26 @@ impl Desk {
     /// Does what a visitor's thread needs, and says it.
     fn hear(&mut self, visitor: Visitor, news: News) -> Option<Left> {
         match news {
-            News::TurnedAway(why) => {
+            News::TurnedAway { from, why } => {
                 if self.greeted(visitor) {
-                    self.refused(&why);
+                    self.refused(from.as_deref(), &why);
                 }
             }
             // One that was given up already is not answered, which ends it.
             News::Claims(_) if !self.greeted(visitor) => {}
             News::Claims(answer) => {
                 if self.idle.is_none() {
-                    self.refused(&Refusal::Lent.to_string());
+                    self.refused(None, &Refusal::Lent.to_string());
                 }
                 // Its thread waits for this; a device that could not be handed over stays here.
                 if let Err(unclaimed) = answer.send(self.idle.take()) {
                     self.idle = unclaimed;
                 }
             }
-            News::Lent => self.events.say("lent", json!({}), "a borrower has the device"),
+            News::Lent(peer) => match peer {
+                Some(peer) => self.events.say("lent", json!({ "peer": peer }), &format!("{peer} has the device")),
+                None => self.events.say("lent", json!({}), "a borrower has the device"),
+            },
             News::Returned(device, ended) => {
                 let reason = ended.as_ref().map_or_else(Clone::clone, ToString::to_string);
                 self.events.say("returned", json!({ "reason": reason }), &format!("the device is back: {reason}"));
@@ -169,21 +161,12 @@ impl Desk {
         found.is_some_and(|at| self.greetings.remove(at).is_some())
     }
 
-    fn refused(&self, why: &str) {
-        self.events.say("refused", json!({ "reason": why }), &format!("no link: {why}"));
-    }
-}
-
-async fn accept(listener: &UnixListener) -> std::io::Result<UnixStream> {
-    loop {
-        match listener.accept().await {
-            Err(error) if error.kind() == std::io::ErrorKind::ConnectionAborted => {}
-            // The borrower that is served may have offered as much memory as there are descriptors: that must not end its session.
-            Err(error) if matches!(error.raw_os_error(), Some(libc::EMFILE | libc::ENFILE | libc::ENOBUFS | libc::ENOMEM)) => {
-                tracing::warn!(%error, "a borrower cannot be accepted yet");
-                tokio::time::sleep(std::time::Duration::from_millis(100)).await;
+    fn refused(&self, from: Option<&str>, why: &str) {
+        match from {
+            Some(from) => {
+                self.events.say("refused", json!({ "reason": why, "from": from }), &format!("no link with {from}: {why}"))
             }
-            accepted => return accepted?.0.into_std(),
+            None => self.events.say("refused", json!({ "reason": why }), &format!("no link: {why}")),
         }
     }
 }

@@ -3,9 +3,11 @@
 //! `farbus lend --device nvme:disk.img --listen shm:/run/nvme0` on one side, `farbus borrow --from shm:/run/nvme0 --vfio-user /run/vm.sock` on
 //! the other, and an unmodified QEMU finds the drive at /run/vm.sock. `farbus demo` does all of it by itself and prints native beside remote.
 
+mod advice;
 mod attach;
 mod bench;
 mod borrow;
+mod cert;
 mod cli;
 mod cores;
 mod demo;
@@ -13,8 +15,10 @@ mod device_spec;
 mod devices;
 mod failure;
 mod lend;
+mod link;
 mod link_address;
 mod output;
+mod security;
 mod signals;
 
 use std::process::ExitCode;
@@ -36,10 +40,11 @@ fn main() -> ExitCode {
         Command::Lend(args) => lend::run(args).map(|()| ExitCode::SUCCESS),
         Command::Borrow(args) => borrow::run(&args),
         Command::Demo(args) => demo::run(&args).map(|()| ExitCode::SUCCESS),
+        Command::Cert(args) => cert::run(&args).map(|()| ExitCode::SUCCESS),
         Command::Devices(args) => devices::run(&args).map(|()| ExitCode::SUCCESS),
         Command::Bench(args) => bench::run(&args).map(|()| ExitCode::SUCCESS),
     };
-    result.unwrap_or_else(|error| {
+    let status = result.unwrap_or_else(|error| {
         eprintln!("farbus: {}", failure::story(&error));
         if let Some(hint) = failure::hint(&error) {
             eprintln!("hint: {hint}");
@@ -50,5 +55,6 @@ fn main() -> ExitCode {
             Json::Object => output::print_line(&failure::fields(&error).to_string()),
         }
         ExitCode::FAILURE
-    })
+    });
+    if output::was_lost() && status == ExitCode::SUCCESS { ExitCode::FAILURE } else { status }
 }

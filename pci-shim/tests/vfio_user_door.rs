@@ -77,6 +77,27 @@ fn one_that_comes_when_the_last_has_left_waits_for_the_reset_and_is_not_refused(
 }
 
 #[test]
+fn one_that_waited_and_left_keeps_nobody_out() {
+    let server = serve(Options::default());
+    let first = server.client();
+    // While this is held the device cannot be reset, so that the first one's place is not free yet.
+    let held = server.device.state();
+    drop(first);
+    for _ in 0..3 {
+        let mut waited = UnixStream::connect(&server.path).unwrap();
+        waited.write_all(&[1, 0, 1, 0, 20, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0]).unwrap();
+        // For the thread at the door to hear it; where it has not by then, the test proves less and fails no more.
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    std::thread::scope(|scope| {
+        let next = scope.spawn(|| Client::open(&server.path, DEADLINE));
+        std::thread::sleep(Duration::from_millis(50));
+        drop(held);
+        assert_works(&mut next.join().unwrap().unwrap(), 3);
+    });
+}
+
+#[test]
 fn whoever_says_nothing_keeps_nobody_out_and_is_sent_away() {
     let server = serve(Options { version_deadline: Duration::from_millis(500), ..Options::default() });
     // More than may be silent at a time.

@@ -5,7 +5,9 @@
 #![expect(clippy::unwrap_used, reason = "a panic is how a test fails, in its helpers too")]
 
 use std::os::unix::net::UnixListener;
+use std::process::{Command, Stdio};
 
+use farbus_tests::farbus;
 use farbus_tests::place::{Place, assert_end_in_order, assert_nvme};
 use farbus_tests::process::{AMPLE, run};
 use serde_json::Value;
@@ -14,9 +16,10 @@ use serde_json::Value;
 fn help_lists_every_command_and_every_command_explains_itself() {
     let end = run(&["--help"]);
     assert_eq!(end.code(), Some(0));
-    for command in ["lend", "borrow", "demo", "devices", "bench"] {
-        assert!(end.stdout.contains(command), "{}", end.stdout);
-        let help = run(&[command, "--help"]);
+    for command in ["lend", "borrow", "demo", "cert init", "cert issue", "cert show", "devices", "bench"] {
+        let words: Vec<&str> = command.split(' ').collect();
+        assert!(end.stdout.contains(words[0]), "{}", end.stdout);
+        let help = run(&[&words[..], &["--help"]].concat());
         assert_eq!(help.code(), Some(0));
         assert!(help.stdout.contains("Usage: farbus") && help.stdout.contains("--json"), "{}", help.stdout);
     }
@@ -40,7 +43,22 @@ fn devices_says_what_works_and_why_the_rest_does_not() {
             assert!(!entry["what"].as_str().unwrap().is_empty(), "{entry}");
         }
     }
+    // Either there is one, or it says what is missing.
+    let usable = listed["rdma"].as_array().unwrap().iter().any(|device| device["usable"] == true);
+    assert_eq!(find("fabrics", "rdma")["works"], usable);
     assert!(run(&["devices"]).stdout.contains("shm"));
+}
+
+#[test]
+fn output_that_is_lost_is_a_failure_unless_nobody_wanted_it() {
+    let devices = |output: Stdio| Command::new(farbus()).arg("devices").stdout(output).stderr(Stdio::piped()).output().unwrap();
+    let full = devices(std::fs::File::options().write(true).open("/dev/full").unwrap().into());
+    assert_eq!(full.status.code(), Some(1));
+    assert!(String::from_utf8_lossy(&full.stderr).contains("standard output"), "{full:?}");
+    let (reader, writer) = std::io::pipe().unwrap();
+    drop(reader);
+    let unread = devices(writer.into());
+    assert!(unread.status.success() && unread.stderr.is_empty(), "{unread:?}");
 }
 
 #[test]

@@ -3,8 +3,6 @@
 //! Three come at once: one says nothing and is given up after 5 s, one has said its hello and gets the device, the third is told that it is
 //! lent. A visitor claims the device only when its hello is complete, so who only knocks keeps nobody waiting.
 
-use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -12,11 +10,13 @@ use farbus_bench::measure::pin_to;
 use farbus_remote_dma::Backend;
 use farbus_remote_dma::lender::{LenderSession, PollOptions};
 use farbus_remote_dma::wait::Waker;
-use farbus_transport::CloseReason;
 use farbus_transport::link::hello::Hello;
 use farbus_transport::link::verdict::Refusal;
-use farbus_transport::shm::{Greeted, ShmOptions};
+use farbus_transport::shm::ShmOptions;
+use farbus_transport::{CloseReason, Fabric};
 use tokio::sync::{mpsc, oneshot};
+
+use crate::link::{Arrival, Greeted, Linked};
 
 /// Tells connections apart.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -27,20 +27,23 @@ pub type Device = Box<dyn Backend>;
 
 /// What a visitor's thread tells the command.
 pub enum News {
-    /// It is not a borrower: why. Nothing follows.
-    TurnedAway(String),
+    /// It is not a borrower. Nothing follows.
+    TurnedAway {
+        /// Where it came from, if that can be told.
+        from: Option<String>,
+        /// Why.
+        why: String,
+    },
     /// Its hello is complete: the answer is the device, or `None` where that is lent.
     Claims(oneshot::Sender<Option<Device>>),
-    /// It has the device. [`News::Returned`] follows.
-    Lent,
+    /// It has the device; its name, if it showed one. [`News::Returned`] follows.
+    Lent(Option<String>),
     /// The device is back, fenced and reset: how the borrower left, or why it never was one.
     Returned(Device, Result<CloseReason, String>),
 }
 
 /// What all visitors of a lender have in common.
 pub struct Terms {
-    /// Where they come to.
-    pub path: PathBuf,
     /// What the lender says of itself and its device.
     pub hello: Hello,
     /// Ends every session.
@@ -65,10 +68,11 @@ pub struct Visit {
 
 impl Visit {
     /// Carries it to its end.
-    pub fn run(self, stream: UnixStream) {
-        let greeted = match Greeted::greet(stream, &self.terms.hello, &self.terms.path) {
+    pub fn run(self, arrival: Arrival) {
+        let from = arrival.from();
+        let greeted = match arrival.greet(&self.terms.hello) {
             Ok(greeted) => greeted,
-            Err(error) => return self.tell(News::TurnedAway(error.to_string())),
+            Err(error) => return self.tell(News::TurnedAway { from, why: error.to_string() }),
         };
         let (claim, answer) = oneshot::channel();
         self.tell(News::Claims(claim));
@@ -89,15 +93,20 @@ impl Visit {
             let pinned = pin_to(core);
             pinned.inspect_err(|error| tracing::warn!(%error, core, "the session's thread could not be pinned")).ok()
         });
-        let connection = match greeted.link(self.terms.options) {
-            Ok(connection) => connection,
-            Err(error) => return self.tell(News::Returned(device, Err(format!("no borrower: {error}")))),
-        };
-        let mut session = match LenderSession::new(connection.fabric, device) {
+        let peer = greeted.peer();
+        match greeted.link(self.terms.options) {
+            Ok(Linked::Shm(fabric)) => self.lend(*fabric, device, peer),
+            Ok(Linked::Rdma(fabric)) => self.lend(*fabric, device, peer),
+            Err(error) => self.tell(News::Returned(device, Err(format!("no borrower: {error}")))),
+        }
+    }
+
+    fn lend<F: Fabric>(&self, fabric: F, device: Device, peer: Option<String>) {
+        let mut session = match LenderSession::new(fabric, device) {
             Ok(session) => session,
             Err((error, device)) => return self.tell(News::Returned(device, Err(error.to_string()))),
         };
-        self.tell(News::Lent);
+        self.tell(News::Lent(peer));
         let reason = session.run(PollOptions { spin: self.terms.spin }, &self.terms.stop);
         let counters = session.counters();
         tracing::info!(?counters, "the session's counts");

@@ -202,7 +202,8 @@ impl Keeper<'_> {
     fn judge(&mut self, client: OwnedFd) {
         match &self.inside {
             None => self.let_in(client),
-            Some(inside) if self.next.is_none() && is_gone(inside) => self.next = Some(client),
+            // One who waited and left is no hindrance.
+            Some(inside) if is_gone(inside) && self.next.as_ref().is_none_or(is_gone) => self.next = Some(client),
             Some(_) => refuse(&client),
         }
     }

@@ -72,16 +72,18 @@ pub(super) struct LenderBus<F> {
 impl<F: Fabric> LenderBus<F> {
     pub(super) fn new(mut fabric: F) -> Result<Self, AttachError> {
         let mediator = Mediator::new(&mut fabric)?;
+        // As many operations as the queue holds: direct DMA that is under way never makes these grow.
+        let depth = fabric.limits().queue_depth as usize;
         let mut bus = Self {
             link: Endpoint::new(fabric),
             now: Nanos::now(),
             windows: Windows::new(),
             mediator,
             bus_master: false,
-            pending: Vec::new(),
-            free: Vec::new(),
+            pending: Vec::with_capacity(depth),
+            free: Vec::with_capacity(depth),
             generation: 0,
-            finished: VecDeque::new(),
+            finished: VecDeque::with_capacity(depth),
             fault: None,
             counters: Counters::default(),
         };

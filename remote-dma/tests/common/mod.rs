@@ -3,7 +3,16 @@
 //! Writing an address to 0x10, a length to 0x18 and 2 to 0x20 makes it write its buffer there, then eight polled bytes behind it, then raise
 //! vector 3.
 
-#![allow(dead_code, clippy::unwrap_used, reason = "each test file uses a part of it, and a panic is how a test fails")]
+#![allow(
+    dead_code,
+    unused_macros,
+    unused_imports,
+    clippy::unwrap_used,
+    reason = "each test file uses a part of it, and a panic is how a test fails"
+)]
+
+pub mod links;
+pub mod pair;
 
 use std::collections::VecDeque;
 use std::os::fd::BorrowedFd;

@@ -14,7 +14,7 @@ use super::hello::{Agreed, Disagreement, HEADER_LEN, Header, Hello, HelloError, 
 use super::{Event, State, next};
 use crate::fabric::CloseReason;
 
-/// A connected stream that can be told to stop waiting.
+/// A connected stream that can be told to stop waiting. `Interrupted` from any of its calls says that something was done, and to call again.
 pub trait HelloStream: Read + Write {
     /// Makes each later read and write give up after `timeout` (`None`: never). `timeout` is not zero.
     ///
@@ -147,6 +147,10 @@ impl<'a, S: HelloStream> Timed<'a, S> {
                 Ok(sent) => bytes = bytes.get(sent..).unwrap_or_default(),
                 Err(error) => self.judge(error, 0)?,
             }
+        }
+        while let Err(error) = self.stream.flush() {
+            self.judge(error, 0)?;
+            self.renew()?;
         }
         Ok(())
     }

@@ -94,6 +94,14 @@ pub fn devices() -> Result<Vec<DeviceInfo>, VerbsError> {
     Ok(found)
 }
 
+/// Whether a link could be made over the device of `choice`: it is there, its port is active and has an address.
+///
+/// # Errors
+/// [`VerbsError::NoRdma`], with what is missing.
+pub fn check(choice: &DeviceChoice) -> Result<(), VerbsError> {
+    OpenPort::open(choice).map(drop)
+}
+
 /// An open device with the port and the address that a link uses.
 pub(super) struct OpenPort {
     pub(super) context: Arc<Context>,
@@ -138,7 +146,8 @@ impl OpenPort {
         let ethernet = port.link_layer == ETHERNET;
         let usable = context.gids()?.into_iter().filter(|entry| {
             let kind = if ethernet { IBV_GID_TYPE_ROCE_V2 } else { IBV_GID_TYPE_IB };
-            entry.port_num == u32::from(number) && entry.gid_type == kind
+            // An address handle names an address by eight bits.
+            entry.port_num == u32::from(number) && entry.gid_type == kind && entry.gid_index <= u32::from(u8::MAX)
         });
         let mut usable: Vec<(u32, [u8; 16])> = usable.map(|entry| (entry.gid_index, raw(&entry.gid))).collect();
         // Stable: of several good ones the first of the table.

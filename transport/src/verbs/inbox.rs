@@ -81,6 +81,12 @@ impl Inbox {
         bytes
     }
 
+    /// Whether the peer has sent more than it was ever told that there is room for.
+    #[inline]
+    pub(super) fn overrun(&self) -> bool {
+        self.returned.wrapping_add(self.taken).wrapping_sub(self.told) > SLOTS
+    }
+
     /// The slots taken so far are posted again.
     #[inline]
     pub(super) fn posted_again(&mut self) {

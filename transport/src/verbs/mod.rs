@@ -18,13 +18,17 @@ mod outbox;
 mod regions;
 mod sleep;
 mod sys;
+#[cfg(test)]
+mod tests;
 mod windows;
 mod wire;
 
-pub use device::{DeviceChoice, DeviceInfo, Gid, PortInfo, devices};
+pub use device::{DeviceChoice, DeviceInfo, Gid, PortInfo, check, devices};
 pub use error::{NoRdma, VerbsError};
 pub use outbox::Counters;
 pub use windows::GrantMethod;
+#[doc(hidden)]
+pub use wire::{frame_again, slot_again};
 
 use std::collections::VecDeque;
 use std::os::fd::BorrowedFd;
@@ -39,9 +43,9 @@ use self::regions::Books;
 use self::sleep::Bed;
 use self::sys::{
     IBV_WC_LOC_PROT_ERR, IBV_WC_RECV_RDMA_WITH_IMM, IBV_WC_REM_ACCESS_ERR, IBV_WC_REM_INV_REQ_ERR, IBV_WC_REM_OP_ERR,
-    IBV_WC_SUCCESS, IBV_WC_WR_FLUSH_ERR, ibv_wc,
+    IBV_WC_RETRY_EXC_ERR, IBV_WC_RNR_RETRY_EXC_ERR, IBV_WC_SUCCESS, IBV_WC_WR_FLUSH_ERR, ibv_wc,
 };
-use self::wire::{SLOTS, Slot};
+use self::wire::Slot;
 use crate::fabric::{CloseReason, Event, Events, Fabric, Full, Limits, MAX_MESSAGE, Message, Op, OpError, Signal};
 use crate::link::control::Control;
 use crate::span::{LocalSpan, RemoteSpan};
@@ -56,14 +60,17 @@ const AT_ONCE: usize = 16;
 /// How often who polls without end looks for what raises no completion: the control connection and the device's own events.
 const LOOK_EVERY: Duration = Duration::from_millis(250);
 
-/// How long a peer may be silent before it is asked whether it is there. A black hole raises no event, so only a question that is not
-/// acknowledged tells: see `establish::RETRIES`.
+/// How long a peer may be silent before its device is asked whether it is there, by a write of no bytes, which needs no slot and wakes nobody. A black
+/// hole raises no event, so only a question that is not acknowledged tells: see `establish::RETRIES`.
 const SILENCE: Duration = Duration::from_secs(1);
 
 /// How long a goodbye, or what must be done before memory is given back, may take: a peer that is gone is known within 0.5 s.
 const DRAIN_LIMIT: Duration = Duration::from_secs(2);
 
-/// Events that may wait for a poll with room: all receive slots, and all reports of the outbox.
+/// Events that wait, from which on no completions are taken.
+const READY_ENOUGH: usize = 256;
+
+/// Events that may wait for a poll with room: those, what one look at the completion queue adds, and all reports of the outbox.
 const MAX_READY: usize = 1024;
 
 /// How far a link is.
@@ -131,12 +138,13 @@ impl VerbsFabric {
     fn transfer(&mut self, signal: Signal, local: LocalSpan, remote: RemoteSpan, kind: Kind) -> Result<(), Full> {
         let reads = kind == Kind::Read;
         let (from, to) = if reads { (remote.len, local.len) } else { (local.len, remote.len) };
-        let pieces = from.div_ceil(self.piece).max(1);
+        let fits = from == to && from <= self.limits.max_op_len;
+        let pieces = if fits { from.div_ceil(self.piece).max(1) } else { 1 };
         let notifies = matches!(kind, Kind::WriteNotify(_));
         if !self.outbox.has_room(pieces) || (notifies && !self.inbox.may_send()) {
             return Err(Full);
         }
-        if from != to || from > self.limits.max_op_len {
+        if !fits {
             self.outbox.refuse(signal, OpError::Mismatch { from, to });
             return Ok(());
         }
@@ -148,6 +156,7 @@ impl VerbsFabric {
         let mut done = 0;
         for left in (0..pieces).rev() {
             let len = (from - done).min(self.piece);
+            self.make_room();
             if !self.piece_of(signal, local, remote, kind, done, len, left == 0) {
                 self.outbox.refuse(signal, OpError::Revoked);
                 return Ok(());
@@ -195,15 +204,20 @@ impl VerbsFabric {
         if matches!(what, What::WriteNotify { .. }) {
             self.inbox.notifying();
         }
+        true
+    }
+
+    /// Hands a full batch over before the next request: after it, the last one's report could no longer be asked for.
+    #[inline]
+    fn make_room(&mut self) {
         if self.outbox.sends.is_full() {
             self.hand_over();
         }
-        true
     }
 
     /// Sends a word of the fabric's own, where both queues have room for it.
     fn say(&mut self, slot: Slot<'_>, signalled: bool) -> bool {
-        if !self.inbox.may_send_own() || !self.outbox.has_reserve() {
+        if self.pair.is_none() || !self.inbox.may_send_own() || !self.outbox.has_reserve() {
             return false;
         }
         self.put(slot, signalled);
@@ -212,11 +226,11 @@ impl VerbsFabric {
 
     #[inline]
     fn put(&mut self, slot: Slot<'_>, signalled: bool) {
+        self.make_room();
         let (bytes, len) = slot.encode(self.inbox.sending());
         let pushed = self.outbox.push(signalled, What::Send, Bytes::Copied(bytes.get(..len).unwrap_or_default()));
-        debug_assert!(pushed, "a slot fits into every request");
-        if self.outbox.sends.is_full() {
-            self.hand_over();
+        if !pushed {
+            self.end(CloseReason::Device("its batch of work requests cannot be handed over"));
         }
     }
 
@@ -249,7 +263,7 @@ impl VerbsFabric {
     /// Takes completions once, where there is room for what they tell; how many there were.
     #[inline]
     fn take(&mut self) -> usize {
-        if self.ready.len() > MAX_READY / 2 { 0 } else { self.take_now() }
+        if self.ready.len() > READY_ENOUGH { 0 } else { self.take_now() }
     }
 
     #[inline]
@@ -270,7 +284,10 @@ impl VerbsFabric {
             match (completion.status, completion.wr_id & RECEIVE != 0) {
                 (IBV_WC_SUCCESS, true) => self.received(&completion),
                 (IBV_WC_SUCCESS, false) => self.sent(completion.wr_id),
-                _ => self.broken(&completion),
+                _ => {
+                    self.broken(index, count);
+                    break;
+                }
             }
         }
         if count > 0 {
@@ -299,6 +316,9 @@ impl VerbsFabric {
         let slot = (completion.wr_id & !RECEIVE) as u32;
         let bytes = self.inbox.take(completion.wr_id, slot);
         self.outbox.counters.received += 1;
+        if self.inbox.overrun() {
+            return self.end(CloseReason::Protocol("more messages than it was given room for"));
+        }
         if completion.opcode == IBV_WC_RECV_RDMA_WITH_IMM {
             return self.tell(Event::Notify(objects::immediate(completion)));
         }
@@ -308,8 +328,12 @@ impl VerbsFabric {
                 Some(message) => self.tell(Event::Message(message)),
                 None => self.end(CloseReason::Protocol("a message that is too long")),
             },
-            Ok((Slot::Credits | Slot::Ping, _)) => {}
-            Ok((Slot::Revoke(number), _)) => self.books.revoked_by_peer(number),
+            Ok((Slot::Credits, _)) => {}
+            Ok((Slot::Revoke(number), _)) => {
+                if let Err(reason) = self.books.revoked_by_peer(number) {
+                    self.end(reason);
+                }
+            }
             Ok((Slot::Goodbye, _)) => self.end(CloseReason::PeerClosed),
             Err(what) => self.end(CloseReason::Protocol(what)),
         }
@@ -335,22 +359,29 @@ impl VerbsFabric {
 
     // ---- ending ----
 
-    /// A completion that failed: the queue pair is dead. The first that says more than "flushed" is the cause.
+    /// Completion `index` of the `count` found failed: the queue pair is dead, and the first that says more than "flushed" is the cause.
     #[cold]
-    fn broken(&mut self, completion: &ibv_wc) {
+    fn broken(&mut self, index: usize, count: usize) {
         if matches!(self.phase, Phase::Ended(_) | Phase::Over) {
             return;
         }
+        let Some(completion) = self.cause(index, count) else {
+            return self.end(self.why_flushed());
+        };
         let receive = completion.wr_id & RECEIVE != 0;
         let (error, reason) = match completion.status {
+            IBV_WC_LOC_PROT_ERR => (OpError::Revoked, CloseReason::Device("it may not use memory of this side")),
+            // A request of the peer's: each receive has the whole slot, so what does not fit is too long.
+            _ if receive => (OpError::Closed, CloseReason::Protocol("a message that is longer than a slot")),
             IBV_WC_REM_ACCESS_ERR | IBV_WC_REM_INV_REQ_ERR | IBV_WC_REM_OP_ERR => {
                 (OpError::Revoked, CloseReason::Protocol("an operation on memory that its owner had revoked"))
             }
-            IBV_WC_LOC_PROT_ERR => (OpError::Revoked, CloseReason::Device("it may not use memory of this side")),
-            // Flushed, because the other direction failed: what its peer did is known by the device's own event, where it raises one.
-            IBV_WC_WR_FLUSH_ERR => (OpError::Closed, self.why_flushed()),
             // No acknowledgement, however often it was sent.
-            _ => (OpError::Closed, CloseReason::PeerGone),
+            IBV_WC_RETRY_EXC_ERR => (OpError::Closed, CloseReason::PeerGone),
+            IBV_WC_RNR_RETRY_EXC_ERR => {
+                (OpError::Closed, CloseReason::Protocol("it has no receive slot where it said that it has one"))
+            }
+            _ => (OpError::Closed, CloseReason::Device("a work request failed")),
         };
         tracing::debug!(status = completion.status, receive, %reason, "the queue pair broke");
         if !receive {
@@ -359,17 +390,33 @@ impl VerbsFabric {
         self.end(reason);
     }
 
+    /// The first failure that is more than "flushed", among the completions from `index` on and those that have come meanwhile.
     #[cold]
-    fn why_flushed(&mut self) -> CloseReason {
-        if let Phase::Closing { .. } = self.phase {
-            return CloseReason::Local;
-        }
-        while let Some(event) = self.context.next_async_event() {
-            if matches!(event, sys::IBV_EVENT_QP_ACCESS_ERR | sys::IBV_EVENT_QP_REQ_ERR) {
-                return CloseReason::Protocol("the peer used memory that it was not granted");
+    fn cause(&mut self, mut index: usize, mut count: usize) -> Option<ibv_wc> {
+        loop {
+            let found = self.found.get(index..count).unwrap_or_default().iter();
+            let mut failed = found.filter(|it| !matches!(it.status, IBV_WC_SUCCESS | IBV_WC_WR_FLUSH_ERR));
+            if let Some(cause) = failed.next() {
+                return Some(*cause);
+            }
+            (index, count) = (0, self.completions.poll(&mut self.found).unwrap_or(0));
+            if count == 0 {
+                return None;
             }
         }
-        CloseReason::PeerGone
+    }
+
+    /// All that was under way was flushed, and no request of ours failed: the device refused a request of the peer's. Some say so by an event.
+    #[cold]
+    fn why_flushed(&self) -> CloseReason {
+        while let Some(event) = self.context.next_async_event() {
+            match event {
+                sys::IBV_EVENT_DEVICE_FATAL => return CloseReason::Device("it failed"),
+                sys::IBV_EVENT_QP_FATAL | sys::IBV_EVENT_CQ_ERR => return CloseReason::Device("its queues failed"),
+                other => tracing::debug!(device = self.context.name(), event = other, "the device reports"),
+            }
+        }
+        CloseReason::Protocol("it used memory that it was not granted, or made a request that does not exist")
     }
 
     /// The link ends now: the queue pair goes, so that the device touches nothing of ours any more, and what is not done will not be.
@@ -400,15 +447,15 @@ impl VerbsFabric {
         let deadline = Instant::now() + DRAIN_LIMIT;
         let mut empty = 0_u32;
         while self.pair.is_some() && !done(self) {
+            if Instant::now() > deadline {
+                return false;
+            }
             // No credits are told meanwhile, so that the peer's slots and our own reports bound what comes.
             if self.take_now() > 0 {
                 empty = 0;
                 continue;
             }
             empty = empty.saturating_add(1);
-            if Instant::now() > deadline {
-                return false;
-            }
             if empty > 1000 {
                 std::thread::sleep(Duration::from_micros(50));
             }
@@ -430,7 +477,7 @@ impl VerbsFabric {
             match event {
                 sys::IBV_EVENT_DEVICE_FATAL => return self.end(CloseReason::Device("it failed")),
                 sys::IBV_EVENT_QP_ACCESS_ERR | sys::IBV_EVENT_QP_REQ_ERR => {
-                    return self.end(CloseReason::Protocol("the peer used memory that it was not granted"));
+                    return self.end(CloseReason::Protocol("it used memory that it was not granted"));
                 }
                 sys::IBV_EVENT_QP_FATAL | sys::IBV_EVENT_CQ_ERR => return self.end(CloseReason::Device("its queues failed")),
                 // It may come back before the retries are used up; if not, they end the link.
@@ -441,9 +488,7 @@ impl VerbsFabric {
         }
         if self.phase == Phase::Open && now.since(self.heard_at) >= SILENCE && now.since(self.asked_at) >= SILENCE {
             self.asked_at = now;
-            if self.inbox.may_send() && self.say(Slot::Ping, false) {
-                self.hand_over();
-            }
+            self.push_barrier(false);
         }
     }
 }
@@ -540,8 +585,8 @@ impl Fabric for VerbsFabric {
             tracing::error!(%error, "the completion queue cannot be armed");
             self.end(CloseReason::Device("its completion queue cannot be armed"));
         }
-        // What came before the queue was armed wakes nobody.
-        self.take();
+        // What came before the queue was armed wakes nobody, and none of it may be more than the fabric's own words.
+        while self.take() > 0 {}
         while let Some(event) = self.outbox.next_event() {
             self.ready.push_back(event);
         }
@@ -569,7 +614,8 @@ impl Fabric for VerbsFabric {
 
 impl Drop for VerbsFabric {
     fn drop(&mut self) {
-        // A goodbye that is on its way would be lost with the queue pair.
+        // A peer that hears no goodbye takes this side for dead; one that is on its way would be lost with the queue pair.
+        self.close();
         if let Phase::Closing { goodbye } = self.phase {
             self.drain(|fabric| fabric.outbox.is_done(goodbye));
         }
@@ -588,4 +634,4 @@ impl std::fmt::Debug for VerbsFabric {
     }
 }
 
-const _: () = assert!(MAX_READY as u32 > 2 * SLOTS + 2 * outbox::DEPTH - 2 * SLOTS && wire::SLOT_BYTES <= MAX_INLINE);
+const _: () = assert!(MAX_READY >= READY_ENOUGH + AT_ONCE + outbox::MAX_REPORTS && wire::SLOT_BYTES <= MAX_INLINE);

@@ -4,7 +4,7 @@
 //! access given. The grant that the caller hands to its peer carries a number; address and key come on the control connection, and only from there
 //! are they believed.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -15,7 +15,7 @@ use super::objects::{MemoryRegion, ProtectionDomain};
 use super::sys::{IBV_ACCESS_LOCAL_WRITE, IBV_ACCESS_MW_BIND, IBV_ACCESS_REMOTE_READ, IBV_ACCESS_REMOTE_WRITE};
 use super::windows::MemoryWindow;
 use super::wire::{Announcement, Frame, Slot};
-use super::{VerbsFabric, outbox};
+use super::{Phase, VerbsFabric, outbox};
 use crate::fabric::{CloseReason, Grant, GrantError, Regions, RegisterError};
 use crate::link::control::{Control, ControlError, receive_by};
 use crate::memory::{Mapped, Memory, MemoryError};
@@ -47,6 +47,12 @@ struct Granted {
     opening: Opening,
 }
 
+impl Granted {
+    fn window_key(&self) -> Option<u32> {
+        if let Opening::Window(window) = &self.opening { Some(window.key()) } else { None }
+    }
+}
+
 /// Through what the peer reaches granted memory, as long as it lives.
 enum Opening {
     /// Nothing is to be reached: the memory has no bytes.
@@ -64,9 +70,13 @@ pub(super) struct Books {
     pub(super) locals: Table<Local>,
     pub(super) remotes: Table<Remote>,
     granted: Vec<Granted>,
+    /// A window whose bind is under way.
+    being_bound: Option<MemoryWindow>,
     last_grant: u64,
     /// Grants of the peer's by number, imported or not.
     announced: BTreeMap<u64, Announcement>,
+    /// Grants of the peer's that it took back before we read of them on the control connection.
+    revoked_unread: BTreeSet<u64>,
 }
 
 impl Books {
@@ -77,9 +87,11 @@ impl Books {
             locals: Table::default(),
             remotes: Table::default(),
             granted: Vec::new(),
+            being_bound: None,
             // Somewhere among 2^63, so that a made-up number is no grant.
             last_grant: by_chance() >> 1,
             announced: BTreeMap::new(),
+            revoked_unread: BTreeSet::new(),
         }
     }
 
@@ -99,6 +111,7 @@ impl Books {
 
     /// Ends all windows, before the queue pair that they are bound to.
     pub(super) fn free_windows(&mut self) {
+        self.being_bound = None;
         for granted in &mut self.granted {
             if let Opening::Window(_) = granted.opening {
                 granted.opening = Opening::None;
@@ -110,6 +123,9 @@ impl Books {
         let Frame::Grant(grant) = Frame::parse(frame).map_err(CloseReason::Protocol)? else {
             return Err(CloseReason::Protocol("a control frame that was not asked for"));
         };
+        if self.revoked_unread.remove(&grant.number) {
+            return Ok(());
+        }
         if self.announced.len() >= MAX_REGIONS as usize {
             return Err(CloseReason::Protocol("more grants than a side may hold"));
         }
@@ -120,15 +136,26 @@ impl Books {
     }
 
     /// The peer is about to take a grant back; operations on it would end the link, so they are refused here.
-    pub(super) fn revoked_by_peer(&mut self, number: u64) {
-        self.announced.remove(&number);
-        self.remotes.remove_where(|remote| remote.number == number);
+    ///
+    /// # Errors
+    /// Why the link ends.
+    pub(super) fn revoked_by_peer(&mut self, number: u64) -> Result<(), CloseReason> {
+        if self.announced.remove(&number).is_some() {
+            self.remotes.remove_where(|remote| remote.number == number);
+            return Ok(());
+        }
+        self.revoked_unread.insert(number);
+        if self.revoked_unread.len() > MAX_REGIONS as usize {
+            return Err(CloseReason::Protocol("more grants taken back than were given"));
+        }
+        Ok(())
     }
 }
 
 fn reason(error: &ControlError) -> CloseReason {
     match error {
         ControlError::TooLong { .. } | ControlError::Flood => CloseReason::Protocol("control frames out of bounds"),
+        ControlError::Foreign(_) => CloseReason::Protocol("control bytes that are not the peer's"),
         ControlError::Gone | ControlError::Stuck | ControlError::Host(_) => CloseReason::PeerGone,
     }
 }
@@ -166,21 +193,34 @@ impl VerbsFabric {
         if !self.drain(|fabric| fabric.outbox.has_room(1)) || !self.outbox.push(true, bind, Bytes::Copied(&[])) {
             return Err(GrantError::Closed);
         }
-        self.hand_over();
+        // In the books while it is bound, so that an end of the link meanwhile finds it.
+        let window = self.books.being_bound.insert(window);
         window.bound();
+        self.hand_over();
         let bound = self.outbox.last_posted();
-        if !self.drain(|fabric| fabric.outbox.is_done(bound)) || self.pair.is_none() {
-            return Err(GrantError::Closed);
+        if !self.drain(|fabric| fabric.outbox.is_done(bound)) {
+            self.end(CloseReason::Device("it does not bind a memory window"));
         }
-        Ok(Opening::Window(window))
+        self.books.being_bound.take().filter(|_| self.pair.is_some()).map(Opening::Window).ok_or(GrantError::Closed)
     }
 
-    /// A write of no bytes that reports: when it is done, so is everything before it. No key is looked at for it (InfiniBand Architecture
-    /// Specification 1.4, volume 1, C9-88).
-    fn push_barrier(&mut self) -> bool {
-        let pushed = self.outbox.has_reserve() && self.outbox.push(true, What::Write { address: 0, key: 0 }, Bytes::Copied(&[]));
+    /// A write of no bytes: when it is done, so is everything before it, and the peer's device is there. No key is looked at for it (InfiniBand
+    /// Architecture Specification 1.4, volume 1, C9-88).
+    pub(super) fn push_barrier(&mut self, signalled: bool) -> bool {
+        self.make_room();
+        let pushed =
+            self.outbox.has_reserve() && self.outbox.push(signalled, What::Write { address: 0, key: 0 }, Bytes::Copied(&[]));
         self.hand_over();
         pushed
+    }
+
+    /// Waits until everything that was posted is done, or the link has ended; false at the limit.
+    fn all_is_done(&mut self) -> bool {
+        if !self.drain(|fabric| fabric.outbox.has_reserve()) || (self.pair.is_some() && !self.push_barrier(true)) {
+            return false;
+        }
+        let last = self.outbox.last_posted();
+        self.drain(|fabric| fabric.outbox.is_done(last))
     }
 }
 
@@ -194,30 +234,32 @@ impl Regions for VerbsFabric {
     }
 
     fn deregister(&mut self, region: LocalRegion) {
-        let (ended, alive): (Vec<_>, Vec<_>) = self.books.granted.drain(..).partition(|granted| granted.of == region.name);
-        self.books.granted = alive;
-        for granted in &ended {
+        let ends = |granted: &Granted| granted.of == region.name;
+        // They stay in the books until all is done, so that an end of the link meanwhile finds their windows.
+        let ended: Vec<(u64, Option<u32>)> = self
+            .books
+            .granted
+            .iter()
+            .filter(|granted| ends(granted))
+            .map(|granted| (granted.number, granted.window_key()))
+            .collect();
+        for (number, window) in ended {
             // Where there is no room to say it, a peer that uses the grant once more loses the link.
-            self.say(Slot::Revoke(granted.number), false);
-            if let Opening::Window(window) = &granted.opening
+            self.say(Slot::Revoke(number), false);
+            if let Some(key) = window
                 && self.outbox.has_reserve()
             {
-                self.outbox.push(false, What::Invalidate { key: window.key() }, Bytes::Copied(&[]));
-            }
-            if self.outbox.sends.is_full() {
-                self.hand_over();
+                self.make_room();
+                self.outbox.push(false, What::Invalidate { key }, Bytes::Copied(&[]));
             }
         }
         self.hand_over();
         // The device may still be reading or filling the memory for operations of ours.
-        if self.outbox.outstanding() > 0 && self.pair.is_some() && self.push_barrier() {
-            let last = self.outbox.last_posted();
-            if !self.drain(|fabric| fabric.outbox.is_done(last)) {
-                self.end(CloseReason::Protocol("an operation on memory that is given back does not end"));
-            }
+        if self.outbox.outstanding() > 0 && !self.all_is_done() {
+            self.end(CloseReason::Protocol("an operation on memory that is given back does not end"));
         }
         // With the regions the peer's access ends: whatever arrives from now on is refused by the device.
-        drop(ended);
+        self.books.granted.retain(|granted| !ends(granted));
         self.books.locals.remove(region.name);
     }
 
@@ -269,7 +311,7 @@ impl Regions for VerbsFabric {
     fn import(&mut self, grant: &Grant) -> Result<RemoteRegion, GrantError> {
         let deadline = Instant::now() + GRANT_LIMIT;
         let announced = loop {
-            if self.pair.is_none() {
+            if self.phase != Phase::Open {
                 return Err(GrantError::Closed);
             }
             if let Some(announced) = self.books.announced.get(&grant.key) {

@@ -1,7 +1,24 @@
 //! What travels between two verbs ends besides the bytes of operations: slots of 64 bytes on the queue pair, frames on the control connection.
 //!
 //! A message of 19 bytes is sent as a slot of 27: `01 13 00 00` (kind, length), four bytes of credits, then the message. A grant is a frame of 30
-//! bytes: `02`, its number, address, length, key and access.
+//! bytes: `02`, its number, address, length, key and access. Numbers are little-endian.
+//!
+//! | bytes of a slot | what |
+//! |---|---|
+//! | 0 | kind: 1 message, 2 credits alone, 3 goodbye, 4 revocation |
+//! | 1 | bytes of the body: at most 56 of a message, 8 (the grant's number) of a revocation, else none |
+//! | 2 to 3 | zero |
+//! | 4 to 7 | slots that the sender has taken and posted again since the link began, counted around |
+//! | from 8 | the body |
+//!
+//! Each side posts 256 slots before it says that it is ready. A sender counts what it sends, write-with-immediates too, and what the other took; the
+//! difference never exceeds 256. Who has taken 64 slots since it last told tells.
+//!
+//! | frame | what |
+//! |---|---|
+//! | `01` attributes, 33 bytes, first from both sides | queue pair (4), first packet number (4), GID (16), LID (2), MTU as in ibv_mtu (1), reads served at once (1), slots (4) |
+//! | `03` ready, 1 byte, once the queue pair sends and receives | |
+//! | `02` grant, 30 bytes, at any time after that | number (8), address (8), length (8), remote key (4), access (1): bit 0 read, bit 1 write |
 
 use crate::fabric::MAX_MESSAGE;
 use crate::span::Access;
@@ -22,8 +39,6 @@ pub(super) enum Slot<'a> {
     Message(&'a [u8]),
     /// Only the credits count.
     Credits,
-    /// Are you there? The device answers for the peer, by taking it.
-    Ping,
     /// The link ends in order.
     Goodbye,
     /// A grant of this number is dead.
@@ -38,11 +53,10 @@ impl<'a> Slot<'a> {
         let (kind, body): (u8, &[u8]) = match self {
             Slot::Message(message) => (1, message),
             Slot::Credits => (2, &[]),
-            Slot::Ping => (3, &[]),
-            Slot::Goodbye => (4, &[]),
+            Slot::Goodbye => (3, &[]),
             Slot::Revoke(grant) => {
                 number = grant.to_le_bytes();
-                (5, &number)
+                (4, &number)
             }
         };
         let mut bytes = [0; SLOT_BYTES];
@@ -74,9 +88,8 @@ impl<'a> Slot<'a> {
         let slot = match (kind, body) {
             (1, message) => Slot::Message(message),
             (2, []) => Slot::Credits,
-            (3, []) => Slot::Ping,
-            (4, []) => Slot::Goodbye,
-            (5, number) => Slot::Revoke(u64::from_le_bytes(number.try_into().map_err(|_| "a slot of the wrong length")?)),
+            (3, []) => Slot::Goodbye,
+            (4, number) => Slot::Revoke(u64::from_le_bytes(number.try_into().map_err(|_| "a slot of the wrong length")?)),
             _ => return Err("a slot of unknown kind"),
         };
         Ok((slot, u32::from_le_bytes([a, b, c, d])))
@@ -177,6 +190,10 @@ impl Frame {
                 if !(1..=5).contains(&it.mtu) {
                     return Err("an MTU that does not exist");
                 }
+                // A device waits for ever with a read that the other side may not be asked for.
+                if it.reads_served == 0 {
+                    return Err("a queue pair that serves no reads");
+                }
                 if it.slots != SLOTS {
                     return Err("another number of receive slots than this version has");
                 }
@@ -201,6 +218,18 @@ impl Frame {
     }
 }
 
+/// For the fuzzer: a frame as it would be sent again; `None` where it is refused.
+#[doc(hidden)]
+pub fn frame_again(frame: &[u8]) -> Option<Vec<u8>> {
+    Frame::parse(frame).ok().map(|frame| frame.encode())
+}
+
+/// For the fuzzer: a received slot of `len` bytes as it would be sent again, and how many bytes; `None` where it is refused.
+#[doc(hidden)]
+pub fn slot_again(slot: &[u8; SLOT_BYTES], len: u32) -> Option<([u8; SLOT_BYTES], usize)> {
+    Slot::parse(slot, len).ok().map(|(slot, taken)| slot.encode(taken))
+}
+
 fn take<const N: usize>(rest: &mut &[u8]) -> Result<[u8; N], &'static str> {
     let (field, after) = rest.split_first_chunk::<N>().ok_or("a frame that is too short")?;
     *rest = after;
@@ -220,7 +249,6 @@ mod tests {
             Slot::Message(&[7; MAX_MESSAGE]),
             Slot::Message(b""),
             Slot::Credits,
-            Slot::Ping,
             Slot::Goodbye,
             Slot::Revoke(u64::MAX),
         ] {
@@ -243,6 +271,22 @@ mod tests {
             }
             bytes.push(0);
             assert!(Frame::parse(&bytes).is_err());
+        }
+    }
+
+    #[test]
+    fn attributes_that_no_link_can_be_made_of_are_refused() {
+        let good = Attributes { queue_pair: 0x11, first_psn: 0, gid: [9; 16], lid: 0, mtu: 5, reads_served: 1, slots: SLOTS };
+        assert!(Frame::parse(&Frame::Attributes(good).encode()).is_ok());
+        for wrong in [
+            Attributes { queue_pair: 1 << 24, ..good },
+            Attributes { first_psn: 1 << 24, ..good },
+            Attributes { mtu: 0, ..good },
+            Attributes { mtu: 6, ..good },
+            Attributes { reads_served: 0, ..good },
+            Attributes { slots: SLOTS + 1, ..good },
+        ] {
+            assert!(Frame::parse(&Frame::Attributes(wrong).encode()).is_err(), "{wrong:?}");
         }
     }
 

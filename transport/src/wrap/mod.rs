@@ -1,8 +1,9 @@
-//! Fabrics around fabrics: one that counts and remembers, one that makes things go wrong.
+//! Fabrics around fabrics: one that counts and remembers, one that makes things go wrong, one that breaks the contract for a test to notice.
 //!
 //! `Trace::new(fabric, 64)` shows that an MMIO read costs two work requests and one doorbell; `Faults::new(fabric, 7, rates)`
 //! says `Full` when there is room and holds events back. Both are fabrics, so data paths hold no test code.
 
+mod broken;
 mod faults;
 mod trace;
 
@@ -13,6 +14,7 @@ use crate::fabric::{Events, Fabric, Full, Grant, GrantError, Limits, Op, Regions
 use crate::memory::{Mapped, Memory};
 use crate::span::{Access, LocalRegion, LocalSpan, RemoteRegion, RemoteSpan};
 use crate::time::Nanos;
+pub use broken::{Breach, Broken};
 pub use faults::{FaultRates, Faults};
 pub use trace::{Counters, Entry, Trace, TraceHandle};
 
