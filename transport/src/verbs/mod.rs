@@ -58,11 +58,11 @@ const RECEIVE: u64 = 1 << 63;
 const AT_ONCE: usize = 16;
 
 /// How often who polls without end looks for what raises no completion: the control connection and the device's own events.
-const LOOK_EVERY: Duration = Duration::from_millis(250);
+const LOOK_EVERY: Duration = Duration::from_millis(100);
 
-/// How long a peer may be silent before its device is asked whether it is there, by a write of no bytes, which needs no slot and wakes nobody. A black
-/// hole raises no event, so only a question that is not acknowledged tells: see `establish::RETRIES`.
-const SILENCE: Duration = Duration::from_secs(1);
+/// How long a peer may be silent before its device is asked whether it is there, by a write of no bytes. A black hole raises no event, so only a question
+/// that is not acknowledged tells: together with all retries (see `establish::RETRIES`) and the time until a look, a peer that is gone is known within 1.5 s.
+const SILENCE: Duration = Duration::from_millis(800);
 
 /// How long a goodbye, or what must be done before memory is given back, may take: a peer that is gone is known within 0.5 s.
 const DRAIN_LIMIT: Duration = Duration::from_secs(2);
@@ -488,7 +488,7 @@ impl VerbsFabric {
         }
         if self.phase == Phase::Open && now.since(self.heard_at) >= SILENCE && now.since(self.asked_at) >= SILENCE {
             self.asked_at = now;
-            self.push_barrier(false);
+            self.push_nothing(false);
         }
     }
 }
@@ -591,6 +591,7 @@ impl Fabric for VerbsFabric {
             self.ready.push_back(event);
         }
         self.asleep = true;
+        self.bed.wake_at(self.heard_at.max(self.asked_at) + SILENCE, Nanos::now());
         self.ready.is_empty() && !matches!(self.phase, Phase::Ended(_))
     }
 

@@ -194,9 +194,11 @@ impl VerbsFabric {
             return Err(GrantError::Closed);
         }
         // In the books while it is bound, so that an end of the link meanwhile finds it.
-        let window = self.books.being_bound.insert(window);
-        window.bound();
+        self.books.being_bound = Some(window);
         self.hand_over();
+        if let Some(window) = &mut self.books.being_bound {
+            window.bound();
+        }
         let bound = self.outbox.last_posted();
         if !self.drain(|fabric| fabric.outbox.is_done(bound)) {
             self.end(CloseReason::Device("it does not bind a memory window"));
@@ -204,19 +206,19 @@ impl VerbsFabric {
         self.books.being_bound.take().filter(|_| self.pair.is_some()).map(Opening::Window).ok_or(GrantError::Closed)
     }
 
-    /// A write of no bytes: when it is done, so is everything before it, and the peer's device is there. No key is looked at for it (InfiniBand
-    /// Architecture Specification 1.4, volume 1, C9-88).
-    pub(super) fn push_barrier(&mut self, signalled: bool) -> bool {
+    /// A write of no bytes, which takes nothing of the peer's but an acknowledgement: when it is done, so is everything before it, and while it can be
+    /// done the peer's device is there. No key is looked at for it (InfiniBand Architecture Specification 1.4, volume 1, C9-88).
+    pub(super) fn push_nothing(&mut self, signalled: bool) -> bool {
         self.make_room();
-        let pushed =
-            self.outbox.has_reserve() && self.outbox.push(signalled, What::Write { address: 0, key: 0 }, Bytes::Copied(&[]));
+        let nothing = What::Write { address: 0, key: 0 };
+        let pushed = self.outbox.has_reserve() && self.outbox.push(signalled, nothing, Bytes::Copied(&[]));
         self.hand_over();
         pushed
     }
 
     /// Waits until everything that was posted is done, or the link has ended; false at the limit.
     fn all_is_done(&mut self) -> bool {
-        if !self.drain(|fabric| fabric.outbox.has_reserve()) || (self.pair.is_some() && !self.push_barrier(true)) {
+        if !self.drain(|fabric| fabric.outbox.has_reserve()) || (self.pair.is_some() && !self.push_nothing(true)) {
             return false;
         }
         let last = self.outbox.last_posted();
