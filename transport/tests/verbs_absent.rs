@@ -108,10 +108,10 @@ fn memory_that_may_not_be_locked_is_refused_with_the_limit_and_the_command() {
             set.remove(CapabilitySet::IPC_LOCK);
         }
         set_capabilities(None, sets).unwrap();
-        setrlimit(Resource::Memlock, Rlimit { current: Some(LIMIT), ..before.clone() }).unwrap();
+        setrlimit(Resource::Memlock, Rlimit { current: Some(LIMIT), ..before }).unwrap();
         let register = left.register(Memory::memfd("guest", 1 << 20).unwrap(), Access::READ_WRITE);
         // A link has memory of its own, too.
-        setrlimit(Resource::Memlock, Rlimit { current: Some(4096), ..before.clone() }).unwrap();
+        setrlimit(Resource::Memlock, Rlimit { current: Some(4096), ..before }).unwrap();
         let establish = VerbsFabric::pair(&choice()).map(|_| ());
         setrlimit(Resource::Memlock, before).unwrap();
         (register, establish)

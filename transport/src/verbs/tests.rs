@@ -3,6 +3,7 @@
 //! Two ends over a real device, of which one pushes raw work requests past its own books; the other must end the link with a reason that names what
 //! was wrong. Needs an RDMA device; the soft-RoCE lab runs it.
 
+use super::wire::SLOTS;
 use super::*;
 use crate::span::Access;
 use crate::{Memory, Regions};
@@ -46,7 +47,7 @@ fn a_slot_that_cannot_be_ends_the_link_and_is_not_handed_out() {
         (&[1], "a slot of the wrong length"),
         (&[1, 0, 0, 0, 0, 0, 0], "a slot of the wrong length"),
         (&[0, 0, 0, 0, 0, 0, 0, 0], "a slot of unknown kind"),
-        (&[6, 0, 0, 0, 0, 0, 0, 0], "a slot of unknown kind"),
+        (&[5, 0, 0, 0, 0, 0, 0, 0], "a slot of unknown kind"),
         (&[255, 0, 0, 0, 0, 0, 0, 0], "a slot of unknown kind"),
         (&[1, 0, 1, 0, 0, 0, 0, 0], "a slot with reserved bytes set"),
         (&[1, 0, 0, 128, 0, 0, 0, 0], "a slot with reserved bytes set"),
@@ -54,9 +55,9 @@ fn a_slot_that_cannot_be_ends_the_link_and_is_not_handed_out() {
         (&[1, 255, 0, 0, 0, 0, 0, 0, b'x'], "a slot of the wrong length"),
         (&[1, 0, 0, 0, 0, 0, 0, 0, b'x'], "a slot of the wrong length"),
         (&[2, 1, 0, 0, 0, 0, 0, 0, b'x'], "a slot of unknown kind"),
-        (&[4, 1, 0, 0, 0, 0, 0, 0, b'x'], "a slot of unknown kind"),
-        (&[5, 0, 0, 0, 0, 0, 0, 0], "a slot of the wrong length"),
-        (&[5, 7, 0, 0, 0, 0, 0, 0, 1, 2, 3, 4, 5, 6, 7], "a slot of the wrong length"),
+        (&[3, 1, 0, 0, 0, 0, 0, 0, b'x'], "a slot of unknown kind"),
+        (&[4, 0, 0, 0, 0, 0, 0, 0], "a slot of the wrong length"),
+        (&[4, 7, 0, 0, 0, 0, 0, 0, 1, 2, 3, 4, 5, 6, 7], "a slot of the wrong length"),
         // Nothing was sent to the attacker yet, so it cannot have taken anything.
         (&[2, 0, 0, 0, 1, 0, 0, 0], "credits that cannot be true"),
         (&[2, 0, 0, 0, 255, 255, 255, 255], "credits that cannot be true"),
@@ -122,7 +123,7 @@ fn a_flood_into_a_side_that_does_not_poll_breaks_only_the_flooder() {
         if !attacker.outbox.has_reserve() {
             break;
         }
-        send_raw(&mut attacker, &[3, 0, 0, 0, 0, 0, 0, 0]);
+        send_raw(&mut attacker, &[2, 0, 0, 0, 0, 0, 0, 0]);
     }
     let mut events = Events::new();
     let deadline = Instant::now() + AMPLE;

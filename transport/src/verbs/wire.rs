@@ -5,7 +5,7 @@
 //!
 //! | bytes of a slot | what |
 //! |---|---|
-//! | 0 | kind: 1 message, 2 credits alone, 3 ping, 4 goodbye, 5 revocation |
+//! | 0 | kind: 1 message, 2 credits alone, 3 goodbye, 4 revocation |
 //! | 1 | bytes of the body: at most 56 of a message, 8 (the grant's number) of a revocation, else none |
 //! | 2 to 3 | zero |
 //! | 4 to 7 | slots that the sender has taken and posted again since the link began, counted around |
@@ -39,8 +39,6 @@ pub(super) enum Slot<'a> {
     Message(&'a [u8]),
     /// Only the credits count.
     Credits,
-    /// Are you there? The device answers for the peer, by taking it.
-    Ping,
     /// The link ends in order.
     Goodbye,
     /// A grant of this number is dead.
@@ -55,11 +53,10 @@ impl<'a> Slot<'a> {
         let (kind, body): (u8, &[u8]) = match self {
             Slot::Message(message) => (1, message),
             Slot::Credits => (2, &[]),
-            Slot::Ping => (3, &[]),
-            Slot::Goodbye => (4, &[]),
+            Slot::Goodbye => (3, &[]),
             Slot::Revoke(grant) => {
                 number = grant.to_le_bytes();
-                (5, &number)
+                (4, &number)
             }
         };
         let mut bytes = [0; SLOT_BYTES];
@@ -91,9 +88,8 @@ impl<'a> Slot<'a> {
         let slot = match (kind, body) {
             (1, message) => Slot::Message(message),
             (2, []) => Slot::Credits,
-            (3, []) => Slot::Ping,
-            (4, []) => Slot::Goodbye,
-            (5, number) => Slot::Revoke(u64::from_le_bytes(number.try_into().map_err(|_| "a slot of the wrong length")?)),
+            (3, []) => Slot::Goodbye,
+            (4, number) => Slot::Revoke(u64::from_le_bytes(number.try_into().map_err(|_| "a slot of the wrong length")?)),
             _ => return Err("a slot of unknown kind"),
         };
         Ok((slot, u32::from_le_bytes([a, b, c, d])))
@@ -253,7 +249,6 @@ mod tests {
             Slot::Message(&[7; MAX_MESSAGE]),
             Slot::Message(b""),
             Slot::Credits,
-            Slot::Ping,
             Slot::Goodbye,
             Slot::Revoke(u64::MAX),
         ] {
