@@ -91,7 +91,8 @@ impl Hosts {
         assert_eq!(lender.process.event("lent", AMPLE)["peer"], "vm7");
         assert_nvme(&mut self.vmm("next"));
         assert_end_in_order(borrower);
-        lender.process.event("returned", AMPLE);
+        let said = reason(&lender.process.event("returned", AMPLE));
+        assert!(said.contains("closed the link"), "a borrower that left in order: {said}");
     }
 
     /// A borrower that does not get the device; what the lender says of it.
