@@ -93,6 +93,7 @@ const IGNORED: &[&str] = &[
     "pci-shim/tests/vfio_user_qemu.rs",
     "remote-dma/tests/nvme_data_path.rs",
     "tests/oracle/tests/interop.rs",
+    "tests/tests/command_line_rdma.rs",
     "transport/tests/conformance_verbs.rs",
     "transport/tests/verbs_bare_host.rs",
 ];
