@@ -164,6 +164,8 @@ impl Outbox {
         let at = self.reports.iter().position(|report| report.last >= number).unwrap_or(self.reports.len());
         match self.reports.get_mut(at).filter(|report| report.first <= number) {
             Some(report) => (report.last, report.outcome) = (0, Err(error)),
+            // The end of the link says as much, and the request may have been the fabric's own.
+            None if error == OpError::Closed => {}
             None => self.reports.insert(at, Report { first: 0, last: 0, signal: Signal::No, outcome: Err(error) }),
         }
     }
@@ -243,6 +245,17 @@ mod tests {
             let events: Vec<_> = std::iter::from_fn(|| outbox.next_event()).collect();
             assert_eq!(events, [Event::Done(OpId(1)), expected, Event::Failed(Some(OpId(2)), OpError::Closed)]);
         }
+    }
+
+    #[test]
+    fn a_request_that_nobody_waits_for_ends_with_its_link_and_without_a_word() {
+        let mut outbox = Outbox::new();
+        write(&mut outbox, Signal::Yes(OpId(1)), 1);
+        write(&mut outbox, Signal::No, 1);
+        outbox.fail(2, OpError::Closed);
+        outbox.end();
+        let events: Vec<_> = std::iter::from_fn(|| outbox.next_event()).collect();
+        assert_eq!(events, [Event::Done(OpId(1))]);
     }
 
     #[test]

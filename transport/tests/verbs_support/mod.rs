@@ -5,6 +5,7 @@
 
 #![allow(dead_code, clippy::unwrap_used, reason = "each test program uses a part of it, and a panic is how a test fails")]
 
+pub mod hosts;
 pub mod middle;
 pub mod resources;
 
