@@ -59,7 +59,7 @@ save_state() {
         exec {control}<>"$new/control.out"
         until hear "$control"; do
             kill -0 "$qemu" 2>/dev/null || guest_failed "$new" "QEMU ended"
-            (($(now_ms) - begin < 120000)) || guest_failed "$new" "nothing was heard from it in 120 s"
+            (($(now_ms) - begin < 300000)) || guest_failed "$new" "nothing was heard from it in 300 s"
         done
         [[ $line == ready ]] || guest_failed "$new" "$line"
         qmp_open "$new"

@@ -19,6 +19,7 @@ const LAYERS: &[(&str, &[&str])] = &[
     ("tests", &["transport", "control", "remote-dma", "pci-shim", "machine-bank", "bench"]),
     // Outside the workspace.
     ("fuzz", &["tests"]),
+    ("tests/oracle", &["transport"]),
 ];
 
 /// Files and folders of the data path: no lock, because a thread that waits there waits with the guest's CPU.
@@ -30,6 +31,7 @@ const DATA_PATH: &[&str] = &[
     "transport/src/shm/",
     "transport/src/span.rs",
     "transport/src/table.rs",
+    "transport/src/verbs/",
     "remote-dma/src/borrower/",
     "remote-dma/src/dirty_log.rs",
     "remote-dma/src/endpoint.rs",
@@ -45,13 +47,18 @@ const UNSAFE: &[(&str, usize)] = &[
     ("bench/src/measure/syscalls.rs", 6),
     ("remote-dma/src/model/nvme/media/worker.rs", 2),
     ("remote-dma/tests/nvme_data_path.rs", 5),
+    ("tests/oracle/tests/peer/mod.rs", 2),
     ("tests/tests/idle.rs", 1),
     ("transport/src/barrier.rs", 1),
     ("transport/src/memory.rs", 12),
     ("transport/src/shm/lines.rs", 5),
+    ("transport/src/verbs/chain.rs", 2),
+    ("transport/src/verbs/device.rs", 1),
+    ("transport/src/verbs/library.rs", 7),
+    ("transport/src/verbs/objects.rs", 53),
     ("transport/tests/loom_support/mod.rs", 2),
 ];
-const UNSAFE_IN_ALL: usize = 43;
+const UNSAFE_IN_ALL: usize = 108;
 
 /// Lines from which a file should have been split.
 const LONG: usize = 450;
@@ -64,7 +71,12 @@ const LONG_FILES: &[(&str, usize)] = &[
     ("remote-dma/src/message.rs", 593),
     ("remote-dma/tests/nvme.rs", 498),
     ("remote-dma/tests/nvme_storm.rs", 517),
+    ("transport/src/verbs/mod.rs", 576),
+    ("transport/src/verbs/objects.rs", 457),
 ];
+
+/// Written by a program, from declarations alone; tests/oracle holds it against its source.
+const GENERATED: &str = "transport/src/verbs/sys.rs";
 
 /// What may not stand in code, and what to do instead.
 const UNFINISHED: &[(&str, &str)] = &[
@@ -76,8 +88,15 @@ const UNFINISHED: &[(&str, &str)] = &[
 ];
 
 /// Files with ignored tests, which a step of ci/run runs by the name of the file.
-const IGNORED: &[&str] =
-    &["pci-shim/tests/vfio_user_latency.rs", "pci-shim/tests/vfio_user_qemu.rs", "remote-dma/tests/nvme_data_path.rs"];
+const IGNORED: &[&str] = &[
+    "pci-shim/tests/vfio_user_latency.rs",
+    "pci-shim/tests/vfio_user_qemu.rs",
+    "remote-dma/tests/nvme_data_path.rs",
+    "tests/oracle/tests/interop.rs",
+    "tests/tests/command_line_rdma.rs",
+    "transport/tests/conformance_verbs.rs",
+    "transport/tests/verbs_bare_host.rs",
+];
 
 /// Words and paths of one machine or workplace. A path counts where it begins a word.
 const FOREIGN: &[&str] = &["/work/", "/root/", "/tmp/wt", "/tmp/brief", "/tmp/claude", "anthropic", "subagent", "worktree"];
@@ -205,12 +224,15 @@ fn an_ignored_test_is_run_by_a_step_of_its_own() {
     let steps = &files["ci/run"];
     let mut complaints = vec![];
     for (path, text) in &files {
-        let ignores = path.ends_with(".rs") && path != THIS_FILE && text.contains("#[ignore");
-        let named = Path::new(path).file_stem().is_some_and(|stem| steps.contains(&format!("binary({})", stem.to_str().unwrap())));
+        // The last is how the conformance suite is told.
+        let forms = ["#[ignore]", "#[ignore = \"", ", ignore = \""];
+        let ignores = path.ends_with(".rs") && path != THIS_FILE && forms.iter().any(|form| text.contains(form));
+        let stem = Path::new(path).file_stem().unwrap().to_str().unwrap();
+        let named = [format!("binary({stem})"), format!("over_rdma {stem} ")].iter().any(|step| steps.contains(step));
         match (ignores, IGNORED.contains(&path.as_str())) {
             (true, true) if named => {}
             (true, _) => complaints.push(format!(
-                "{path}: an ignored test: make it fit the normal run, or have a step of ci/run run binary(…) of its name and list it in IGNORED"
+                "{path}: an ignored test: make it fit the normal run, or have a step of ci/run run binary(…) or over_rdma of its name and list it in IGNORED"
             )),
             (false, true) => complaints.push(format!("{path} ignores nothing any more: take it out of IGNORED")),
             (false, false) => {}
@@ -250,7 +272,7 @@ fn unsafe_code_stays_where_it_is_and_becomes_less() {
     for (path, text) in rust_files() {
         let forms = ["unsafe {", "unsafe fn", "unsafe impl", "unsafe extern", "unsafe trait"];
         let count = code(&text).flat_map(|(_, line)| forms.map(|form| line.matches(form).count())).sum::<usize>();
-        let count = if path == THIS_FILE { 0 } else { count };
+        let count = if path == THIS_FILE || path == GENERATED { 0 } else { count };
         in_all += count;
         match (allowed.get(path.as_str()), count) {
             (None, 0) => {}
@@ -281,7 +303,7 @@ fn long_files_do_not_grow() {
     for (path, text) in rust_files() {
         let lines = text.lines().count();
         let most = listed.get(path.as_str()).copied().unwrap_or(LONG);
-        if lines > most {
+        if lines > most && path != GENERATED {
             complaints.push(format!("{path}: {lines} lines, at most {most}: split it where its header says \"and\""));
         }
         if lines <= LONG && listed.contains_key(path.as_str()) {

@@ -65,7 +65,8 @@ pub enum Op<'a> {
         /// What the peer is told.
         notify: u32,
     },
-    /// The peer's bytes into local memory; both spans have one length. Sees every earlier write of this side.
+    /// The peer's bytes into local memory; both spans have one length. Sees every earlier write of this side. What is posted after it may reach the peer
+    /// before the bytes are read: whoever tells the peer that it may change them waits for [`Event::Done`] first.
     Read {
         /// What to fetch.
         from: RemoteSpan,

@@ -1,6 +1,6 @@
 //! The conformance suite on queue pairs: two ends in one process over one RDMA device, soft-RoCE in the lab or an RNIC.
 //!
-//! `FARBUS_RDMA_DEV=rxe0 cargo test --test conformance_verbs -- --ignored --test-threads 1`; `ci/softroce` runs it where there is no device. A device that was
+//! `FARBUS_RDMA_DEV=rxe0 cargo test --test conformance_verbs -- --ignored --test-threads 1`; `ci/run softroce` runs it in the lab where there is no device. A device that was
 //! promised and is not there fails every case.
 
 mod verbs_support;
@@ -26,11 +26,17 @@ impl Provider for Verbs {
 
 mod regions {
     use super::{GrantMethod, Verbs};
-    farbus_transport::conformance_suite!(Verbs(GrantMethod::Regions), ignore = "needs an RDMA device; ci/softroce runs it");
+    farbus_transport::conformance_suite!(
+        Verbs(GrantMethod::Regions),
+        ignore = "needs an RDMA device; ci/run softroce runs it in the lab"
+    );
 }
 
 /// Whether or not the device holds anybody to a window's bounds: no case depends on it, because no grant is believed that its owner did not make.
 mod windows {
     use super::{GrantMethod, Verbs};
-    farbus_transport::conformance_suite!(Verbs(GrantMethod::Windows), ignore = "needs an RDMA device; ci/softroce runs it");
+    farbus_transport::conformance_suite!(
+        Verbs(GrantMethod::Windows),
+        ignore = "needs an RDMA device; ci/run softroce runs it in the lab"
+    );
 }

@@ -34,8 +34,9 @@ use crate::routes::{Route, Routes};
 use front::Front;
 pub use options::{Counters, FunctionError, FunctionOptions, InterruptOwner};
 
-/// A PCI function whose device is behind an [`Attachment`]. One thread at a time uses it; no method blocks for longer than the attachment's
-/// deadline for a register read.
+/// A PCI function whose device is behind an [`Attachment`]. One thread at a time uses it; a register access blocks
+/// for no longer than the attachment's deadline for a register read (2 s unless chosen otherwise); `map`, `unmap`, `reset` and the dirty log ask the
+/// device's side one or several questions, each with the deadline for such (10 s).
 pub struct Function<S: IrqSink> {
     attachment: Box<dyn Attachment>,
     description: DeviceDescription,

@@ -15,8 +15,8 @@ use farbus_transport::{CloseReason, Memory, Nanos};
 use super::irqs::ClientInterrupts;
 use crate::{AccessError, Function, IrqSink, MediationRequest, MessageInterrupt};
 
-/// A PCI function as a server sees it; the methods mean what those of `Function` of the same names mean. None blocks for longer than a
-/// register access.
+/// A PCI function as a server sees it; the methods mean what those of `Function` of the same names mean. A register access
+/// blocks for no longer than a register read of the attachment may; maps, resets and the dirty log for as long as its questions may.
 pub trait Served {
     /// What the device is.
     fn description(&self) -> &DeviceDescription;

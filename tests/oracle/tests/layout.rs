@@ -289,7 +289,7 @@ fn what_is_wrong_is_named() {
 
 #[test]
 fn what_sys_rs_defines_is_found() {
-    let source = "pub const A: b = 1;\npub type b = u32;\npub struct c {\n    pub d: b,\n    pub e: Option<\n        unsafe fn(f: b),\n    >,\n}\n\
+    let source = "pub const A: b = 1;\npub type b = u32;\npub struct c {\n    pub d: b,\n    pub e: Option<\n        fn(f: b),\n    >,\n}\n\
         pub union g {\n    pub h: u8,\n}\npub struct i {\n    pub _bindgen_opaque_blob: [u64; 2usize],\n}\n";
     assert_eq!(defined(source), ["A", "c", "c.d", "c.e", "g", "g.h", "i"].map(str::to_owned).into());
 }

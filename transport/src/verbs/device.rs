@@ -146,7 +146,8 @@ impl OpenPort {
         let ethernet = port.link_layer == ETHERNET;
         let usable = context.gids()?.into_iter().filter(|entry| {
             let kind = if ethernet { IBV_GID_TYPE_ROCE_V2 } else { IBV_GID_TYPE_IB };
-            entry.port_num == u32::from(number) && entry.gid_type == kind
+            // An address handle names an address by eight bits.
+            entry.port_num == u32::from(number) && entry.gid_type == kind && entry.gid_index <= u32::from(u8::MAX)
         });
         let mut usable: Vec<(u32, [u8; 16])> = usable.map(|entry| (entry.gid_index, raw(&entry.gid))).collect();
         // Stable: of several good ones the first of the table.

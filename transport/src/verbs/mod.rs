@@ -43,9 +43,9 @@ use self::regions::Books;
 use self::sleep::Bed;
 use self::sys::{
     IBV_WC_LOC_PROT_ERR, IBV_WC_RECV_RDMA_WITH_IMM, IBV_WC_REM_ACCESS_ERR, IBV_WC_REM_INV_REQ_ERR, IBV_WC_REM_OP_ERR,
-    IBV_WC_SUCCESS, IBV_WC_WR_FLUSH_ERR, ibv_wc,
+    IBV_WC_RETRY_EXC_ERR, IBV_WC_RNR_RETRY_EXC_ERR, IBV_WC_SUCCESS, IBV_WC_WR_FLUSH_ERR, ibv_wc,
 };
-use self::wire::{SLOTS, Slot};
+use self::wire::Slot;
 use crate::fabric::{CloseReason, Event, Events, Fabric, Full, Limits, MAX_MESSAGE, Message, Op, OpError, Signal};
 use crate::link::control::Control;
 use crate::span::{LocalSpan, RemoteSpan};
@@ -60,14 +60,17 @@ const AT_ONCE: usize = 16;
 /// How often who polls without end looks for what raises no completion: the control connection and the device's own events.
 const LOOK_EVERY: Duration = Duration::from_millis(100);
 
-/// How long a peer may be silent before it is asked whether it is there. A black hole raises no event, so only a question that is not
-/// acknowledged tells: together with all retries (see `establish::RETRIES`) and the time until a look, a peer that is gone is known within 1.5 s.
+/// How long a peer may be silent before its device is asked whether it is there, by a write of no bytes. A black hole raises no event, so only a question
+/// that is not acknowledged tells: together with all retries (see `establish::RETRIES`) and the time until a look, a peer that is gone is known within 1.5 s.
 const SILENCE: Duration = Duration::from_millis(800);
 
 /// How long a goodbye, or what must be done before memory is given back, may take: a peer that is gone is known within 0.5 s.
 const DRAIN_LIMIT: Duration = Duration::from_secs(2);
 
-/// Events that may wait for a poll with room: all receive slots, and all reports of the outbox.
+/// Events that wait, from which on no completions are taken.
+const READY_ENOUGH: usize = 256;
+
+/// Events that may wait for a poll with room: those, what one look at the completion queue adds, and all reports of the outbox.
 const MAX_READY: usize = 1024;
 
 /// How far a link is.
@@ -135,12 +138,13 @@ impl VerbsFabric {
     fn transfer(&mut self, signal: Signal, local: LocalSpan, remote: RemoteSpan, kind: Kind) -> Result<(), Full> {
         let reads = kind == Kind::Read;
         let (from, to) = if reads { (remote.len, local.len) } else { (local.len, remote.len) };
-        let pieces = from.div_ceil(self.piece).max(1);
+        let fits = from == to && from <= self.limits.max_op_len;
+        let pieces = if fits { from.div_ceil(self.piece).max(1) } else { 1 };
         let notifies = matches!(kind, Kind::WriteNotify(_));
         if !self.outbox.has_room(pieces) || (notifies && !self.inbox.may_send()) {
             return Err(Full);
         }
-        if from != to || from > self.limits.max_op_len {
+        if !fits {
             self.outbox.refuse(signal, OpError::Mismatch { from, to });
             return Ok(());
         }
@@ -152,6 +156,7 @@ impl VerbsFabric {
         let mut done = 0;
         for left in (0..pieces).rev() {
             let len = (from - done).min(self.piece);
+            self.make_room();
             if !self.piece_of(signal, local, remote, kind, done, len, left == 0) {
                 self.outbox.refuse(signal, OpError::Revoked);
                 return Ok(());
@@ -199,15 +204,20 @@ impl VerbsFabric {
         if matches!(what, What::WriteNotify { .. }) {
             self.inbox.notifying();
         }
+        true
+    }
+
+    /// Hands a full batch over before the next request: after it, the last one's report could no longer be asked for.
+    #[inline]
+    fn make_room(&mut self) {
         if self.outbox.sends.is_full() {
             self.hand_over();
         }
-        true
     }
 
     /// Sends a word of the fabric's own, where both queues have room for it.
     fn say(&mut self, slot: Slot<'_>, signalled: bool) -> bool {
-        if !self.inbox.may_send_own() || !self.outbox.has_reserve() {
+        if self.pair.is_none() || !self.inbox.may_send_own() || !self.outbox.has_reserve() {
             return false;
         }
         self.put(slot, signalled);
@@ -216,11 +226,11 @@ impl VerbsFabric {
 
     #[inline]
     fn put(&mut self, slot: Slot<'_>, signalled: bool) {
+        self.make_room();
         let (bytes, len) = slot.encode(self.inbox.sending());
         let pushed = self.outbox.push(signalled, What::Send, Bytes::Copied(bytes.get(..len).unwrap_or_default()));
-        debug_assert!(pushed, "a slot fits into every request");
-        if self.outbox.sends.is_full() {
-            self.hand_over();
+        if !pushed {
+            self.end(CloseReason::Device("its batch of work requests cannot be handed over"));
         }
     }
 
@@ -253,7 +263,7 @@ impl VerbsFabric {
     /// Takes completions once, where there is room for what they tell; how many there were.
     #[inline]
     fn take(&mut self) -> usize {
-        if self.ready.len() > MAX_READY / 2 { 0 } else { self.take_now() }
+        if self.ready.len() > READY_ENOUGH { 0 } else { self.take_now() }
     }
 
     #[inline]
@@ -367,7 +377,11 @@ impl VerbsFabric {
                 (OpError::Revoked, CloseReason::Protocol("an operation on memory that its owner had revoked"))
             }
             // No acknowledgement, however often it was sent.
-            _ => (OpError::Closed, CloseReason::PeerGone),
+            IBV_WC_RETRY_EXC_ERR => (OpError::Closed, CloseReason::PeerGone),
+            IBV_WC_RNR_RETRY_EXC_ERR => {
+                (OpError::Closed, CloseReason::Protocol("it has no receive slot where it said that it has one"))
+            }
+            _ => (OpError::Closed, CloseReason::Device("a work request failed")),
         };
         tracing::debug!(status = completion.status, receive, %reason, "the queue pair broke");
         if !receive {
@@ -433,15 +447,15 @@ impl VerbsFabric {
         let deadline = Instant::now() + DRAIN_LIMIT;
         let mut empty = 0_u32;
         while self.pair.is_some() && !done(self) {
+            if Instant::now() > deadline {
+                return false;
+            }
             // No credits are told meanwhile, so that the peer's slots and our own reports bound what comes.
             if self.take_now() > 0 {
                 empty = 0;
                 continue;
             }
             empty = empty.saturating_add(1);
-            if Instant::now() > deadline {
-                return false;
-            }
             if empty > 1000 {
                 std::thread::sleep(Duration::from_micros(50));
             }
@@ -601,7 +615,8 @@ impl Fabric for VerbsFabric {
 
 impl Drop for VerbsFabric {
     fn drop(&mut self) {
-        // A goodbye that is on its way would be lost with the queue pair.
+        // A peer that hears no goodbye takes this side for dead; one that is on its way would be lost with the queue pair.
+        self.close();
         if let Phase::Closing { goodbye } = self.phase {
             self.drain(|fabric| fabric.outbox.is_done(goodbye));
         }
@@ -620,4 +635,4 @@ impl std::fmt::Debug for VerbsFabric {
     }
 }
 
-const _: () = assert!(MAX_READY as u32 > 2 * SLOTS + 2 * outbox::DEPTH - 2 * SLOTS && wire::SLOT_BYTES <= MAX_INLINE);
+const _: () = assert!(MAX_READY >= READY_ENOUGH + AT_ONCE + outbox::MAX_REPORTS && wire::SLOT_BYTES <= MAX_INLINE);

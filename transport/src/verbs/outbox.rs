@@ -18,7 +18,7 @@ const FOR_CALLERS: u32 = DEPTH - 8;
 const SIGNAL_EVERY: u32 = 32;
 
 /// Reports that may wait: one for each request, and as many operations that were refused before they were posted.
-const MAX_REPORTS: usize = 2 * DEPTH as usize;
+pub(super) const MAX_REPORTS: usize = 2 * DEPTH as usize;
 
 /// What was done so far; for tests and for counting what an operation costs.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -199,15 +199,20 @@ mod tests {
     use super::*;
     use crate::fabric::OpId;
 
+    /// As the fabric posts: a full batch goes before the next request.
     fn write(outbox: &mut Outbox, signal: Signal, requests: u32) {
         for _ in 0..requests {
-            assert!(outbox.push(false, What::Write { address: 0, key: 0 }, Bytes::Copied(b"x")));
             if outbox.sends.is_full() {
-                outbox.prepare();
-                outbox.sends.link();
+                hand_over(outbox);
             }
+            assert!(outbox.push(false, What::Write { address: 0, key: 0 }, Bytes::Copied(b"x")));
         }
         outbox.report(signal, requests);
+    }
+
+    fn hand_over(outbox: &mut Outbox) {
+        outbox.prepare();
+        outbox.sends.link();
     }
 
     #[test]
@@ -266,6 +271,19 @@ mod tests {
         }
         assert!(outbox.prepare());
         assert!(outbox.counters.signalled - before <= 2);
+    }
+
+    #[test]
+    fn the_last_request_of_a_full_batch_can_still_be_made_to_report() {
+        let mut outbox = Outbox::new();
+        write(&mut outbox, Signal::No, 1);
+        hand_over(&mut outbox);
+        write(&mut outbox, Signal::No, BATCH as u32 - 1);
+        let before = outbox.counters.signalled;
+        write(&mut outbox, Signal::Yes(OpId(1)), 1);
+        assert!(outbox.sends.is_full());
+        hand_over(&mut outbox);
+        assert_eq!(outbox.counters.signalled, before + 1);
     }
 
     #[test]

@@ -15,7 +15,7 @@ use super::objects::{MemoryRegion, ProtectionDomain};
 use super::sys::{IBV_ACCESS_LOCAL_WRITE, IBV_ACCESS_MW_BIND, IBV_ACCESS_REMOTE_READ, IBV_ACCESS_REMOTE_WRITE};
 use super::windows::MemoryWindow;
 use super::wire::{Announcement, Frame, Slot};
-use super::{VerbsFabric, outbox};
+use super::{Phase, VerbsFabric, outbox};
 use crate::fabric::{CloseReason, Grant, GrantError, Regions, RegisterError};
 use crate::link::control::{Control, ControlError, receive_by};
 use crate::memory::{Mapped, Memory, MemoryError};
@@ -47,6 +47,12 @@ struct Granted {
     opening: Opening,
 }
 
+impl Granted {
+    fn window_key(&self) -> Option<u32> {
+        if let Opening::Window(window) = &self.opening { Some(window.key()) } else { None }
+    }
+}
+
 /// Through what the peer reaches granted memory, as long as it lives.
 enum Opening {
     /// Nothing is to be reached: the memory has no bytes.
@@ -64,6 +70,8 @@ pub(super) struct Books {
     pub(super) locals: Table<Local>,
     pub(super) remotes: Table<Remote>,
     granted: Vec<Granted>,
+    /// A window whose bind is under way.
+    being_bound: Option<MemoryWindow>,
     last_grant: u64,
     /// Grants of the peer's by number, imported or not.
     announced: BTreeMap<u64, Announcement>,
@@ -79,6 +87,7 @@ impl Books {
             locals: Table::default(),
             remotes: Table::default(),
             granted: Vec::new(),
+            being_bound: None,
             // Somewhere among 2^63, so that a made-up number is no grant.
             last_grant: by_chance() >> 1,
             announced: BTreeMap::new(),
@@ -102,6 +111,7 @@ impl Books {
 
     /// Ends all windows, before the queue pair that they are bound to.
     pub(super) fn free_windows(&mut self) {
+        self.being_bound = None;
         for granted in &mut self.granted {
             if let Opening::Window(_) = granted.opening {
                 granted.opening = Opening::None;
@@ -183,22 +193,36 @@ impl VerbsFabric {
         if !self.drain(|fabric| fabric.outbox.has_room(1)) || !self.outbox.push(true, bind, Bytes::Copied(&[])) {
             return Err(GrantError::Closed);
         }
+        // In the books while it is bound, so that an end of the link meanwhile finds it.
+        self.books.being_bound = Some(window);
         self.hand_over();
-        window.bound();
-        let bound = self.outbox.last_posted();
-        if !self.drain(|fabric| fabric.outbox.is_done(bound)) || self.pair.is_none() {
-            return Err(GrantError::Closed);
+        if let Some(window) = &mut self.books.being_bound {
+            window.bound();
         }
-        Ok(Opening::Window(window))
+        let bound = self.outbox.last_posted();
+        if !self.drain(|fabric| fabric.outbox.is_done(bound)) {
+            self.end(CloseReason::Device("it does not bind a memory window"));
+        }
+        self.books.being_bound.take().filter(|_| self.pair.is_some()).map(Opening::Window).ok_or(GrantError::Closed)
     }
 
     /// A write of no bytes, which takes nothing of the peer's but an acknowledgement: when it is done, so is everything before it, and while it can be
     /// done the peer's device is there. No key is looked at for it (InfiniBand Architecture Specification 1.4, volume 1, C9-88).
     pub(super) fn push_nothing(&mut self, signalled: bool) -> bool {
+        self.make_room();
         let nothing = What::Write { address: 0, key: 0 };
         let pushed = self.outbox.has_reserve() && self.outbox.push(signalled, nothing, Bytes::Copied(&[]));
         self.hand_over();
         pushed
+    }
+
+    /// Waits until everything that was posted is done, or the link has ended; false at the limit.
+    fn all_is_done(&mut self) -> bool {
+        if !self.drain(|fabric| fabric.outbox.has_reserve()) || (self.pair.is_some() && !self.push_nothing(true)) {
+            return false;
+        }
+        let last = self.outbox.last_posted();
+        self.drain(|fabric| fabric.outbox.is_done(last))
     }
 }
 
@@ -212,30 +236,32 @@ impl Regions for VerbsFabric {
     }
 
     fn deregister(&mut self, region: LocalRegion) {
-        let (ended, alive): (Vec<_>, Vec<_>) = self.books.granted.drain(..).partition(|granted| granted.of == region.name);
-        self.books.granted = alive;
-        for granted in &ended {
+        let ends = |granted: &Granted| granted.of == region.name;
+        // They stay in the books until all is done, so that an end of the link meanwhile finds their windows.
+        let ended: Vec<(u64, Option<u32>)> = self
+            .books
+            .granted
+            .iter()
+            .filter(|granted| ends(granted))
+            .map(|granted| (granted.number, granted.window_key()))
+            .collect();
+        for (number, window) in ended {
             // Where there is no room to say it, a peer that uses the grant once more loses the link.
-            self.say(Slot::Revoke(granted.number), false);
-            if let Opening::Window(window) = &granted.opening
+            self.say(Slot::Revoke(number), false);
+            if let Some(key) = window
                 && self.outbox.has_reserve()
             {
-                self.outbox.push(false, What::Invalidate { key: window.key() }, Bytes::Copied(&[]));
-            }
-            if self.outbox.sends.is_full() {
-                self.hand_over();
+                self.make_room();
+                self.outbox.push(false, What::Invalidate { key }, Bytes::Copied(&[]));
             }
         }
         self.hand_over();
         // The device may still be reading or filling the memory for operations of ours.
-        if self.outbox.outstanding() > 0 && self.pair.is_some() && self.push_nothing(true) {
-            let last = self.outbox.last_posted();
-            if !self.drain(|fabric| fabric.outbox.is_done(last)) {
-                self.end(CloseReason::Protocol("an operation on memory that is given back does not end"));
-            }
+        if self.outbox.outstanding() > 0 && !self.all_is_done() {
+            self.end(CloseReason::Protocol("an operation on memory that is given back does not end"));
         }
         // With the regions the peer's access ends: whatever arrives from now on is refused by the device.
-        drop(ended);
+        self.books.granted.retain(|granted| !ends(granted));
         self.books.locals.remove(region.name);
     }
 
@@ -287,7 +313,7 @@ impl Regions for VerbsFabric {
     fn import(&mut self, grant: &Grant) -> Result<RemoteRegion, GrantError> {
         let deadline = Instant::now() + GRANT_LIMIT;
         let announced = loop {
-            if self.pair.is_none() {
+            if self.phase != Phase::Open {
                 return Err(GrantError::Closed);
             }
             if let Some(announced) = self.books.announced.get(&grant.key) {

@@ -133,13 +133,13 @@ pub union ibv_async_event__bindgen_ty_1 {
     pub port_num: ::core::ffi::c_int,
 }
 pub const IBV_WC_SUCCESS: ibv_wc_status = 0;
-pub const IBV_WC_LOC_LEN_ERR: ibv_wc_status = 1;
-pub const IBV_WC_LOC_QP_OP_ERR: ibv_wc_status = 2;
 pub const IBV_WC_LOC_PROT_ERR: ibv_wc_status = 4;
 pub const IBV_WC_WR_FLUSH_ERR: ibv_wc_status = 5;
 pub const IBV_WC_REM_INV_REQ_ERR: ibv_wc_status = 9;
 pub const IBV_WC_REM_ACCESS_ERR: ibv_wc_status = 10;
 pub const IBV_WC_REM_OP_ERR: ibv_wc_status = 11;
+pub const IBV_WC_RETRY_EXC_ERR: ibv_wc_status = 12;
+pub const IBV_WC_RNR_RETRY_EXC_ERR: ibv_wc_status = 13;
 pub type ibv_wc_status = ::core::ffi::c_uint;
 pub const IBV_WC_RECV_RDMA_WITH_IMM: ibv_wc_opcode = 129;
 pub type ibv_wc_opcode = ::core::ffi::c_uint;

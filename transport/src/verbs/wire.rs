@@ -5,7 +5,7 @@
 //!
 //! | bytes of a slot | what |
 //! |---|---|
-//! | 0 | kind: 1 message, 2 credits alone, 3 ping, 4 goodbye, 5 revocation |
+//! | 0 | kind: 1 message, 2 credits alone, 3 goodbye, 4 revocation |
 //! | 1 | bytes of the body: at most 56 of a message, 8 (the grant's number) of a revocation, else none |
 //! | 2 to 3 | zero |
 //! | 4 to 7 | slots that the sender has taken and posted again since the link began, counted around |
