@@ -9,10 +9,11 @@ use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use super::chain::{BATCH, Bytes, Sends, What};
+use super::context::ProtectionDomain;
 use super::device::OpenPort;
 use super::error::VerbsError;
 use super::establish::{self, connected_pair};
-use super::objects::{CompletionQueue, MemoryRegion, ProtectionDomain, no_completion, report_leak};
+use super::objects::{CompletionQueue, MemoryRegion, no_completion, report_leak};
 use super::sys::{
     IBV_ACCESS_LOCAL_WRITE, IBV_ACCESS_MW_BIND, IBV_DEVICE_MEM_WINDOW_TYPE_2B, IBV_MW_TYPE_2, IBV_WC_SUCCESS, ibv_access_flags,
     ibv_mw, ibv_mw_bind_info, ibv_send_wr__bindgen_ty_4__bindgen_ty_1,
