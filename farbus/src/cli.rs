@@ -85,9 +85,13 @@ pub struct LendArgs {
     /// What to lend
     #[arg(long, value_name = "SPEC")]
     pub device: DeviceSpec,
-    /// Where borrowers connect: shm:PATH, or rdma:HOST:PORT[,dev=NAME][,port=N][,gid=N] with an address of this host, a TCP port (0: any
-    /// that is free) and the RDMA device to use
-    #[arg(long, value_name = "ADDR")]
+    /// Where borrowers connect.
+    #[arg(
+        long,
+        value_name = "ADDR",
+        help = "Where borrowers connect: shm:PATH, or rdma:HOST:PORT[,dev=NAME][,port=N][,gid=N] with an address of this host, a TCP port \
+                (0: any that is free) and the RDMA device to use"
+    )]
     pub listen: LinkAddress,
     /// End after the first borrower has left
     #[arg(long)]
@@ -131,9 +135,13 @@ Do not migrate such a virtual machine: stock QEMU (11.1.3) moves it without the 
 
 Exit status: 0 after a signal or the lender's goodbye, 3 where the lender is gone without one or broke the protocol.")]
 pub struct BorrowArgs {
-    /// The lender: shm:PATH, or rdma:HOST:PORT[,dev=NAME][,port=N][,gid=N] with the lender's host and TCP port, and the RDMA device of
-    /// this host to use
-    #[arg(long, value_name = "ADDR")]
+    /// The lender.
+    #[arg(
+        long,
+        value_name = "ADDR",
+        help = "The lender: shm:PATH, or rdma:HOST:PORT[,dev=NAME][,port=N][,gid=N] with the lender's host and TCP port, and the RDMA device \
+                of this host to use"
+    )]
     pub from: LinkAddress,
     /// The socket that the VMM connects to
     #[arg(long, value_name = "SOCKET", value_parser = socket_path)]
@@ -170,9 +178,14 @@ pub struct DemoArgs {
     /// Seconds for each case and side
     #[arg(long, value_name = "SECONDS", default_value_t = 1.0)]
     pub seconds: f64,
-    /// Where the second process lends: shm:PATH, or rdma:HOST:PORT[,dev=NAME][,port=N][,gid=N] with an address of this host; without it
-    /// shared memory
-    #[arg(long, value_name = "ADDR", conflicts_with = "from")]
+    /// Where the second process lends.
+    #[arg(
+        long,
+        value_name = "ADDR",
+        conflicts_with = "from",
+        help = "Where the second process lends: shm:PATH, or rdma:HOST:PORT[,dev=NAME][,port=N][,gid=N] with an address of this host; without \
+                it shared memory"
+    )]
     pub link: Option<LinkAddress>,
     /// Start no second process: drive the device that `farbus lend` lends there, on this host or another. It must be a copy of --image, and is
     /// written to

@@ -6,9 +6,9 @@
 use std::net::Ipv6Addr;
 use std::sync::Arc;
 
+use super::context::{Context, device_names};
 use super::error::{NoRdma, VerbsError};
 use super::library::Library;
-use super::objects::{Context, device_names};
 use super::sys::{IBV_GID_TYPE_IB, IBV_GID_TYPE_ROCE_V2, IBV_PORT_ACTIVE, ibv_device_attr, ibv_port_attr};
 use super::windows::GrantMethod;
 

@@ -10,10 +10,11 @@ use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
 use super::chain::{MAX_INLINE, Receives};
+use super::context::ProtectionDomain;
 use super::device::{DeviceChoice, OpenPort};
 use super::error::VerbsError;
 use super::inbox::Inbox;
-use super::objects::{CompletionQueue, MemoryRegion, ProtectionDomain, QueuePair, no_completion, zeroed};
+use super::objects::{CompletionQueue, MemoryRegion, QueuePair, no_completion, zeroed};
 use super::outbox::{DEPTH, Outbox};
 use super::regions::Books;
 use super::sleep::Bed;

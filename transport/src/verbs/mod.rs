@@ -8,7 +8,9 @@
 //! and sessions revoke only what the peer gave back.
 
 mod chain;
+mod context;
 mod device;
+mod ending;
 mod error;
 mod establish;
 mod inbox;
@@ -16,6 +18,7 @@ mod library;
 mod objects;
 mod outbox;
 mod regions;
+mod sending;
 mod sleep;
 mod sys;
 #[cfg(test)]
@@ -33,22 +36,20 @@ pub use wire::{frame_again, slot_again};
 use std::collections::VecDeque;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use self::chain::{Bytes, MAX_INLINE, What};
+use self::chain::MAX_INLINE;
+use self::context::Context;
 use self::inbox::Inbox;
-use self::objects::{CompletionQueue, Context, QueuePair};
+use self::objects::{CompletionQueue, QueuePair};
 use self::outbox::Outbox;
 use self::regions::Books;
+use self::sending::Kind;
 use self::sleep::Bed;
-use self::sys::{
-    IBV_WC_LOC_PROT_ERR, IBV_WC_RECV_RDMA_WITH_IMM, IBV_WC_REM_ACCESS_ERR, IBV_WC_REM_INV_REQ_ERR, IBV_WC_REM_OP_ERR,
-    IBV_WC_RETRY_EXC_ERR, IBV_WC_RNR_RETRY_EXC_ERR, IBV_WC_SUCCESS, IBV_WC_WR_FLUSH_ERR, ibv_wc,
-};
+use self::sys::{IBV_WC_RECV_RDMA_WITH_IMM, IBV_WC_SUCCESS, ibv_wc};
 use self::wire::Slot;
 use crate::fabric::{CloseReason, Event, Events, Fabric, Full, Limits, MAX_MESSAGE, Message, Op, OpError, Signal};
 use crate::link::control::Control;
-use crate::span::{LocalSpan, RemoteSpan};
 use crate::time::Nanos;
 
 /// Marks the name of a receive; the rest is its slot. Work requests are counted from 1 and never come here.
@@ -131,135 +132,6 @@ impl VerbsFabric {
             revocation_ends_link: true,
         }
     }
-
-    // ---- sending ----
-
-    /// A one-sided operation: one work request for each piece that the device takes.
-    #[inline]
-    fn transfer(&mut self, signal: Signal, local: LocalSpan, remote: RemoteSpan, kind: Kind) -> Result<(), Full> {
-        let reads = kind == Kind::Read;
-        let (from, to) = if reads { (remote.len, local.len) } else { (local.len, remote.len) };
-        let fits = from == to && from <= self.limits.max_op_len;
-        let pieces = if fits { from.div_ceil(self.piece).max(1) } else { 1 };
-        let notifies = matches!(kind, Kind::WriteNotify(_));
-        if !self.outbox.has_room(pieces) || (notifies && !self.inbox.may_send()) {
-            return Err(Full);
-        }
-        if !fits {
-            self.outbox.refuse(signal, OpError::Mismatch { from, to });
-            return Ok(());
-        }
-        let (read, written) = if reads { (remote.access, local.access) } else { (local.access, remote.access) };
-        if !read.read || !written.write {
-            self.outbox.refuse(signal, OpError::Denied);
-            return Ok(());
-        }
-        let mut done = 0;
-        for left in (0..pieces).rev() {
-            let len = (from - done).min(self.piece);
-            self.make_room();
-            if !self.piece_of(signal, local, remote, kind, done, len, left == 0) {
-                self.outbox.refuse(signal, OpError::Revoked);
-                return Ok(());
-            }
-            done += len;
-        }
-        self.outbox.report(signal, pieces);
-        Ok(())
-    }
-
-    /// One work request. False where a region is gone: nothing was posted, because all pieces are of the same two regions.
-    #[inline]
-    #[expect(clippy::too_many_arguments, reason = "spans by value stay in registers")]
-    fn piece_of(
-        &mut self,
-        signal: Signal,
-        local: LocalSpan,
-        remote: RemoteSpan,
-        kind: Kind,
-        done: u32,
-        len: u32,
-        last: bool,
-    ) -> bool {
-        let offset = local.offset + u64::from(done);
-        let (Some(ours), Some(theirs)) = (self.books.locals.find(local.name), self.books.remotes.find(remote.name)) else {
-            return false;
-        };
-        let bytes = match &ours.region {
-            _ if len == 0 => Bytes::Copied(&[]),
-            _ if len <= self.inline && kind != Kind::Read => Bytes::CopiedFrom { memory: &ours.memory, offset, len },
-            Some(region) => Bytes::Registered { region, offset, len },
-            None => return false,
-        };
-        let (address, key) = (theirs.address + remote.offset + u64::from(done), theirs.key);
-        let (what, signalled) = match kind {
-            Kind::Write => (What::Write { address, key }, false),
-            Kind::WriteNotify(notify) if last => (What::WriteNotify { address, key, notify }, false),
-            Kind::WriteNotify(_) => (What::Write { address, key }, false),
-            // Whoever reads waits for it.
-            Kind::Read => (What::Read { address, key }, last && signal != Signal::No),
-        };
-        if !self.outbox.push(signalled, what, bytes) {
-            return false;
-        }
-        if matches!(what, What::WriteNotify { .. }) {
-            self.inbox.notifying();
-        }
-        true
-    }
-
-    /// Hands a full batch over before the next request: after it, the last one's report could no longer be asked for.
-    #[inline]
-    fn make_room(&mut self) {
-        if self.outbox.sends.is_full() {
-            self.hand_over();
-        }
-    }
-
-    /// Sends a word of the fabric's own, where both queues have room for it.
-    fn say(&mut self, slot: Slot<'_>, signalled: bool) -> bool {
-        if self.pair.is_none() || !self.inbox.may_send_own() || !self.outbox.has_reserve() {
-            return false;
-        }
-        self.put(slot, signalled);
-        true
-    }
-
-    #[inline]
-    fn put(&mut self, slot: Slot<'_>, signalled: bool) {
-        self.make_room();
-        let (bytes, len) = slot.encode(self.inbox.sending());
-        let pushed = self.outbox.push(signalled, What::Send, Bytes::Copied(bytes.get(..len).unwrap_or_default()));
-        if !pushed {
-            self.end(CloseReason::Device("its batch of work requests cannot be handed over"));
-        }
-    }
-
-    #[inline]
-    fn hand_over(&mut self) {
-        let Some(pair) = &mut self.pair else { return };
-        if self.outbox.prepare()
-            && let Err(error) = pair.post(&mut self.outbox.sends)
-        {
-            tracing::error!(%error, "the device refused work requests");
-            self.end(CloseReason::Device("it refused a work request"));
-        }
-    }
-
-    #[cold]
-    fn post_ended(&mut self, signal: Signal) -> Result<(), Full> {
-        // Nothing follows the event that said so.
-        if self.phase == Phase::Over || self.ready.len() >= MAX_READY {
-            return Err(Full);
-        }
-        self.ready.push_back(match signal {
-            Signal::Yes(id) => Event::Failed(Some(id), OpError::Closed),
-            Signal::No => Event::Failed(None, OpError::Closed),
-        });
-        Ok(())
-    }
-
-    // ---- receiving ----
 
     /// Takes completions once, where there is room for what they tell; how many there were.
     #[inline]
@@ -357,165 +229,6 @@ impl VerbsFabric {
         }
         self.inbox.posted_again();
     }
-
-    // ---- ending ----
-
-    /// Completion `index` of the `count` found failed: the queue pair is dead, and the first that says more than "flushed" is the cause.
-    #[cold]
-    fn broken(&mut self, index: usize, count: usize) {
-        if matches!(self.phase, Phase::Ended(_) | Phase::Over) {
-            return;
-        }
-        let Some(completion) = self.cause(index, count) else {
-            return self.end(self.why_flushed());
-        };
-        let receive = completion.wr_id & RECEIVE != 0;
-        let (error, reason) = match completion.status {
-            IBV_WC_LOC_PROT_ERR => (OpError::Revoked, CloseReason::Device("it may not use memory of this side")),
-            // A request of the peer's: each receive has the whole slot, so what does not fit is too long.
-            _ if receive => (OpError::Closed, CloseReason::Protocol("a message that is longer than a slot")),
-            IBV_WC_REM_ACCESS_ERR | IBV_WC_REM_INV_REQ_ERR | IBV_WC_REM_OP_ERR => {
-                (OpError::Revoked, CloseReason::Protocol("an operation on memory that its owner had revoked"))
-            }
-            // No acknowledgement, however often it was sent.
-            IBV_WC_RETRY_EXC_ERR => (OpError::Closed, CloseReason::PeerGone),
-            IBV_WC_RNR_RETRY_EXC_ERR => {
-                (OpError::Closed, CloseReason::Protocol("it has no receive slot where it said that it has one"))
-            }
-            _ if self.port_is_down() => (OpError::Closed, CloseReason::Device("its port is down")),
-            _ => (OpError::Closed, CloseReason::Device("a work request failed")),
-        };
-        tracing::debug!(status = completion.status, receive, %reason, "the queue pair broke");
-        if !receive {
-            self.outbox.fail(completion.wr_id, error);
-        }
-        self.end(reason);
-    }
-
-    /// The first failure that is more than "flushed", among the completions from `index` on and those that have come meanwhile.
-    #[cold]
-    fn cause(&mut self, mut index: usize, mut count: usize) -> Option<ibv_wc> {
-        loop {
-            let found = self.found.get(index..count).unwrap_or_default().iter();
-            let mut failed = found.filter(|it| !matches!(it.status, IBV_WC_SUCCESS | IBV_WC_WR_FLUSH_ERR));
-            if let Some(cause) = failed.next() {
-                return Some(*cause);
-            }
-            (index, count) = (0, self.completions.poll(&mut self.found).unwrap_or(0));
-            if count == 0 {
-                return None;
-            }
-        }
-    }
-
-    /// As far as the device has said; its events may not have been looked at yet.
-    #[cold]
-    fn port_is_down(&mut self) -> bool {
-        while let Some(event) = self.context.next_async_event() {
-            self.port_down = event == sys::IBV_EVENT_PORT_ERR || (self.port_down && event != sys::IBV_EVENT_PORT_ACTIVE);
-        }
-        self.port_down
-    }
-
-    /// All that was under way was flushed, and no request of ours failed: the device refused a request of the peer's. Some say so by an event.
-    #[cold]
-    fn why_flushed(&self) -> CloseReason {
-        while let Some(event) = self.context.next_async_event() {
-            match event {
-                sys::IBV_EVENT_DEVICE_FATAL => return CloseReason::Device("it failed"),
-                sys::IBV_EVENT_QP_FATAL | sys::IBV_EVENT_CQ_ERR => return CloseReason::Device("its queues failed"),
-                other => tracing::debug!(device = self.context.name(), event = other, "the device reports"),
-            }
-        }
-        CloseReason::Protocol("it used memory that it was not granted, or made a request that does not exist")
-    }
-
-    /// The link ends now: the queue pair goes, so that the device touches nothing of ours any more, and what is not done will not be.
-    #[cold]
-    fn end(&mut self, reason: CloseReason) {
-        if matches!(self.phase, Phase::Ended(_) | Phase::Over) {
-            return;
-        }
-        let reason = if matches!(self.phase, Phase::Closing { .. }) { CloseReason::Local } else { reason };
-        self.phase = Phase::Ended(reason);
-        // A queue pair with a bound window is slow to go: rxe takes 51 s.
-        self.books.free_windows();
-        self.pair = None;
-        self.answer_all();
-    }
-
-    #[cold]
-    fn answer_all(&mut self) {
-        self.outbox.end();
-        while let Some(event) = self.outbox.next_event() {
-            self.ready.push_back(event);
-        }
-    }
-
-    /// Takes completions until `done`, the end, or the limit; events wait for the next poll.
-    #[cold]
-    fn drain(&mut self, done: impl Fn(&Self) -> bool) -> bool {
-        let deadline = Instant::now() + DRAIN_LIMIT;
-        let mut empty = 0_u32;
-        while self.pair.is_some() && !done(self) {
-            if Instant::now() > deadline {
-                return false;
-            }
-            // No credits are told meanwhile, so that the peer's slots and our own reports bound what comes.
-            if self.take_now() > 0 {
-                empty = 0;
-                continue;
-            }
-            empty = empty.saturating_add(1);
-            if empty > 1000 {
-                std::thread::sleep(Duration::from_micros(50));
-            }
-        }
-        true
-    }
-
-    // ---- what raises no completion ----
-
-    #[cold]
-    fn look(&mut self, now: Nanos) {
-        self.looked_at = now;
-        if let Err(reason) = self.books.take_frames(&mut *self.control) {
-            // A goodbye that the device has taken already is better news than a connection that ended after it.
-            while self.take() > 0 {}
-            return self.end(reason);
-        }
-        while let Some(event) = self.context.next_async_event() {
-            match event {
-                sys::IBV_EVENT_DEVICE_FATAL => return self.end(CloseReason::Device("it failed")),
-                sys::IBV_EVENT_QP_ACCESS_ERR | sys::IBV_EVENT_QP_REQ_ERR => {
-                    return self.end(CloseReason::Protocol("it used memory that it was not granted"));
-                }
-                sys::IBV_EVENT_QP_FATAL | sys::IBV_EVENT_CQ_ERR => return self.end(CloseReason::Device("its queues failed")),
-                // It may come back before the retries are used up; if not, they end the link.
-                sys::IBV_EVENT_PORT_ERR => {
-                    self.port_down = true;
-                    tracing::warn!(device = self.context.name(), "the port is down");
-                }
-                sys::IBV_EVENT_PORT_ACTIVE => {
-                    self.port_down = false;
-                    tracing::info!(device = self.context.name(), "the port is up");
-                }
-                other => tracing::debug!(device = self.context.name(), event = other, "the device reports"),
-            }
-        }
-        if self.phase == Phase::Open && now.since(self.heard_at) >= SILENCE && now.since(self.asked_at) >= SILENCE {
-            self.asked_at = now;
-            self.push_nothing(false);
-        }
-    }
-}
-
-/// What a transfer is.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Kind {
-    Write,
-    WriteNotify(u32),
-    Read,
 }
 
 impl Fabric for VerbsFabric {

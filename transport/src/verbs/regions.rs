@@ -9,9 +9,10 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::chain::{Bytes, What};
+use super::context::ProtectionDomain;
 use super::error::VerbsError;
 use super::establish::by_chance;
-use super::objects::{MemoryRegion, ProtectionDomain};
+use super::objects::MemoryRegion;
 use super::sys::{IBV_ACCESS_LOCAL_WRITE, IBV_ACCESS_MW_BIND, IBV_ACCESS_REMOTE_READ, IBV_ACCESS_REMOTE_WRITE};
 use super::windows::MemoryWindow;
 use super::wire::{Announcement, Frame, Slot};

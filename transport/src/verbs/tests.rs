@@ -3,6 +3,9 @@
 //! Two ends over a real device, of which one pushes raw work requests past its own books; the other must end the link with a reason that names what
 //! was wrong. Needs an RDMA device; the soft-RoCE lab runs it.
 
+use std::time::Instant;
+
+use super::chain::{Bytes, What};
 use super::wire::SLOTS;
 use super::*;
 use crate::span::Access;

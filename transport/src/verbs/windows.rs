@@ -4,16 +4,16 @@
 //! A grant of 64 KiB of a 2 GiB region is one bind request; revoking it is one invalidate. rxe binds windows and does not hold anybody to their
 //! bounds, so a device is asked once, by a write of 8 bytes behind a window's end that must fail, before its windows are used.
 
-use std::collections::BTreeMap;
 use std::ptr::NonNull;
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use super::chain::{BATCH, Bytes, Sends, What};
+use super::context::ProtectionDomain;
 use super::device::OpenPort;
 use super::error::VerbsError;
 use super::establish::{self, connected_pair};
-use super::objects::{CompletionQueue, MemoryRegion, ProtectionDomain, no_completion, report_leak};
+use super::objects::{CompletionQueue, MemoryRegion, no_completion, report_leak};
 use super::sys::{
     IBV_ACCESS_LOCAL_WRITE, IBV_ACCESS_MW_BIND, IBV_DEVICE_MEM_WINDOW_TYPE_2B, IBV_MW_TYPE_2, IBV_WC_SUCCESS, ibv_access_flags,
     ibv_mw, ibv_mw_bind_info, ibv_send_wr__bindgen_ty_4__bindgen_ty_1,
@@ -89,16 +89,16 @@ impl Drop for MemoryWindow {
 
 /// Whether grants over this device are to be windows.
 pub(super) fn are_to_be_used(method: GrantMethod, port: &OpenPort) -> Result<bool, VerbsError> {
-    /// Asked once for each device of this process.
-    static KNOWN: OnceLock<Mutex<BTreeMap<String, bool>>> = OnceLock::new();
+    /// Asked once for each device of this process; of more devices than this, each time.
+    static KNOWN: [OnceLock<(String, bool)>; 8] = [const { OnceLock::new() }; 8];
     match method {
         GrantMethod::Regions => return Ok(false),
         GrantMethod::Windows => return Ok(true),
         GrantMethod::Probe if port.limits.device_cap_flags & IBV_DEVICE_MEM_WINDOW_TYPE_2B == 0 => return Ok(false),
         GrantMethod::Probe => {}
     }
-    let known = || KNOWN.get_or_init(Mutex::default).lock().unwrap_or_else(PoisonError::into_inner);
-    if let Some(enforced) = known().get(port.context.name()) {
+    let known = || KNOWN.iter().filter_map(OnceLock::get).find(|(name, _)| name == port.context.name());
+    if let Some((_, enforced)) = known() {
         return Ok(*enforced);
     }
     let enforced = bounds_are_enforced(port).unwrap_or_else(|error| {
@@ -115,7 +115,13 @@ pub(super) fn are_to_be_used(method: GrantMethod, port: &OpenPort) -> Result<boo
             "the device does not enforce their bounds, so each grant is a region of its own"
         }
     );
-    known().insert(port.context.name().to_owned(), enforced);
+    let mut answer = (port.context.name().to_owned(), enforced);
+    for place in &KNOWN {
+        match place.set(answer) {
+            Ok(()) => break,
+            Err(taken) => answer = taken,
+        }
+    }
     Ok(enforced)
 }
 
