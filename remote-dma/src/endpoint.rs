@@ -7,7 +7,7 @@ use std::collections::VecDeque;
 use std::os::fd::BorrowedFd;
 use std::time::Duration;
 
-use farbus_transport::{CloseReason, Event, Events, Fabric, Nanos, Op, Signal};
+use farbus_transport::{CloseReason, Event, Events, Fabric, Nanos, Op, PostError, Signal};
 
 /// How long a full queue may stay full before the peer counts as stuck.
 const STALL_LIMIT: Duration = Duration::from_secs(5);
@@ -43,10 +43,15 @@ impl<F: Fabric> Endpoint<F> {
         }
     }
 
-    /// Posts; where the queue is full, waits a bounded time for room. False where the link ended or the peer is stuck: nothing was posted.
+    /// Posts; where the queue is full, waits a bounded time for room. False where the link ended, the peer is stuck, or an access was made at
+    /// once and failed, as an event will say: what depends on it must not be said.
     #[inline]
     pub(crate) fn post(&mut self, signal: Signal, op: Op<'_>) -> bool {
-        self.is_open() && (self.fabric.post(signal, op).is_ok() || self.post_when_there_is_room(signal, op))
+        self.is_open()
+            && match self.fabric.post(signal, op) {
+                Ok(()) => true,
+                Err(error) => self.post_again(error, signal, op),
+            }
     }
 
     /// Whether anything that is posted can still be carried out.
@@ -90,10 +95,10 @@ impl<F: Fabric> Endpoint<F> {
     }
 
     #[cold]
-    fn post_when_there_is_room(&mut self, signal: Signal, op: Op<'_>) -> bool {
+    fn post_again(&mut self, mut error: PostError, signal: Signal, op: Op<'_>) -> bool {
         let started = Nanos::now();
         let mut rounds = 0_u32;
-        while !self.stalled && !self.closed {
+        while self.is_open() && error == PostError::Full {
             self.fabric.flush();
             let now = Nanos::now();
             self.scratch.clear();
@@ -102,8 +107,9 @@ impl<F: Fabric> Endpoint<F> {
             }
             self.closed = self.scratch.as_slice().iter().any(|event| matches!(event, Event::Closed(_)));
             self.backlog.extend(self.scratch.as_slice());
-            if self.fabric.post(signal, op).is_ok() {
-                return true;
+            match self.fabric.post(signal, op) {
+                Ok(()) => return true,
+                Err(again) => error = again,
             }
             self.stalled = now.since(started) > STALL_LIMIT;
             rounds = rounds.saturating_add(1);

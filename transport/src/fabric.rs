@@ -24,7 +24,8 @@ pub struct Limits {
     pub max_op_len: u32,
     /// Operations that may be posted and not yet completed.
     pub queue_depth: u32,
-    /// Writes and reads are done when `post` returns: their buffers are free again at once and no completion needs to be awaited.
+    /// Writes and reads are done when `post` returns: their buffers are free again at once and no completion needs to be awaited. Of one that
+    /// is not signalled and failed `post` itself says so, so that nobody takes it for done.
     pub immediate: bool,
     /// The peer's memory can be mapped here ([`Regions::map_remote`]): loads, stores and system calls reach it without a copy of ours.
     pub peer_mappable: bool,
@@ -77,11 +78,6 @@ pub enum Op<'a> {
     },
 }
 
-/// The queue is full: poll, then try again. Nothing was queued.
-#[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
-#[error("the send queue is full")]
-pub struct Full;
-
 /// Why an operation failed. The peer's memory and ours are as if it had not been tried, or, for a write, partly written.
 #[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
 pub enum OpError {
@@ -110,6 +106,17 @@ pub enum OpError {
     /// The link ended first.
     #[error("the link is closed")]
     Closed,
+}
+
+/// Why an operation is not under way. Without the reason of a failure, because what `post` may have to say costs the posts that succeed.
+#[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
+pub enum PostError {
+    /// The queue is full: poll, then try again. Nothing was queued.
+    #[error("the send queue is full")]
+    Full,
+    /// It was carried out at once and failed: [`Event::Failed`] will say why.
+    #[error("the operation failed at once")]
+    Failed,
 }
 
 /// Why a link ended.
@@ -345,8 +352,9 @@ pub trait Fabric: Regions + Send {
     /// Queues an operation; the peer may see it before `flush`, and sees it soon after.
     ///
     /// # Errors
-    /// [`Full`] where the queue has no room: nothing was queued.
-    fn post(&mut self, signal: Signal, op: Op<'_>) -> Result<(), Full>;
+    /// [`PostError::Full`] where the queue has no room. [`PostError::Failed`] only for an unsignalled [`Op::Write`] or [`Op::Read`] of a
+    /// fabric that is [`Limits::immediate`], and then always where it failed.
+    fn post(&mut self, signal: Signal, op: Op<'_>) -> Result<(), PostError>;
 
     /// Puts what is queued on the wire: one doorbell for the batch.
     fn flush(&mut self);

@@ -23,7 +23,8 @@ pub mod time;
 pub mod wrap;
 
 pub use fabric::{
-    CloseReason, Event, Events, Fabric, Full, Grant, GrantError, Limits, Message, Op, OpError, OpId, Regions, RegisterError, Signal,
+    CloseReason, Event, Events, Fabric, Grant, GrantError, Limits, Message, Op, OpError, OpId, PostError, Regions, RegisterError,
+    Signal,
 };
 pub use memory::{Mapped, Memory, MemoryError};
 pub use span::{Access, LocalRegion, LocalSpan, RemoteRegion, RemoteSpan, SpanError};

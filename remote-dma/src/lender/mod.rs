@@ -6,6 +6,7 @@
 //! One thread owns a session. [`LenderSession::run`] polls, and sleeps after a bounded time without work.
 
 mod bus;
+mod dma;
 mod mediation;
 mod windows;
 

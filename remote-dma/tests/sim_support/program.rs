@@ -17,7 +17,7 @@ use farbus_transport::{Access, CloseReason, Memory, Nanos};
 use super::guest::{AREA_BYTES, BASE, Expected, Guest, Kind, Piece, Seat, Write, pages};
 use super::wire::{Wire, wires};
 use crate::common::{
-    COMMAND, CopyEngine, DONE, FAULTS, FROM, IOVA, LEN, POLLED_WORD, RAISE, READ, STAMP, VALUE, WRITE, bar0, description,
+    COMMAND, CopyEngine, DONE, FAULTS, FROM, IOVA, LEN, POLLED_WORD, RAISE, READ, STAMP, Told, VALUE, WRITE, bar0, description,
 };
 
 mod device;
@@ -48,6 +48,7 @@ impl Plan {
     pub fn drawn(seed: u64) -> Self {
         let mut choices = Seed::new(seed);
         let mut options = SimOptions::drawn(&mut choices);
+        options.immediate = choices.chance(400);
         let steps = choices.between(30, 150);
         let cut = choices.chance(300).then(|| choices.below(steps));
         if choices.chance(300) {
@@ -112,6 +113,8 @@ struct Play {
     guest: Arc<Mutex<Guest>>,
     buffer: Arc<Memory>,
     buffer_model: Vec<u8>,
+    /// What the device was told is done, since its slots were last used anew.
+    told: Arc<Mutex<Vec<Told>>>,
     choices: Seed,
     world: World,
     busy: [bool; SLOTS],
@@ -135,6 +138,7 @@ pub fn run(plan: &Plan) -> Result<(), String> {
     let mut play = Play::new(plan)?;
     for step in 0..plan.steps {
         if plan.cut == Some(step) {
+            play.ahead_of_the_cut();
             play.world.cut();
             play.cut = true;
             play.after_the_cut(Duration::from_nanos(plan.options.detection_ns.1));
@@ -152,7 +156,7 @@ impl Play {
         let mut choices = Seed::new(plan.seed ^ 0x5e55_1045);
         let (lender, borrower, world) = wires(plan.seed, plan.options.clone());
         let engine = CopyEngine::new();
-        let buffer = Arc::clone(&engine.buffer);
+        let (buffer, told) = (Arc::clone(&engine.buffer), Arc::clone(&engine.told));
         let lender = LenderSession::new(lender, Box::new(engine)).map_err(|(error, _)| error.to_string())?;
         let lazy = if choices.chance(500) { 0 } else { choices.below(900) as u32 };
         let machine =
@@ -170,6 +174,7 @@ impl Play {
             guest,
             buffer,
             buffer_model,
+            told,
             choices,
             world,
             busy: [false; SLOTS],

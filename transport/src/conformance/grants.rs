@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use super::Provider;
 use super::rig::{Outcome, Piece, Rig, ensure};
-use crate::fabric::{Event, Grant, GrantError, Op, OpError, OpId, Signal};
+use crate::fabric::{Grant, GrantError, Op, OpError, OpId, Signal};
 use crate::span::{Access, LocalSpan, RemoteRegion, RemoteSpan, SpanError};
 
 const PAGE: u64 = 4096;
@@ -21,11 +21,8 @@ fn refused(rig: &mut Rig<'_>, near: LocalSpan, far: RemoteSpan, error: Option<Op
     for op in all_ops(near, far) {
         let got = rig.perform(0, op)?;
         ensure!(got.is_err() && error.is_none_or(|error| got == Err(error)), "{op:?} ended as {got:?} where {error:?} was due");
-        rig.post(0, Signal::No, op)?;
-        rig.flush(0);
-        let event = rig.next(0)?;
-        let fits = matches!(event, Event::Failed(None, got) if error.is_none_or(|error| got == error));
-        ensure!(fits, "an unsignalled {op:?} ended as {event:?} where {error:?} was due");
+        let got = rig.fail(0, op)?;
+        ensure!(error.is_none_or(|error| got == error), "an unsignalled {op:?} failed with {got:?} where {error:?} was due");
     }
     Ok(())
 }

@@ -99,6 +99,7 @@ cases! {
     order::a_write_that_is_done_has_landed,
     order::overlapping_writes_end_as_posted,
     flow::spans_of_two_lengths_are_refused,
+    flow::an_unsignalled_operation_that_fails_is_told_once,
     flow::the_longest_operation_passes_and_a_longer_one_is_refused,
     flow::a_full_queue_pushes_back_and_loses_nothing long,
     flow::floods_in_both_directions_arrive_complete long,
@@ -214,6 +215,7 @@ macro_rules! conformance_suite {
             a_write_that_is_done_has_landed
             overlapping_writes_end_as_posted
             spans_of_two_lengths_are_refused
+            an_unsignalled_operation_that_fails_is_told_once
             the_longest_operation_passes_and_a_longer_one_is_refused
             a_full_queue_pushes_back_and_loses_nothing
             floods_in_both_directions_arrive_complete

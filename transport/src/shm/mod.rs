@@ -25,8 +25,8 @@ use self::revoke::{LIVES_BYTES, Revocations, Slot};
 use self::socket::{Delivered, GrantSocket};
 use crate::barrier;
 use crate::fabric::{
-    CloseReason, Event, Events, Fabric, Full, Grant, GrantError, Limits, MAX_MESSAGE, Message, Op, OpError, Regions, RegisterError,
-    Signal,
+    CloseReason, Event, Events, Fabric, Grant, GrantError, Limits, MAX_MESSAGE, Message, Op, OpError, PostError, Regions,
+    RegisterError, Signal,
 };
 use crate::local::LocalRegions;
 use crate::memory::{Mapped, Memory, MemoryError, is_sealed};
@@ -122,10 +122,10 @@ impl ShmFabric {
     }
 
     #[inline]
-    fn push(&mut self, kind: u8, bytes: &[u8]) -> Result<(), Full> {
+    fn push(&mut self, kind: u8, bytes: &[u8]) -> Result<(), PostError> {
         match self.tx.push(kind, bytes) {
             Ok(true) => Ok(()),
-            Ok(false) => Err(Full),
+            Ok(false) => Err(PostError::Full),
             Err(error) => {
                 self.fail(error);
                 Ok(())
@@ -164,11 +164,14 @@ impl ShmFabric {
         if to.try_copy_from(to_at, from, from_at, len) { Ok(()) } else { Err(OpError::Denied) }
     }
 
+    /// What `post` says of an operation that is over; the rest is said by an event.
     #[inline(always)]
-    fn finish(&mut self, signal: Signal, result: Result<(), OpError>) {
-        if (signal, result) != (Signal::No, Ok(())) {
-            self.report(signal, result);
+    fn finish(&mut self, signal: Signal, result: Result<(), OpError>, is_access: bool) -> Result<(), PostError> {
+        if (signal, result) == (Signal::No, Ok(())) {
+            return Ok(());
         }
+        self.report(signal, result);
+        if is_access && signal == Signal::No { Err(PostError::Failed) } else { Ok(()) }
     }
 
     #[cold]
@@ -184,13 +187,12 @@ impl ShmFabric {
     }
 
     #[cold]
-    fn post_closed(&mut self, signal: Signal) -> Result<(), Full> {
+    fn post_closed(&mut self, signal: Signal, is_access: bool) -> Result<(), PostError> {
         // Nothing follows the event that said so.
         if self.close_reported || self.ready.len() >= SLOTS as usize {
-            return Err(Full);
+            return Err(PostError::Full);
         }
-        self.finish(signal, Err(OpError::Closed));
-        Ok(())
+        self.finish(signal, Err(OpError::Closed), is_access)
     }
 
     #[cold]
@@ -316,17 +318,15 @@ impl Fabric for ShmFabric {
 
     /// Inlined, because the operation is known wherever it is posted: one arm of the match is left.
     #[inline(always)]
-    fn post(&mut self, signal: Signal, op: Op<'_>) -> Result<(), Full> {
+    fn post(&mut self, signal: Signal, op: Op<'_>) -> Result<(), PostError> {
+        let is_access = matches!(op, Op::Write { .. } | Op::Read { .. });
         if self.closed.is_some() {
-            return self.post_closed(signal);
+            return self.post_closed(signal, is_access);
         }
         // A copy takes no slot of the ring, but what it ends with may take one of `ready`.
-        let room = match op {
-            Op::Write { .. } | Op::Read { .. } => self.ready.len() < SLOTS as usize,
-            Op::WriteNotify { .. } | Op::Send { .. } => self.has_room(),
-        };
+        let room = if is_access { self.ready.len() < SLOTS as usize } else { self.has_room() };
         if !room {
-            return Err(Full);
+            return Err(PostError::Full);
         }
         let result = match op {
             Op::Write { from, to } => self.copy(from, to, true),
@@ -346,8 +346,7 @@ impl Fabric for ShmFabric {
                 Ok(())
             }
         };
-        self.finish(signal, result);
-        Ok(())
+        self.finish(signal, result, is_access)
     }
 
     #[inline]

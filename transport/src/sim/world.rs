@@ -8,7 +8,7 @@ use std::collections::{BinaryHeap, VecDeque};
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
-use crate::fabric::{CloseReason, Event, Events, Full, Limits, Message, Op, OpError, OpId, Signal};
+use crate::fabric::{CloseReason, Event, Events, Limits, Message, Op, OpError, OpId, PostError, Signal};
 use crate::memory::Memory;
 use crate::sim::Seed;
 use crate::sim::options::{SimOptions, Violation};
@@ -38,7 +38,9 @@ pub(super) enum Carried {
         into: LocalSpan,
     },
     Send(Message),
-    /// Refused when it was posted, or told to be lost.
+    /// A write's notification whose bytes are there already.
+    Notify(u32),
+    /// Refused or carried out when it was posted, or told to be lost.
     Nothing,
 }
 
@@ -201,7 +203,7 @@ impl Inner {
 
     // ---- what the ends call ----
 
-    pub(super) fn post(&mut self, side: SideIndex, signal: Signal, op: Op<'_>) -> Result<(), Full> {
+    pub(super) fn post(&mut self, side: SideIndex, signal: Signal, op: Op<'_>) -> Result<(), PostError> {
         let needs_credit = matches!(op, Op::Send { .. } | Op::WriteNotify { .. });
         let mut result = Ok(());
         let mut carried = self.carry(op).unwrap_or_else(|error| {
@@ -212,20 +214,43 @@ impl Inner {
         let queue_depth = self.options.queue_depth.max(1) as usize;
         let this = &mut self.sides[side];
         if this.life != Life::Open || this.outstanding.len() >= queue_depth {
-            return Err(Full);
+            return Err(PostError::Full);
         }
         if needs_credit && result.is_ok() {
             match this.credits.checked_sub(1) {
                 Some(left) => this.credits = left,
                 None if lossy => carried = Carried::Nothing,
-                None => return Err(Full),
+                None => return Err(PostError::Full),
             }
         }
-        this.outstanding.push_back(Outstanding { signal, op: carried, sent: false, done: false, result });
+        let at_once = self.options.immediate && matches!(op, Op::Write { .. } | Op::Read { .. });
+        if self.options.immediate && result.is_ok() {
+            (carried, result) = self.at_once(side, carried);
+        }
+        self.sides[side].outstanding.push_back(Outstanding { signal, op: carried, sent: false, done: at_once, result });
+        if at_once && signal == Signal::No && result.is_err() && !self.breaks(Violation::HideFailure) {
+            return Err(PostError::Failed);
+        }
         if self.seed.chance(self.options.eager_permille) {
             self.flush(side);
         }
         Ok(())
+    }
+
+    /// Moves the bytes of a write or read now; what is left is under way.
+    fn at_once(&mut self, side: SideIndex, carried: Carried) -> (Carried, Result<(), OpError>) {
+        let (moved, left) = match carried {
+            Carried::Write { from, to, notify } => {
+                (self.move_bytes(side, &from, &to, true, None), notify.map_or(Carried::Nothing, Carried::Notify))
+            }
+            Carried::Read { from, into } => (self.move_bytes(side, &into, &from, false, None), Carried::Nothing),
+            under_way => (Ok(()), under_way),
+        };
+        if moved.is_err() && matches!(left, Carried::Notify(_)) {
+            // A failed write notifies nobody, so the place kept for its notification is free again.
+            self.sides[side].credits += 1;
+        }
+        (if moved.is_ok() { left } else { Carried::Nothing }, moved)
     }
 
     fn carry(&self, op: Op<'_>) -> Result<Carried, OpError> {

@@ -9,7 +9,7 @@ mod trace;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
-use crate::fabric::{Events, Fabric, Full, Grant, GrantError, Limits, Op, Regions, RegisterError, Signal};
+use crate::fabric::{Events, Fabric, Grant, GrantError, Limits, Op, PostError, Regions, RegisterError, Signal};
 use crate::memory::{Mapped, Memory};
 use crate::span::{Access, LocalRegion, LocalSpan, RemoteRegion, RemoteSpan};
 use crate::time::Nanos;
@@ -56,7 +56,7 @@ impl<F: Fabric + ?Sized> Fabric for Box<F> {
         (**self).limits()
     }
 
-    fn post(&mut self, signal: Signal, op: Op<'_>) -> Result<(), Full> {
+    fn post(&mut self, signal: Signal, op: Op<'_>) -> Result<(), PostError> {
         (**self).post(signal, op)
     }
 

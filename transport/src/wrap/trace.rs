@@ -7,7 +7,7 @@ use std::collections::VecDeque;
 use std::os::fd::BorrowedFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use crate::fabric::{Event, Events, Fabric, Full, Grant, GrantError, Limits, Op, Regions, RegisterError, Signal};
+use crate::fabric::{Event, Events, Fabric, Grant, GrantError, Limits, Op, PostError, Regions, RegisterError, Signal};
 use crate::memory::{Mapped, Memory};
 use crate::span::{Access, LocalRegion, LocalSpan, RemoteRegion, RemoteSpan};
 use crate::time::Nanos;
@@ -48,7 +48,7 @@ counters! {
     bytes_sent,
     /// Operations posted with [`Signal::Yes`].
     signalled,
-    /// Posts refused as [`Full`].
+    /// Posts refused as [`PostError::Full`].
     fulls,
     /// Calls of `flush`.
     flushes,
@@ -209,10 +209,10 @@ impl<F: Fabric> Fabric for Trace<F> {
         self.inner.limits()
     }
 
-    fn post(&mut self, signal: Signal, op: Op<'_>) -> Result<(), Full> {
+    fn post(&mut self, signal: Signal, op: Op<'_>) -> Result<(), PostError> {
         let posted = self.inner.post(signal, op);
         let mut log = lock(&self.log);
-        if posted.is_err() {
+        if posted == Err(PostError::Full) {
             log.counters.fulls += 1;
             log.note(Entry::Full);
             return posted;

@@ -45,6 +45,43 @@ impl Play {
         }
     }
 
+    /// Doorbells that reach the lender and are not obeyed before the cut.
+    pub(super) fn ahead_of_the_cut(&mut self) {
+        for _ in 0..self.choices.below(4) {
+            if self.choices.chance(700) {
+                let (iova, len) = self.place();
+                self.device_writes(iova, len);
+            } else {
+                self.device_reads();
+            }
+        }
+        self.world.advance(Duration::from_micros(self.choices.below(500)));
+    }
+
+    /// What the device was told is done has happened, whatever became of the link.
+    fn told_is_done(&mut self) {
+        let told = std::mem::take(&mut *self.told.lock().unwrap());
+        let mut guest = self.guest.lock().unwrap();
+        for done in told {
+            if done.command == READ {
+                let range = done.from as usize..(done.from + done.len) as usize;
+                let mut bytes = vec![0; done.len as usize];
+                self.buffer.read(done.from, &mut bytes).unwrap();
+                if self.buffer_model.get(range).is_none_or(|should| should != bytes) {
+                    guest.complain("the device was told that a read is done which did not happen");
+                }
+                continue;
+            }
+            let write = guest.expected.iter().find_map(|expected| match expected {
+                Expected::Write(write) if write.word == POLLED_WORD ^ done.stamp && !write.overwritten => Some(write.clone()),
+                _ => None,
+            });
+            if write.is_some_and(|write| guest.read(&write.pieces) != write.bytes) {
+                guest.complain("the device was told that a write is done which did not happen");
+            }
+        }
+    }
+
     /// The link is cut with everything under way.
     pub(super) fn after_the_cut(&mut self, detection: Duration) {
         // A queue that was full has room again when the end is known; an access waits for that too.
@@ -91,6 +128,7 @@ impl Play {
             let heard = lender.closed();
             self.guest().complain(format!("the lender heard {heard:?} of the cut"));
         }
+        self.told_is_done();
         drop(lender.end());
         self.nothing_else_changed();
     }
