@@ -226,6 +226,7 @@ fn dma_to_memory_that_its_owner_took_back_is_a_fault_and_never_done() {
         say(&mut borrower, &[store(COMMAND, command)]);
         let counters = session.counters();
         assert_eq!((counters.direct_dma, counters.faults, counters.interrupts), (0, 1, 0), "command {command}: {counters:?}");
+        session.pump(Nanos::now());
         assert_eq!(session.closed(), Some(CloseReason::Protocol("an operation on the peer's memory failed")));
         let mut events = Events::new();
         borrower.poll(Nanos::now(), &mut events);
