@@ -216,6 +216,7 @@ pub trait Attachment: Send {
     /// Why the device is gone, once it is.
     fn gone(&self) -> Option<CloseReason>;
 
-    /// The pages the device wrote in `memory`, complete up to this call; `None` where `memory` has no window.
+    /// The pages the device wrote in `memory`, complete up to this call; `None` where `memory` has no window and nothing is left to take of
+    /// one that it had. Where the link was cut and the other side cannot mark by itself, marks of what was under way may be missing.
     fn dirty_log(&mut self, memory: &Arc<Memory>, host: &mut dyn Host) -> Option<&DirtyLog>;
 }

@@ -303,7 +303,8 @@ impl<S: IrqSink> Function<S> {
         self.attachment.gone()
     }
 
-    /// The pages that the device wrote in `memory`, complete up to this call; `None` where `memory` has no window.
+    /// The pages that the device wrote in `memory`, complete up to this call; `None` where `memory` has no window and nothing is left to take
+    /// of one that it had.
     pub fn dirty_log(&mut self, memory: &Arc<Memory>) -> Option<&DirtyLog> {
         self.attachment.dirty_log(memory, &mut self.front)
     }

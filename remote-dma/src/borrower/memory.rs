@@ -1,7 +1,7 @@
 //! The borrower's books: which memory was offered to the lender, under which key, with which dirty log, and which windows lead to it.
 //!
 //! Mapping 64 MiB at 0 and 448 MiB at 0x1_0000_0000 of one memfd offers it once, as key 1; unmapping the second leaves the offer, unmapping
-//! both withdraws it.
+//! both withdraws it, and what the device wrote can still be taken from its log.
 
 use std::sync::Arc;
 
@@ -9,7 +9,7 @@ use farbus_transport::{Access, Fabric, Grant, GrantError, LocalRegion, Memory};
 
 use crate::address::Iova;
 use crate::attachment::{MapError, Window, WindowMemory};
-use crate::dirty_log::DirtyLog;
+use crate::dirty_log::{DirtyLog, DirtyLogs};
 use crate::iova_map::IovaMap;
 
 struct Offered {
@@ -37,6 +37,7 @@ pub(super) struct Offer {
 pub(super) struct Memories {
     windows: IovaMap<Target>,
     offered: Vec<Offered>,
+    logs: DirtyLogs,
 }
 
 impl Memories {
@@ -59,12 +60,14 @@ impl Memories {
     }
 
     pub(super) fn log_of(&self, memory: &Arc<Memory>) -> Option<&DirtyLog> {
-        self.find(memory).map(|offered| &offered.log)
+        self.logs.of(memory)
     }
 
     /// Registers and grants memory that no window used so far.
     pub(super) fn offer<F: Fabric>(&mut self, fabric: &mut F, memory: &Arc<Memory>, proven: bool) -> Result<Offer, MapError> {
-        let log = DirtyLog::new(memory.len()).map_err(GrantError::from)?;
+        self.prune_logs();
+        // Where it had windows before, marks of then may wait to be taken.
+        let log = self.logs.of_or_new(memory).map_err(GrantError::from)?;
         let access = if memory.writable() { Access::READ_WRITE } else { Access::READ };
         let not_registered = |_| GrantError::TooMany { limit: u32::MAX };
         let region = fabric.register(Arc::clone(memory), access).map_err(not_registered)?;
@@ -121,7 +124,13 @@ impl Memories {
             for region in self.offered.swap_remove(at).regions {
                 fabric.deregister(region);
             }
+            self.prune_logs();
         }
+    }
+
+    fn prune_logs(&mut self) {
+        let offered = &self.offered;
+        self.logs.prune(|memory| offered.iter().any(|offered| Arc::ptr_eq(&offered.memory, memory)));
     }
 
     /// The key of memory that was not proven before.

@@ -11,6 +11,7 @@ use super::bus::LenderBus;
 use super::mediation::{Chunk, ChunkKind};
 use crate::address::Iova;
 use crate::backend::{Bus, DmaFault, DmaTag, MAX_POLLED_WRITE, Progress};
+use crate::dma_buffer::DmaBuffer;
 use crate::endpoint::Endpoint;
 use crate::message::ToBorrower;
 
@@ -230,31 +231,29 @@ impl<F: Fabric> Bus for LenderBus<F> {
         Ok(progress)
     }
 
-    fn map(&mut self, iova: Iova, len: u64, access: Access) -> Result<Option<Mapped>, DmaFault> {
+    fn map(&mut self, iova: Iova, len: u64, access: Access) -> Result<Option<DmaBuffer>, DmaFault> {
         self.allowed()?;
         let checked = self.windows.map.check(iova, len, access);
         self.counted(checked)?;
         let piece = self.windows.map.piece(iova, len, access)?;
-        let Some(mapped) = piece.target.direct.as_ref().filter(|_| piece.len == len).and_then(|direct| direct.mapped.as_ref())
-        else {
+        let direct = piece.target.direct.as_ref().filter(|_| piece.len == len);
+        let Some((mapped, log)) = direct.and_then(|direct| direct.mapped.as_ref().zip(direct.dirty.as_ref())) else {
             return Ok(None);
         };
         if access.write && !self.mediator.is_idle() {
             return Ok(None);
         }
         let (memory, start) = mapped.parts();
-        let found = Mapped::new(Arc::clone(memory), start + piece.target.offset + piece.offset, len);
-        Ok(found.ok().map(|found| found.guarded(Arc::clone(&self.windows.in_use))))
-    }
-
-    fn written_directly(&mut self, iova: Iova, len: u64) {
-        // The window may have gone meanwhile; then nobody looks at its pages any more.
-        let Ok(piece) = self.windows.map.piece(iova, len, Access::WRITE) else {
-            return;
+        let offset = piece.target.offset + piece.offset;
+        let Ok(mapped) = Mapped::new(Arc::clone(memory), start + offset, len) else {
+            return Ok(None);
         };
-        if let Some(log) = piece.target.direct.as_ref().and_then(|direct| direct.dirty.as_ref()) {
-            log.mark(piece.target.offset + piece.offset, piece.len);
-        }
+        let in_use = Some(Arc::clone(&self.windows.in_use));
+        Ok(Some(if access.write {
+            DmaBuffer::written(mapped, log.clone(), offset, in_use)
+        } else {
+            DmaBuffer::read(mapped, in_use)
+        }))
     }
 
     fn interrupt(&mut self, vector: u16) {

@@ -188,6 +188,8 @@ impl Play {
             cut: false,
             written_pages: Vec::new(),
         };
+        let eager = play.choices.chance(600);
+        play.guest().eager = eager;
         play.session.set_bus_master(true, &mut play.seat());
         for area in 0..5 {
             play.map(area);

@@ -61,6 +61,7 @@ impl Play {
         }
         self.expect_all_landed("an unmap was acknowledged");
         self.guest().areas[area].mapped = false;
+        self.marked_before_the_acknowledgement(memory);
         // Reads that were under way have read: their memory is free too.
         self.reading.retain(|(other, _)| !other.meets(&piece));
         let mut bytes = vec![0; AREA_BYTES as usize];
@@ -77,6 +78,27 @@ impl Play {
         if area == 3 {
             let mut guest = self.guest();
             guest.areas[3].kind = if self.proven { Kind::Direct } else { Kind::Unproven };
+        }
+    }
+
+    /// A window is gone: whatever the device wrote through it is marked, also where it was the last one of its memory.
+    fn marked_before_the_acknowledgement(&mut self, memory: usize) {
+        let behind = Arc::clone(&self.guest().memories[memory]);
+        let mut seat = self.seat();
+        let log = self.session.dirty_log(&behind, &mut seat).cloned();
+        let mut guest = self.guest.lock().unwrap();
+        if log.is_some() {
+            guest.logs[memory] = log;
+        }
+        guest.take_marks();
+        let (marked, stored) = (guest.marked.clone(), guest.stored.clone());
+        let missing: Vec<_> =
+            self.written_pages.iter().filter(|page| page.0 == memory && !marked.contains(page) && !stored.contains(page)).collect();
+        if !missing.is_empty() {
+            guest.complain(format!("an unmap was acknowledged before the marks of pages {missing:?}"));
+        }
+        if self.session.counters().late > 0 {
+            guest.complain("a mark or a polled word came after its window was gone");
         }
     }
 
