@@ -180,10 +180,11 @@ pub trait Attachment: Send {
     /// [`MapError`]; nothing was mapped.
     fn map(&mut self, window: Window, host: &mut dyn Host) -> Result<(), MapError>;
 
-    /// Takes away every window inside the range. When it returns, no DMA touches the range any more.
+    /// Takes away every window inside the range. When it returns, no DMA touches the range any more, also where the device is gone.
     ///
     /// # Errors
-    /// [`MapError::Overlap`] where a window is only partly inside: nothing was taken. A range without windows is no error.
+    /// [`MapError::Overlap`] where a window is only partly inside: nothing was taken. [`MapError::Attachment`] where the device's side is gone
+    /// or refuses, and may still touch the range. A range without windows is no error.
     fn unmap(&mut self, iova: Iova, len: u64, host: &mut dyn Host) -> Result<(), MapError>;
 
     /// The memory behind every window of `memory` is proven to be what the guest sees: it may be accessed directly from now on.

@@ -19,7 +19,7 @@ use farbus_remote_dma::lender::{LenderSession, PollOptions};
 use farbus_remote_dma::wait::Waker;
 use farbus_remote_dma::{
     Activity, AttachError, Attachment, Backend, BarAddress, Bus, DeviceDescription, DmaFault, DmaTag, InterruptMode, Iova,
-    ResetKind, Width, Window, WindowMemory,
+    MapError, ResetKind, Width, Window, WindowMemory,
 };
 use farbus_transport::shm::{ShmFabric, ShmOptions};
 use farbus_transport::{Access, CloseReason, Memory};
@@ -33,13 +33,16 @@ struct Filler {
     len: u64,
     /// One for each thread: what to fill with. A thread whose sender is gone writes nothing.
     orders: Sender<Sender<u8>>,
+    /// Told when the session ends or the device is reset.
+    fenced: Sender<()>,
     at_work: Arc<AtomicUsize>,
 }
 
 impl Filler {
-    fn new() -> (Self, Receiver<Sender<u8>>) {
+    fn new() -> (Self, Receiver<Sender<u8>>, Receiver<()>) {
         let (orders, taken) = channel();
-        (Self { description: description(), len: 0, orders, at_work: Arc::default() }, taken)
+        let (fenced, was_fenced) = channel();
+        (Self { description: description(), len: 0, orders, fenced, at_work: Arc::default() }, taken, was_fenced)
     }
 }
 
@@ -86,7 +89,10 @@ impl Backend for Filler {
         None
     }
     fn set_interrupt_mode(&mut self, _mode: InterruptMode, _bus: &mut dyn Bus) {}
-    fn fence(&mut self) {}
+    fn fence(&mut self) {
+        // Most tests do not wait for it.
+        let _nobody = self.fenced.send(());
+    }
     fn in_flight(&self) -> usize {
         self.at_work.load(Ordering::Acquire)
     }
@@ -94,17 +100,22 @@ impl Backend for Filler {
 }
 
 struct Pair {
-    session: BorrowerSession<ShmFabric>,
+    session: Option<BorrowerSession<ShmFabric>>,
     host: Recorder,
     orders: Receiver<Sender<u8>>,
+    fenced: Option<Receiver<()>>,
     stop: Waker,
     lender: Option<std::thread::JoinHandle<CloseReason>>,
 }
 
 impl Pair {
     fn new() -> Self {
+        Self::with(BorrowerOptions::default())
+    }
+
+    fn with(options: BorrowerOptions) -> Self {
         let (lender, borrower) = ShmFabric::pair(ShmOptions::default()).unwrap();
-        let (filler, orders) = Filler::new();
+        let (filler, orders, fenced) = Filler::new();
         let stop = Waker::new().unwrap();
         let waker = stop.clone();
         let lender = std::thread::spawn(move || {
@@ -113,29 +124,36 @@ impl Pair {
             session.end();
             reason
         });
-        let session = BorrowerSession::new(borrower, description(), BorrowerOptions::default()).unwrap();
-        let mut pair = Self { session, host: Recorder::default(), orders, stop, lender: Some(lender) };
-        pair.session.set_bus_master(true, &mut pair.host);
-        pair
+        let mut session = BorrowerSession::new(borrower, description(), options).unwrap();
+        let mut host = Recorder::default();
+        session.set_bus_master(true, &mut host);
+        Self { session: Some(session), host, orders, fenced: Some(fenced), stop, lender: Some(lender) }
+    }
+
+    fn session(&mut self) -> (&mut BorrowerSession<ShmFabric>, &mut Recorder) {
+        (self.session.as_mut().unwrap(), &mut self.host)
     }
 
     fn map(&mut self, iova: u64, memory: &Arc<Memory>) {
         let memory = WindowMemory::Mapped { memory: Arc::clone(memory), offset: 0, proven: true };
         let window = Window { iova: Iova(iova), len: BYTES, access: Access::READ_WRITE, memory };
-        self.session.map(window, &mut self.host).unwrap();
+        let (session, host) = self.session();
+        session.map(window, host).unwrap();
     }
 
     /// Has the device begin to write, and gives what tells it to go on.
     fn begin(&mut self, iova: u64, len: u64) -> Sender<u8> {
         for (offset, value) in [(LEN, len), (IOVA, iova)] {
-            self.session.bar_write(bar0(offset), Width::B8, value, &mut self.host);
+            let (session, host) = self.session();
+            session.bar_write(bar0(offset), Width::B8, value, host);
         }
         self.orders.recv_timeout(Duration::from_secs(10)).unwrap()
     }
 
     fn pages(&mut self, memory: &Arc<Memory>) -> Option<Vec<u64>> {
         let mut pages = Vec::new();
-        self.session.dirty_log(memory, &mut self.host)?.take(|page| pages.push(page));
+        let (session, host) = self.session();
+        session.dirty_log(memory, host)?.take(|page| pages.push(page));
         Some(pages)
     }
 
@@ -143,7 +161,8 @@ impl Pair {
     fn unmap(&mut self, iova: u64, meanwhile: impl FnOnce() + Send) {
         std::thread::scope(|scope| {
             scope.spawn(meanwhile);
-            self.session.unmap(Iova(iova), BYTES, &mut self.host).unwrap();
+            let (session, host) = self.session();
+            session.unmap(Iova(iova), BYTES, host).unwrap();
         });
     }
 }
@@ -201,4 +220,52 @@ fn what_was_written_before_the_last_window_went_is_known_when_the_memory_is_mapp
     pair.unmap(BYTES, move || go.send(2).unwrap());
     assert_eq!(pair.pages(&guest).unwrap(), [5, 9]);
     assert_eq!(pair.pages(&other).unwrap(), [0_u64; 0]);
+}
+
+#[test]
+fn a_session_that_is_dropped_takes_its_memory_back_from_the_devices_threads() {
+    let mut pair = Pair::new();
+    let guest = Memory::memfd("guest", BYTES).unwrap();
+    pair.map(0, &guest);
+    let go = pair.begin(0x1000, 100);
+    let late = std::thread::spawn(move || {
+        std::thread::sleep(QUIET);
+        go.send(7).unwrap();
+    });
+    pair.session = None;
+    assert!(holds(&guest, 0x1000, 7), "the memory was free while a thread of the device's was in it");
+    late.join().unwrap();
+}
+
+#[test]
+fn memory_of_a_lender_that_is_given_up_is_free_only_when_its_threads_are_out_of_it() {
+    let control_deadline = Duration::from_millis(100);
+    let mut pair = Pair::with(BorrowerOptions { control_deadline, ..BorrowerOptions::default() });
+    let guest = Memory::memfd("guest", BYTES).unwrap();
+    pair.map(0, &guest);
+    let go = pair.begin(0x1000, 100);
+    let fenced = pair.fenced.take().unwrap();
+    pair.unmap(0, move || {
+        // By then the borrower has given up, and its lender has heard so.
+        fenced.recv_timeout(Duration::from_secs(10)).unwrap();
+        go.send(7).unwrap();
+    });
+    assert!(pair.session().0.gone().is_some(), "an unmap that took longer than its deadline");
+    assert!(holds(&guest, 0x1000, 7), "the memory was free while a thread of the device's was in it");
+    assert_eq!(pair.pages(&guest).unwrap(), [1], "and what it wrote is known");
+}
+
+#[test]
+fn memory_that_the_device_never_lets_go_of_is_not_said_to_be_free() {
+    let control_deadline = Duration::from_millis(100);
+    let mut pair = Pair::with(BorrowerOptions { control_deadline, ..BorrowerOptions::default() });
+    let guest = Memory::memfd("guest", BYTES).unwrap();
+    pair.map(0, &guest);
+    let go = pair.begin(0x1000, 100);
+    for _ in 0..2 {
+        let (session, host) = pair.session();
+        let refused = session.unmap(Iova(0), BYTES, host);
+        assert!(matches!(refused, Err(MapError::Attachment(_))), "{refused:?}");
+    }
+    go.send(7).unwrap();
 }

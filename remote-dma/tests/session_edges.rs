@@ -222,7 +222,7 @@ fn dma_to_memory_that_its_owner_took_back_is_a_fault_and_never_done() {
                 store(LEN, 64),
             ],
         );
-        borrower.deregister(memory);
+        borrower.deregister(memory).unwrap();
         say(&mut borrower, &[store(COMMAND, command)]);
         let counters = session.counters();
         assert_eq!((counters.direct_dma, counters.faults, counters.interrupts), (0, 1, 0), "command {command}: {counters:?}");

@@ -9,13 +9,14 @@ use farbus_transport::{Fabric, Nanos};
 
 type Wrap = fn(Box<dyn Fabric>, u64) -> Box<dyn Fabric>;
 
-/// Wrapped ends on links that are drawn, that carry out accesses at once, or that sleep on descriptors in real time.
+/// Wrapped ends on links that are drawn, that carry out accesses at once, whose memory can be mapped, or that sleep on descriptors in real time.
 struct Wrapped(Wrap, Kind);
 
 #[derive(PartialEq, Eq)]
 enum Kind {
     Drawn,
     Immediate,
+    Mapped,
     Sleeping,
 }
 
@@ -26,7 +27,8 @@ impl Provider for Wrapped {
         let options = if sleeping {
             SimOptions { descriptors: true, ..SimOptions::default() }
         } else {
-            SimOptions { immediate: *kind == Kind::Immediate, ..SimOptions::drawn(&mut Seed::new(seed)) }
+            let (immediate, peer_mappable) = (*kind == Kind::Immediate, *kind == Kind::Mapped);
+            SimOptions { immediate, peer_mappable, ..SimOptions::drawn(&mut Seed::new(seed)) }
         };
         let (left, right, world) = sim::pair(seed, options);
         Ok(Pair {
@@ -53,6 +55,11 @@ mod faulty {
     farbus_transport::conformance_suite!(Wrapped(faults, Kind::Drawn));
 }
 
+mod faulty_and_mapped {
+    use super::{Kind, Wrapped, faults};
+    farbus_transport::conformance_suite!(Wrapped(faults, Kind::Mapped));
+}
+
 mod faulty_and_immediate {
     use super::{Kind, Wrapped, faults};
     farbus_transport::conformance_suite!(Wrapped(faults, Kind::Immediate));
@@ -66,6 +73,11 @@ mod faulty_and_sleeping {
 mod traced {
     use super::{Kind, Wrapped, trace};
     farbus_transport::conformance_suite!(Wrapped(trace, Kind::Drawn));
+}
+
+mod traced_and_mapped {
+    use super::{Kind, Wrapped, trace};
+    farbus_transport::conformance_suite!(Wrapped(trace, Kind::Mapped));
 }
 
 mod traced_and_immediate {

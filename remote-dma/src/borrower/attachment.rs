@@ -67,8 +67,7 @@ impl<F: Fabric> Attachment for BorrowerSession<F> {
                             host,
                         );
                         if let Err(error) = asked {
-                            self.memories.forget(&mut self.link.fabric, offer.memory.key);
-                            return Err(error);
+                            return Err(self.forget(offer.memory.key).err().unwrap_or(error));
                         }
                         offer.memory.key
                     }
@@ -82,7 +81,7 @@ impl<F: Fabric> Attachment for BorrowerSession<F> {
         let sequence = self.next_sequence();
         let mapped = self.ask(sequence, ToLender::Map { sequence, iova, len, memory: key, offset, access }, host);
         let mapped = mapped.and_then(|()| self.memories.insert(window, key));
-        // Where the link is gone as well, whether the lender uses it cannot be known: it stays until the session is dropped.
+        // Where the link is gone as well, all memory was taken back with it.
         if mapped.is_err()
             && self.gone.is_none()
             && let Some(key) = key.filter(|key| self.memories.is_unused(*key))
@@ -97,10 +96,9 @@ impl<F: Fabric> Attachment for BorrowerSession<F> {
         if self.memories.check_unmap(iova, len)? == 0 {
             return Ok(());
         }
-        if !self.nobody_is_there() {
-            let sequence = self.next_sequence();
-            self.ask(sequence, ToLender::Unmap { sequence, iova, len }, host)?;
-        }
+        let sequence = self.next_sequence();
+        let asked = self.ask(sequence, ToLender::Unmap { sequence, iova, len }, host);
+        self.out_of_it(asked)?;
         for key in self.memories.remove(iova, len)? {
             self.withdraw(key, host)?;
         }

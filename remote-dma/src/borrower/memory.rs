@@ -5,7 +5,7 @@
 
 use std::sync::Arc;
 
-use farbus_transport::{Access, Fabric, Grant, GrantError, LocalRegion, Memory};
+use farbus_transport::{Access, Fabric, Grant, GrantError, LocalRegion, Memory, RevokeError};
 
 use crate::address::Iova;
 use crate::attachment::{MapError, Window, WindowMemory};
@@ -75,7 +75,7 @@ impl Memories {
             let grants =
                 fabric.export(&region, access).and_then(|memory| Ok((memory, fabric.export(&log_region, Access::READ_WRITE)?)));
             if grants.is_err() {
-                fabric.deregister(log_region);
+                take_back(fabric, log_region);
             }
             grants.map(|grants| (log_region, grants))
         });
@@ -86,7 +86,7 @@ impl Memories {
                 Ok(Offer { memory: granted, dirty })
             }
             Err(error) => {
-                fabric.deregister(region);
+                take_back(fabric, region);
                 Err(error.into())
             }
         }
@@ -119,13 +119,32 @@ impl Memories {
         Ok(unused)
     }
 
-    pub(super) fn forget<F: Fabric>(&mut self, fabric: &mut F, key: u64) {
-        if let Some(at) = self.offered.iter().position(|offered| offered.key == key) {
-            for region in self.offered.swap_remove(at).regions {
-                fabric.deregister(region);
-            }
-            self.prune_logs();
+    /// Takes an offer back.
+    ///
+    /// # Errors
+    /// [`RevokeError`]: the lender may still be in it.
+    pub(super) fn forget<F: Fabric>(&mut self, fabric: &mut F, key: u64) -> Result<(), RevokeError> {
+        let Some(at) = self.offered.iter().position(|offered| offered.key == key) else {
+            return Ok(());
+        };
+        let [memory, log] = self.offered.swap_remove(at).regions;
+        let revoked = fabric.deregister(memory);
+        take_back(fabric, log);
+        self.prune_logs();
+        revoked
+    }
+
+    /// Takes all offers back, because the link is given up. Windows stay in the books, and what was written can still be taken.
+    ///
+    /// # Errors
+    /// [`RevokeError`]: the lender may still be in one of them.
+    pub(super) fn revoke_all<F: Fabric>(&mut self, fabric: &mut F) -> Result<(), RevokeError> {
+        let mut revoked = Ok(());
+        for Offered { regions: [memory, log], .. } in self.offered.drain(..) {
+            revoked = revoked.and(fabric.deregister(memory));
+            take_back(fabric, log);
         }
+        revoked
     }
 
     fn prune_logs(&mut self) {
@@ -174,5 +193,12 @@ impl Memories {
 
     fn by_key(&self, key: Option<u64>) -> Option<&Offered> {
         self.offered.iter().find(|offered| Some(offered.key) == key)
+    }
+}
+
+/// Takes back memory that no guest uses: who is still in it harms nobody.
+fn take_back<F: Fabric>(fabric: &mut F, region: LocalRegion) {
+    if let Err(error) = fabric.deregister(region) {
+        tracing::warn!(%error, "the lender keeps memory that it was given for its own use");
     }
 }

@@ -71,6 +71,8 @@ pub struct BorrowerSession<F: Fabric> {
     sequence: Sequence,
     answer: Option<(Sequence, Answer)>,
     gone: Option<CloseReason>,
+    /// The link was given up, and the lender may nevertheless be in the guest's memory: it did not come out in time.
+    in_doubt: bool,
     counters: Counters,
 }
 
@@ -105,6 +107,7 @@ impl<F: Fabric> BorrowerSession<F> {
             sequence: 0,
             answer: None,
             gone: None,
+            in_doubt: false,
             counters: Counters::default(),
         };
         session.send(ToLender::Staging(session.staging.store_grant()));
@@ -129,11 +132,17 @@ impl<F: Fabric> BorrowerSession<F> {
         self.sequence
     }
 
+    /// Gives the link up, and takes the guest's memory back: whatever the reason, the lender is outside of it when this returns, or in doubt.
     fn close(&mut self, reason: CloseReason) {
-        if self.gone.is_none() {
-            tracing::debug!(%reason, "the link to the lender ended");
-            self.gone = Some(reason);
-            self.link.close();
+        if self.gone.is_some() {
+            return;
+        }
+        tracing::debug!(%reason, "the link to the lender ended");
+        self.gone = Some(reason);
+        self.link.close();
+        if let Err(error) = self.memories.revoke_all(&mut self.link.fabric) {
+            tracing::error!(%error, "the lender may still write guest memory: it must not be used for anything else while the lender runs");
+            self.in_doubt = true;
         }
     }
 
@@ -262,17 +271,33 @@ impl<F: Fabric> BorrowerSession<F> {
 
     /// Takes back an offer that no window uses.
     fn withdraw(&mut self, key: u64, host: &mut dyn Host) -> Result<(), MapError> {
-        if self.gone.is_none() {
-            let sequence = self.next_sequence();
-            self.ask(sequence, ToLender::Withdraw { sequence, key }, host)?;
-        }
-        self.memories.forget(&mut self.link.fabric, key);
-        Ok(())
+        let sequence = self.next_sequence();
+        let asked = self.ask(sequence, ToLender::Withdraw { sequence, key }, host);
+        self.out_of_it(asked)?;
+        self.forget(key)
     }
 
-    /// Whether the device's side can no longer touch guest memory because nobody is there.
-    fn nobody_is_there(&self) -> bool {
-        matches!(self.gone, Some(CloseReason::PeerGone | CloseReason::PeerClosed))
+    /// The answer to a question that takes memory away. Where the link is given up there is none, but the memory was taken back.
+    fn out_of_it(&self, asked: Result<(), MapError>) -> Result<(), MapError> {
+        match self.gone {
+            None => asked,
+            Some(_) if !self.in_doubt => Ok(()),
+            Some(reason) => Err(AttachmentError::Gone(reason).into()),
+        }
+    }
+
+    fn forget(&mut self, key: u64) -> Result<(), MapError> {
+        self.memories.forget(&mut self.link.fabric, key).map_err(|error| {
+            tracing::error!(%error, "the lender gave memory back that it is still in");
+            AttachmentError::Refused("it does not let go of memory that was taken back").into()
+        })
+    }
+}
+
+impl<F: Fabric> Drop for BorrowerSession<F> {
+    /// Who drops the session may use the guest's memory for something else.
+    fn drop(&mut self) {
+        self.close(CloseReason::Local);
     }
 }
 

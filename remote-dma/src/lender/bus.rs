@@ -57,7 +57,7 @@ pub(super) struct LenderBus<F> {
     free: Vec<u32>,
     generation: u32,
     finished: VecDeque<(DmaTag, Result<(), DmaFault>)>,
-    fault: Option<CloseReason>,
+    pub(super) fault: Option<CloseReason>,
     pub(super) counters: Counters,
 }
 

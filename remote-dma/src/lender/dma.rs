@@ -5,10 +5,13 @@
 
 use std::sync::Arc;
 
-use farbus_transport::{Access, Fabric, LocalRegion, LocalSpan, Mapped, Memory, Nanos, Op, OpId, PostError, RegisterError, Signal};
+use farbus_transport::{
+    Access, CloseReason, Fabric, LocalRegion, LocalSpan, Memory, Nanos, Op, OpError, OpId, PostError, RegisterError, Signal,
+};
 
 use super::bus::LenderBus;
 use super::mediation::{Chunk, ChunkKind};
+use super::windows::Direct;
 use crate::address::Iova;
 use crate::backend::{Bus, DmaFault, DmaTag, MAX_POLLED_WRITE, Progress};
 use crate::dma_buffer::DmaBuffer;
@@ -149,6 +152,16 @@ impl<F: Fabric> LenderBus<F> {
         Some(Ok(Progress::Done))
     }
 
+    /// A polled store was refused, which no event will say, unless the link ended.
+    #[cold]
+    fn not_stored(&mut self, error: OpError) -> Result<Progress, DmaFault> {
+        if error != OpError::Closed {
+            tracing::error!(%error, "a polled store to the borrower's memory failed");
+            self.fault.get_or_insert(CloseReason::Protocol("an operation on the peer's memory failed"));
+        }
+        self.failed_at_once()
+    }
+
     /// Never "done": the device would take its own stale bytes for the guest's, or announce data that is not there. The event that says why
     /// it failed ends the session.
     #[cold]
@@ -193,27 +206,25 @@ impl<F: Fabric> Bus for LenderBus<F> {
         if bytes.len() > MAX_POLLED_WRITE || !len.is_multiple_of(4) || !iova.0.is_multiple_of(4) || !in_page || len == 0 {
             return self.counted(Err(DmaFault::LocalBuffer { local: MAX_POLLED_WRITE as u64, len }));
         }
-        let piece = match self.windows.map.piece(iova, len, Access::WRITE) {
+        let Self { link: Endpoint { fabric, .. }, windows, mediator, .. } = self;
+        let piece = match windows.map.piece(iova, len, Access::WRITE) {
             Ok(piece) if piece.len == len => piece,
             Ok(_) => return self.counted(Err(DmaFault::Unmapped { iova, len })),
             Err(fault) => return self.counted(Err(fault)),
         };
         // A store of the guest's side that is asked for is not yet made: polled bytes go the same way then, however near their memory is, because
         // only the guest's side knows when they may be seen.
-        let direct = piece.target.direct.as_ref().filter(|_| self.mediator.is_quiet());
+        let direct = piece.target.direct.as_ref().filter(|_| mediator.is_quiet());
         let (progress, message) = match direct {
-            Some(direct) if direct.mapped.is_some() => {
+            Some(Direct { region, dirty: Some(log) }) => {
                 let offset = piece.target.offset + piece.offset;
-                let stored = direct.mapped.as_ref().is_some_and(|mapped| {
-                    let (memory, start) = mapped.parts();
-                    memory.store_last_word_last(start + offset, bytes).is_ok()
-                });
-                if !stored {
+                let Ok(to) = region.span(offset, bytes.len() as u32, Access::WRITE) else {
                     return self.counted(Err(DmaFault::Unmapped { iova, len }));
+                };
+                if let Err(error) = fabric.store_polled(to, bytes) {
+                    return self.not_stored(error);
                 }
-                if let Some(log) = &direct.dirty {
-                    log.mark(offset, len);
-                }
+                log.mark(offset, len);
                 (Progress::Done, None)
             }
             Some(_) => (Progress::Done, Some(ToBorrower::StorePolled { iova, len: bytes.len() as u8, bytes: padded(bytes) })),
@@ -237,15 +248,15 @@ impl<F: Fabric> Bus for LenderBus<F> {
         self.counted(checked)?;
         let piece = self.windows.map.piece(iova, len, access)?;
         let direct = piece.target.direct.as_ref().filter(|_| piece.len == len);
-        let Some((mapped, log)) = direct.and_then(|direct| direct.mapped.as_ref().zip(direct.dirty.as_ref())) else {
+        let Some((direct, log)) = direct.and_then(|direct| Some((direct, direct.dirty.as_ref()?))) else {
             return Ok(None);
         };
         if access.write && !self.mediator.is_idle() {
             return Ok(None);
         }
-        let (memory, start) = mapped.parts();
         let offset = piece.target.offset + piece.offset;
-        let Ok(mapped) = Mapped::new(Arc::clone(memory), start + offset, len) else {
+        let span = u32::try_from(len).ok().and_then(|len| direct.region.span(offset, len, access).ok());
+        let Some(mapped) = span.and_then(|span| self.link.fabric.map_remote(span)) else {
             return Ok(None);
         };
         let in_use = Some(Arc::clone(&self.windows.in_use));

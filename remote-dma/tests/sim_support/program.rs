@@ -39,8 +39,20 @@ pub struct Plan {
     pub seed: u64,
     pub options: SimOptions,
     pub steps: u64,
-    /// The step at which the link is cut.
-    pub cut: Option<u64>,
+    pub ending: Ending,
+}
+
+/// How a play ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ending {
+    /// The lender leaves, in order.
+    LenderLeaves,
+    /// The link is cut at this step, with everything under way.
+    Cut(u64),
+    /// The borrower gives up a lender that does not answer, and uses its memory for something else.
+    GiveUp,
+    /// The borrower's session is dropped with everything under way, and the memory used for something else.
+    Leave,
 }
 
 impl Plan {
@@ -48,14 +60,20 @@ impl Plan {
     pub fn drawn(seed: u64) -> Self {
         let mut choices = Seed::new(seed);
         let mut options = SimOptions::drawn(&mut choices);
-        options.immediate = choices.chance(400);
+        options.immediate = choices.chance(300);
+        options.peer_mappable = choices.chance(300);
         let steps = choices.between(30, 150);
-        let cut = choices.chance(300).then(|| choices.below(steps));
+        let ending = match choices.below(10) {
+            0..3 => Ending::Cut(choices.below(steps)),
+            3 => Ending::GiveUp,
+            4 => Ending::Leave,
+            _ => Ending::LenderLeaves,
+        };
         if choices.chance(300) {
             // Whoever waits meets the deadline before the link is known to be dead.
             options.detection_ns = (3_000_000_000, 15_000_000_000);
         }
-        Self { seed, options, steps, cut }
+        Self { seed, options, steps, ending }
     }
 }
 
@@ -137,7 +155,7 @@ struct Play {
 pub fn run(plan: &Plan) -> Result<(), String> {
     let mut play = Play::new(plan)?;
     for step in 0..plan.steps {
-        if plan.cut == Some(step) {
+        if plan.ending == Ending::Cut(step) {
             play.ahead_of_the_cut();
             play.world.cut();
             play.cut = true;
@@ -147,8 +165,19 @@ pub fn run(plan: &Plan) -> Result<(), String> {
         play.step();
         play.verdict(step)?;
     }
-    play.finish();
+    match plan.ending {
+        Ending::GiveUp => play.give_up(),
+        Ending::Leave => return play.leave(plan.steps),
+        Ending::LenderLeaves | Ending::Cut(_) => play.finish(),
+    }
     play.verdict(plan.steps)
+}
+
+fn verdict(step: u64, world: &World, guest: &Mutex<Guest>) -> Result<(), String> {
+    match guest.lock().unwrap().wrong.first() {
+        None => Ok(()),
+        Some(wrong) => Err(format!("step {step}, {} ns: {wrong}", world.now().0)),
+    }
 }
 
 impl Play {
@@ -207,10 +236,7 @@ impl Play {
     }
 
     fn verdict(&self, step: u64) -> Result<(), String> {
-        match self.guest().wrong.first() {
-            None => Ok(()),
-            Some(wrong) => Err(format!("step {step}, {} ns: {wrong}", self.world.now().0)),
-        }
+        verdict(step, &self.world, &self.guest)
     }
 
     fn step(&mut self) {

@@ -50,7 +50,7 @@ pub(super) fn an_unsignalled_operation_that_fails_is_told_once(provider: &dyn Pr
     rig.flush(0);
     rig.settle();
     rig.nothing_left()?;
-    rig.end(1).deregister(target.region);
+    rig.end(1).deregister(target.region)?;
     // New bytes, so that what gets through shows.
     let fresh = rig.bytes(4096);
     source.memory.write(0, &fresh)?;

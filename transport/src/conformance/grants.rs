@@ -53,7 +53,7 @@ pub(super) fn deregistered_memory_is_never_touched_again(provider: &dyn Provider
         for _ in 0..rig.seed.below(12) {
             rig.pump();
         }
-        rig.end(1).deregister(target.region);
+        rig.end(1).deregister(target.region)?;
         let (ours, theirs) = (near.all()?, target.all()?);
         let forgotten = rig.end(1).local_memory(&target.region).is_none();
         ensure!(forgotten, "a deregistered region still has memory");
@@ -108,7 +108,7 @@ pub(super) fn a_deregistered_local_region_is_refused_even_when_its_place_is_take
     let (near, target) = (rig.filled(0, PAGE)?, rig.filled(1, PAGE)?);
     let remote = rig.grant(1, &target, Access::READ_WRITE)?;
     let (from, to) = spans(&near, &remote)?;
-    rig.end(0).deregister(near.region);
+    rig.end(0).deregister(near.region)?;
     let (ours, theirs) = (near.all()?, target.all()?);
     refused(&mut rig, from, to, Some(OpError::Revoked))?;
     let next = rig.filled(0, PAGE)?;

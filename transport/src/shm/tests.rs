@@ -3,7 +3,8 @@
 //! A borrower that sleeps on its descriptor wakes when the lender's process is gone, and hears why exactly once.
 
 use super::*;
-use crate::fabric::OpId;
+use crate::fabric::{OpId, Regions};
+use crate::span::Access;
 
 fn drain(fabric: &mut ShmFabric) -> Vec<Event> {
     let mut events = Events::new();

@@ -147,7 +147,8 @@ impl Inner {
         into_remote: bool,
         captured: Option<Arc<Memory>>,
     ) -> Result<(), OpError> {
-        if !self.is_open(1 - side) || self.cut {
+        // A peer that closed its end has not taken its memory back by that: what is under way to it may land until it does.
+        if self.cut {
             return Err(OpError::Closed);
         }
         let here = self.sides[side].book.local(local)?;

@@ -13,7 +13,7 @@ use crate::memory::Memory;
 use crate::sim::Seed;
 use crate::sim::options::{SimOptions, Violation};
 use crate::sim::regions::Book;
-use crate::span::{Access, LocalSpan, RemoteSpan};
+use crate::span::{LocalSpan, RemoteSpan};
 use crate::time::Nanos;
 
 /// One of the two ends.
@@ -128,7 +128,7 @@ pub(super) struct Inner {
     pub(super) seed: Seed,
     pub(super) options: SimOptions,
     pub(super) sides: [Side; 2],
-    limits: Limits,
+    pub(super) limits: Limits,
     pub(super) agenda: BinaryHeap<Reverse<Due>>,
     next_order: u64,
     pub(super) cut: bool,
@@ -223,8 +223,8 @@ impl Inner {
                 None => return Err(PostError::Full),
             }
         }
-        let at_once = self.options.immediate && matches!(op, Op::Write { .. } | Op::Read { .. });
-        if self.options.immediate && result.is_ok() {
+        let at_once = self.options.is_immediate() && matches!(op, Op::Write { .. } | Op::Read { .. });
+        if self.options.is_immediate() && result.is_ok() {
             (carried, result) = self.at_once(side, carried);
         }
         self.sides[side].outstanding.push_back(Outstanding { signal, op: carried, sent: false, done: at_once, result });
@@ -235,62 +235,6 @@ impl Inner {
             self.flush(side);
         }
         Ok(())
-    }
-
-    /// Moves the bytes of a write or read now; what is left is under way.
-    fn at_once(&mut self, side: SideIndex, carried: Carried) -> (Carried, Result<(), OpError>) {
-        let (moved, left) = match carried {
-            Carried::Write { from, to, notify } => {
-                (self.move_bytes(side, &from, &to, true, None), notify.map_or(Carried::Nothing, Carried::Notify))
-            }
-            Carried::Read { from, into } => (self.move_bytes(side, &into, &from, false, None), Carried::Nothing),
-            under_way => (Ok(()), under_way),
-        };
-        if moved.is_err() && matches!(left, Carried::Notify(_)) {
-            // A failed write notifies nobody, so the place kept for its notification is free again.
-            self.sides[side].credits += 1;
-        }
-        (if moved.is_ok() { left } else { Carried::Nothing }, moved)
-    }
-
-    fn carry(&self, op: Op<'_>) -> Result<Carried, OpError> {
-        match op {
-            Op::Write { from, to } => self.carry_write(from, to, None),
-            Op::WriteNotify { from, to, notify } => self.carry_write(from, to, Some(notify)),
-            Op::Read { from, into } => {
-                let (from_len, into_len) = self.check_lengths(from.len, into.len)?;
-                self.check_access(from.access, into.access)?;
-                Ok(Carried::Read { from: RemoteSpan { len: from_len, ..from }, into: LocalSpan { len: into_len, ..into } })
-            }
-            Op::Send { message } => {
-                let limit = self.limits.max_message;
-                let too_long = OpError::TooLong { len: u32::try_from(message.len()).unwrap_or(u32::MAX), limit };
-                let cut = message.get(..limit as usize).filter(|_| self.breaks(Violation::CutLongMessage));
-                let shortened = message.split_last().filter(|_| self.breaks(Violation::ShortenMessage));
-                let bytes = cut.or(shortened.map(|(_, rest)| rest)).unwrap_or(message);
-                Message::new(bytes).map(Carried::Send).ok_or(too_long)
-            }
-        }
-    }
-
-    fn carry_write(&self, from: LocalSpan, to: RemoteSpan, notify: Option<u32>) -> Result<Carried, OpError> {
-        let (from_len, to_len) = self.check_lengths(from.len, to.len)?;
-        self.check_access(from.access, to.access)?;
-        Ok(Carried::Write { from: LocalSpan { len: from_len, ..from }, to: RemoteSpan { len: to_len, ..to }, notify })
-    }
-
-    fn check_lengths(&self, from: u32, to: u32) -> Result<(u32, u32), OpError> {
-        let shorter = from.min(to);
-        let too_long = shorter > self.limits.max_op_len && !self.breaks(Violation::IgnoreMaxOpLen);
-        if (from != to && !self.breaks(Violation::IgnoreMismatch)) || too_long {
-            return Err(OpError::Mismatch { from, to });
-        }
-        Ok((shorter, shorter))
-    }
-
-    fn check_access(&self, source: Access, target: Access) -> Result<(), OpError> {
-        let fits = source.allows(Access::READ) && target.allows(Access::WRITE);
-        if fits || self.breaks(Violation::IgnoreAccess) { Ok(()) } else { Err(OpError::Denied) }
     }
 
     pub(super) fn flush(&mut self, side: SideIndex) {

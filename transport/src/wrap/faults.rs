@@ -8,7 +8,8 @@ use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
 use crate::fabric::{
-    CloseReason, Event, Events, Fabric, Grant, GrantError, Limits, Op, OpError, OpId, PostError, Regions, RegisterError, Signal,
+    CloseReason, Event, Events, Fabric, Grant, GrantError, Limits, Op, OpError, OpId, PostError, Regions, RegisterError,
+    RevokeError, Signal,
 };
 use crate::memory::{Mapped, Memory};
 use crate::sim::Seed;
@@ -151,6 +152,13 @@ impl<F: Fabric> Fabric for Faults<F> {
         Ok(())
     }
 
+    fn store_polled(&mut self, to: RemoteSpan, bytes: &[u8]) -> Result<(), OpError> {
+        if self.dropped {
+            return Err(OpError::Closed);
+        }
+        self.inner.store_polled(to, bytes)
+    }
+
     fn flush(&mut self) {
         if self.seed.chance(self.rates.late_flush_permille) {
             let polls = self.seed.between(0, self.rates.flush_polls);
@@ -208,8 +216,8 @@ impl<F: Fabric> Regions for Faults<F> {
         self.inner.register(memory, access)
     }
 
-    fn deregister(&mut self, region: LocalRegion) {
-        self.inner.deregister(region);
+    fn deregister(&mut self, region: LocalRegion) -> Result<(), RevokeError> {
+        self.inner.deregister(region)
     }
 
     fn local_memory(&self, region: &LocalRegion) -> Option<Arc<Memory>> {

@@ -7,7 +7,9 @@ use std::collections::VecDeque;
 use std::os::fd::BorrowedFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use crate::fabric::{Event, Events, Fabric, Grant, GrantError, Limits, Op, PostError, Regions, RegisterError, Signal};
+use crate::fabric::{
+    Event, Events, Fabric, Grant, GrantError, Limits, Op, OpError, PostError, Regions, RegisterError, RevokeError, Signal,
+};
 use crate::memory::{Mapped, Memory};
 use crate::span::{Access, LocalRegion, LocalSpan, RemoteRegion, RemoteSpan};
 use crate::time::Nanos;
@@ -48,6 +50,8 @@ counters! {
     bytes_sent,
     /// Operations posted with [`Signal::Yes`].
     signalled,
+    /// Polled stores made.
+    polled_stores,
     /// Posts refused as [`PostError::Full`].
     fulls,
     /// Calls of `flush`.
@@ -120,6 +124,13 @@ pub enum Entry {
         head: u64,
         /// Whether it was signalled.
         signal: Signal,
+    },
+    /// A polled store of so many bytes to this offset of a remote region.
+    PolledStore {
+        /// Bytes.
+        len: u32,
+        /// Where in the peer's region.
+        to: u64,
     },
     /// A post was refused.
     Full,
@@ -250,6 +261,16 @@ impl<F: Fabric> Fabric for Trace<F> {
         posted
     }
 
+    fn store_polled(&mut self, to: RemoteSpan, bytes: &[u8]) -> Result<(), OpError> {
+        let stored = self.inner.store_polled(to, bytes);
+        if stored.is_ok() {
+            let mut log = lock(&self.log);
+            log.counters.polled_stores += 1;
+            log.note(Entry::PolledStore { len: to.len(), to: to.offset() });
+        }
+        stored
+    }
+
     fn flush(&mut self) {
         self.inner.flush();
         let mut log = lock(&self.log);
@@ -305,9 +326,10 @@ impl<F: Fabric> Regions for Trace<F> {
         Ok(region)
     }
 
-    fn deregister(&mut self, region: LocalRegion) {
-        self.inner.deregister(region);
+    fn deregister(&mut self, region: LocalRegion) -> Result<(), RevokeError> {
+        let revoked = self.inner.deregister(region);
         lock(&self.log).counters.deregistered += 1;
+        revoked
     }
 
     fn local_memory(&self, region: &LocalRegion) -> Option<Arc<Memory>> {
