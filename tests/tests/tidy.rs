@@ -58,9 +58,7 @@ const LONG: usize = 450;
 const LONG_FILES: &[(&str, usize)] = &[
     ("pci-shim/tests/vfio_user.rs", 641),
     ("pci-shim/tests/vfio_user_support/mod.rs", 474),
-    ("remote-dma/src/borrower/mod.rs", 465),
-    ("remote-dma/src/lender/bus.rs", 534),
-    ("remote-dma/src/message.rs", 593),
+    ("remote-dma/src/message.rs", 490),
     ("remote-dma/tests/nvme.rs", 498),
     ("remote-dma/tests/nvme_storm.rs", 517),
     ("tests/tests/command_line.rs", 459),

@@ -27,7 +27,11 @@ impl<F: Fabric> Attachment for BorrowerSession<F> {
         self.counters.bar_reads += 1;
         let sequence = self.next_sequence();
         self.send(ToLender::BarRead { sequence, at, width });
-        match self.wait_for(sequence, self.options.read_deadline, host) {
+        self.flushing = true;
+        self.give_slots_back();
+        let answer = self.wait_for(sequence, self.options.read_deadline, host);
+        self.flushing = false;
+        match answer {
             Some(Answer::Value(value)) => width.truncate(value),
             Some(Answer::Outcome(_)) => {
                 self.close(CloseReason::Protocol("an acknowledgement where a value was due"));

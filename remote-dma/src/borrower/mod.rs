@@ -70,6 +70,8 @@ pub struct BorrowerSession<F: Fabric> {
     events: Events,
     sequence: Sequence,
     answer: Option<(Sequence, Answer)>,
+    /// A register read waits: stores that come before its answer must not wait for it.
+    flushing: bool,
     gone: Option<CloseReason>,
     /// The link was given up, and the lender may nevertheless be in the guest's memory: it did not come out in time.
     in_doubt: bool,
@@ -106,6 +108,7 @@ impl<F: Fabric> BorrowerSession<F> {
             events: Events::new(),
             sequence: 0,
             answer: None,
+            flushing: false,
             gone: None,
             in_doubt: false,
             counters: Counters::default(),
@@ -161,6 +164,20 @@ impl<F: Fabric> BorrowerSession<F> {
             self.close(reason);
         }
         count > 0
+    }
+
+    /// Gives back the slots of stores that the guest's side has and has not made: while it waits for an answer it makes none, and the answer
+    /// comes behind all of them.
+    fn give_slots_back(&mut self) {
+        let Some(mut ticket) = self.staging.take() else { return };
+        loop {
+            self.send(ToLender::Taken { ticket });
+            match self.staging.take() {
+                Some(next) => ticket = next,
+                None => break,
+            }
+        }
+        self.link.flush();
     }
 
     /// Waits for the answer to `sequence`; `None` at the deadline or when the link is gone.
@@ -252,12 +269,15 @@ impl<F: Fabric> BorrowerSession<F> {
                     Err(what) => self.close(CloseReason::Protocol(what)),
                 }
             }
-            ToBorrower::Store { ticket, iova, len, polled } => {
+            ToBorrower::Store { ticket, slot, iova, len, polled } => {
                 self.counters.mediations += 1;
                 let mut bytes = [0; staging::SLOT_BYTES as usize];
-                match self.staging.begin_store(ticket, iova, len, &mut bytes) {
+                match self.staging.begin_store((ticket, slot), iova, len, &mut bytes) {
                     Ok(bytes) => host.mediate(ticket, Mediation::Store { iova, bytes, polled }),
-                    Err(what) => self.close(CloseReason::Protocol(what)),
+                    Err(what) => return self.close(CloseReason::Protocol(what)),
+                }
+                if self.flushing {
+                    self.give_slots_back();
                 }
             }
             ToBorrower::Staging(grant) => {

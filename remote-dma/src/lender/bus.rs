@@ -198,6 +198,13 @@ impl<F: Fabric> LenderBus<F> {
         self.advance();
     }
 
+    pub(super) fn taken(&mut self, ticket: Ticket) {
+        if !self.mediator.taken(ticket) {
+            self.fault = Some(CloseReason::Protocol("a slot was given back that was not in use"));
+        }
+        self.advance();
+    }
+
     pub(super) fn stored(&mut self, ticket: Ticket, ok: bool) {
         match self.mediator.stored(ticket, ok) {
             Some((index, generation, result)) => self.part_done(index, generation, result),
@@ -206,7 +213,8 @@ impl<F: Fabric> LenderBus<F> {
         self.advance();
     }
 
-    /// Sends a message that must not pass mediated writes which still wait for a staging slot.
+    /// Sends a message that must not pass mediated writes which still wait for a staging slot: one that could reveal them. Who waits for the
+    /// answer to a register read frees the slots meanwhile.
     #[inline]
     pub(super) fn send_in_order(&mut self, message: ToBorrower) {
         if self.mediator.is_idle() {
@@ -216,8 +224,7 @@ impl<F: Fabric> LenderBus<F> {
         }
     }
 
-    /// Sends an answer to a question of the borrower. It may pass mediated writes that wait for a staging slot, for who waits for the answer
-    /// is who frees slots; the device has not been told that those writes are done.
+    /// Acknowledges a question of the borrower. It may pass mediated writes that wait for a staging slot: it says nothing of what they bring.
     #[inline]
     pub(super) fn send_answer(&mut self, message: ToBorrower) {
         self.post_message(message);

@@ -24,7 +24,8 @@ use crate::message::{Outcome, Sequence, ToBorrower, ToLender};
 use crate::wait::{Waker, relax, sleep_until_readable};
 
 pub use self::bus::Counters;
-pub(crate) use self::mediation::{SLOT_BYTES, SLOTS, STAGING_BYTES};
+pub use self::mediation::MAX_MEDIATIONS;
+pub(crate) use self::mediation::{FIRST_STORE, MAX_STORES, SLOT_BYTES, SLOTS, STAGING_BYTES};
 
 /// How long the device may take to end what is in flight before its borrower's memory is let go of regardless of an answer.
 const QUIESCE_LIMIT: Duration = Duration::from_secs(10);
@@ -271,7 +272,7 @@ impl<F: Fabric> LenderSession<F> {
                 }
                 self.bus.counters.bar_reads += 1;
                 let value = if self.resetting() { width.all_ones() } else { self.backend.bar_read(at, width, &mut self.bus) };
-                self.bus.send_answer(ToBorrower::BarValue { sequence, value: width.truncate(value) });
+                self.bus.send_in_order(ToBorrower::BarValue { sequence, value: width.truncate(value) });
                 self.bus.flush();
             }
             ToLender::InterruptMode(mode) => self.backend.set_interrupt_mode(mode, &mut self.bus),
@@ -302,6 +303,7 @@ impl<F: Fabric> LenderSession<F> {
             ToLender::Fetched { ticket, ok } => self.bus.fetched(ticket, ok),
             ToLender::Stored { ticket, ok } => self.bus.stored(ticket, ok),
             ToLender::Staging(grant) => self.bus.set_store_staging(&grant),
+            ToLender::Taken { ticket } => self.bus.taken(ticket),
         }
     }
 
