@@ -167,8 +167,8 @@ pub trait Attachment: Send {
     /// What the device is.
     fn description(&self) -> &DeviceDescription;
 
-    /// Reads a register: follows every earlier write; all ones where the device is gone or does not answer in time. `at` and `width` lie in
-    /// a BAR, naturally aligned (the function checked them).
+    /// Reads a register: follows every earlier write; all ones where the device is gone or does not answer in time. Every store of the device
+    /// before its answer was made, or the host was asked for it. `at` and `width` lie in a BAR, naturally aligned (the function checked them).
     fn bar_read(&mut self, at: BarAddress, width: Width, host: &mut dyn Host) -> u64;
 
     /// Posts a register write: returns before the device has it; never reordered.

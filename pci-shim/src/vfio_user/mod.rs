@@ -10,7 +10,9 @@
 //! ```
 
 pub mod client;
+mod client_memory;
 mod commands;
+mod held;
 mod irqs;
 mod maps;
 mod mediation;
