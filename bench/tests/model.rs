@@ -98,7 +98,7 @@ fn rig(place: Place, original: &File, options: DriverOptions) -> Rig {
                 let _pinned = measure::pin_to(core).unwrap();
                 let mut session = LenderSession::new(theirs, Box::new(nvme)).map_err(|(error, _)| error).unwrap();
                 session.run(PollOptions { spin }, &waker);
-                session.end();
+                session.end().unwrap();
             });
             lender = Some(Lender { stop, thread: Some(thread) });
             Box::new(BorrowerSession::new(ours, description, BorrowerOptions::default()).unwrap())

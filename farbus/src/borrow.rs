@@ -14,7 +14,7 @@ use serde_json::json;
 use tokio::sync::oneshot;
 
 use crate::cli::{BorrowArgs, Unshared};
-use crate::lend::FEATURE_BUSY;
+use crate::lend::{FEATURE_BUSY, FEATURE_WEDGED};
 use crate::link_address::LinkAddress;
 use crate::output::Events;
 use crate::signals::EndSignals;
@@ -74,10 +74,14 @@ pub fn run(args: &BorrowArgs) -> anyhow::Result<()> {
 /// Connects to a lender.
 pub fn attach(from: &LinkAddress, options: BorrowerOptions) -> anyhow::Result<BorrowerSession<ShmFabric>> {
     let LinkAddress::Shm(path) = from;
-    let hello = Hello { versions: SPOKEN, role: Role::Borrower, features: FEATURE_BUSY, epoch: 0, description: Vec::new() };
+    let features = FEATURE_BUSY | FEATURE_WEDGED;
+    let hello = Hello { versions: SPOKEN, role: Role::Borrower, features, epoch: 0, description: Vec::new() };
     let Connection { fabric, agreed } = match connect(path, &hello, ShmOptions::default()) {
         Err(ListenError::Refused { agreed, .. }) if agreed.features & FEATURE_BUSY != 0 => {
             bail!("the device at {from} is lent to another borrower: try again when that one has left")
+        }
+        Err(ListenError::Refused { agreed, .. }) if agreed.features & FEATURE_WEDGED != 0 => {
+            bail!("the device at {from} does not end what it was doing for its last borrower: look at its disk, or try again later")
         }
         connected => connected.with_context(|| format!("cannot borrow from {from}: is `farbus lend` running there?"))?,
     };

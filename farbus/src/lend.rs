@@ -1,10 +1,12 @@
 //! `farbus lend`: one device, one borrower after the other.
 //!
 //! tokio waits for connections and signals; a thread of its own carries each session, gives the device back when the borrower has left,
-//! fenced and reset, and a second borrower who comes meanwhile is told that the device is lent.
+//! fenced and reset, and a second borrower who comes meanwhile is told that the device is lent. A device that does not end what it was doing
+//! for a borrower who has left (a disk that hangs) is lent to nobody until it does: what it still writes is of then.
 
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::{Context, anyhow};
 use farbus_bench::measure::pin_to;
@@ -26,6 +28,21 @@ use crate::signals::EndSignals;
 /// Set in the hello of a lender whose device is lent to somebody else.
 pub const FEATURE_BUSY: u64 = 1;
 
+/// Set in the hello of a lender whose device does not end what it was doing for its last borrower.
+pub const FEATURE_WEDGED: u64 = 2;
+
+/// How long a device may take to end what it was doing, before that is said and, at the end of the command, given up.
+const QUIESCE_LIMIT: Duration = Duration::from_secs(10);
+/// How long a session's thread may take for all else at the end of the command.
+const GRACE: Duration = Duration::from_secs(2);
+
+/// What a session's thread says.
+enum Told {
+    /// The borrower has left, and the device has not ended so many accesses.
+    Wedged(usize),
+    Returned(Returned),
+}
+
 /// What a session's thread hands back.
 struct Returned {
     backend: Box<dyn Backend>,
@@ -36,10 +53,10 @@ struct Returned {
 pub fn run(args: LendArgs) -> anyhow::Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().context("cannot start the control plane")?;
     let backend = args.device.open()?;
-    runtime.block_on(lend(args, backend))
+    runtime.block_on(lend(args, backend, QUIESCE_LIMIT))
 }
 
-async fn lend(args: LendArgs, backend: Box<dyn Backend>) -> anyhow::Result<()> {
+async fn lend(args: LendArgs, backend: Box<dyn Backend>, quiesce: Duration) -> anyhow::Result<()> {
     let events = Events::new(args.json);
     let mut signals = EndSignals::new().context("cannot wait for signals")?;
     let LinkAddress::Shm(path) = &args.listen;
@@ -51,8 +68,9 @@ async fn lend(args: LendArgs, backend: Box<dyn Backend>) -> anyhow::Result<()> {
     events.say("listening", json!({ "address": address, "device": name }), &format!("lending {name} at {address}"));
 
     let description = backend.description().encode()?;
-    let (give_back, mut returned) = mpsc::unbounded_channel::<Returned>();
+    let (tell, mut told) = mpsc::unbounded_channel::<Told>();
     let mut idle = Some(backend);
+    let mut wedged = None;
     let stop = Waker::new().context("cannot make a wake-up")?;
     let ended_by = loop {
         tokio::select! {
@@ -63,38 +81,64 @@ async fn lend(args: LendArgs, backend: Box<dyn Backend>) -> anyhow::Result<()> {
                     Some(backend) => {
                         let hello = Hello { versions: SPOKEN, role: Role::Lender, features: 0, epoch: 0, description: description.clone() };
                         let session = Session { listener: Arc::clone(&listener), hello, stop: stop.clone(), spin: args.spin,
-                            accept_unsealed: args.accept_unsealed, core: args.core, events };
-                        let give_back = give_back.clone();
+                            accept_unsealed: args.accept_unsealed, core: args.core, quiesce, events };
+                        let tell = tell.clone();
                         std::thread::Builder::new().name("farbus-lender".into()).spawn(move || {
                             // The receiver lives as long as the command.
-                            if give_back.send(session.serve(stream, backend)).is_err() {
+                            if tell.send(Told::Returned(session.serve(stream, backend, &tell))).is_err() {
                                 tracing::debug!("a session ended after the command");
                             }
                         }).context("cannot start a session's thread")?;
                     }
-                    None => refuse(Arc::clone(&listener), stream),
+                    None => refuse(Arc::clone(&listener), stream, if wedged.is_some() { FEATURE_WEDGED } else { FEATURE_BUSY }),
                 }
             }
-            Some(back) = returned.recv() => {
-                let reason = match &back.ended {
-                    Ok(reason) => reason.to_string(),
-                    Err(why) => why.clone(),
-                };
-                let served = back.ended.is_ok();
-                events.say("returned", json!({ "reason": reason }), &format!("the device is back: {reason}"));
-                idle = Some(back.backend);
-                if args.once && served {
-                    break "the first borrower left";
+            Some(heard) = told.recv() => match heard {
+                Told::Wedged(in_flight) => {
+                    wedged = Some(in_flight);
+                    events.say("wedged", json!({ "in_flight": in_flight }), &format!(
+                        "the device does not end {in_flight} accesses of its last borrower: it is lent to nobody until they end"));
+                }
+                Told::Returned(back) => {
+                    wedged = None;
+                    let reason = match &back.ended {
+                        Ok(reason) => reason.to_string(),
+                        Err(why) => why.clone(),
+                    };
+                    let served = back.ended.is_ok();
+                    events.say("returned", json!({ "reason": reason }), &format!("the device is back: {reason}"));
+                    idle = Some(back.backend);
+                    if args.once && served {
+                        break "the first borrower left";
+                    }
                 }
             }
         }
     };
     stop.set();
-    if idle.is_none() && returned.recv().await.is_none() {
-        return Err(anyhow!("the session ended without giving the device back"));
+    if idle.is_none() {
+        device_is_back(&mut told, wedged, quiesce).await?;
     }
     events.say("ended", json!({ "reason": ended_by }), &format!("ended: {ended_by}"));
     Ok(())
+}
+
+/// Waits for the device, as long as it may take at most.
+async fn device_is_back(told: &mut mpsc::UnboundedReceiver<Told>, wedged: Option<usize>, quiesce: Duration) -> anyhow::Result<()> {
+    let given_up = |in_flight| {
+        anyhow!(
+            "the device does not end {in_flight} accesses of its last borrower: farbus ends without it; what they write may still reach the \
+             image, which stays locked until they have ended"
+        )
+    };
+    // A device that is known to be wedged has had its time.
+    let limit = wedged.map_or(quiesce + GRACE, |_| GRACE);
+    match tokio::time::timeout(limit, told.recv()).await {
+        Ok(Some(Told::Returned(_))) => Ok(()),
+        Ok(Some(Told::Wedged(in_flight))) => Err(given_up(in_flight)),
+        Ok(None) => Err(anyhow!("the session ended without giving the device back")),
+        Err(_) => Err(wedged.map_or_else(|| anyhow!("the session does not end"), given_up)),
+    }
 }
 
 async fn accept(listener: &UnixListener) -> std::io::Result<UnixStream> {
@@ -111,10 +155,10 @@ async fn accept(listener: &UnixListener) -> std::io::Result<UnixStream> {
     }
 }
 
-/// Tells a second borrower that the device is lent, without letting it wait or learn more.
-fn refuse(listener: Arc<Listener>, stream: UnixStream) {
+/// Tells a borrower why it cannot have the device, without letting it wait or learn more.
+fn refuse(listener: Arc<Listener>, stream: UnixStream, features: u64) {
     let refusal = std::thread::Builder::new().name("farbus-refusal".into()).spawn(move || {
-        let hello = Hello { versions: SPOKEN, role: Role::Lender, features: FEATURE_BUSY, epoch: 0, description: Vec::new() };
+        let hello = Hello { versions: SPOKEN, role: Role::Lender, features, epoch: 0, description: Vec::new() };
         if let Err(error) = listener.refuse(stream, &hello) {
             tracing::info!(%error, "a second borrower left before it was refused");
         }
@@ -131,11 +175,12 @@ struct Session {
     spin: std::time::Duration,
     accept_unsealed: bool,
     core: Option<usize>,
+    quiesce: Duration,
     events: Events,
 }
 
 impl Session {
-    fn serve(self, stream: UnixStream, backend: Box<dyn Backend>) -> Returned {
+    fn serve(self, stream: UnixStream, backend: Box<dyn Backend>, tell: &mpsc::UnboundedSender<Told>) -> Returned {
         // Held until the thread ends.
         let _pinned = self.core.and_then(|core| {
             let pinned = pin_to(core);
@@ -154,6 +199,21 @@ impl Session {
         let reason = session.run(PollOptions { spin: self.spin }, &self.stop);
         let counters = session.counters();
         tracing::info!(?counters, "the session's counts");
-        Returned { backend: session.end(), ended: Ok(reason) }
+        let mut ended = session.end_within(self.quiesce);
+        if let Err(wedged) = &ended
+            && tell.send(Told::Wedged(wedged.in_flight())).is_err()
+        {
+            tracing::debug!("a device is wedged after the end of the command");
+        }
+        let backend = loop {
+            match ended {
+                Ok(backend) => break backend,
+                Err(wedged) => ended = wedged.wait(self.quiesce),
+            }
+        };
+        Returned { backend, ended: Ok(reason) }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -22,7 +22,7 @@ use farbus_remote_dma::{
     MapError, ResetKind, Width, Window, WindowMemory,
 };
 use farbus_transport::shm::{ShmFabric, ShmOptions};
-use farbus_transport::{Access, CloseReason, Memory};
+use farbus_transport::{Access, CloseReason, Memory, Nanos};
 
 const BYTES: u64 = 1 << 20;
 const QUIET: Duration = Duration::from_millis(50);
@@ -121,7 +121,7 @@ impl Pair {
         let lender = std::thread::spawn(move || {
             let mut session = LenderSession::new(lender, Box::new(filler)).map_err(|(error, _)| error).unwrap();
             let reason = session.run(PollOptions::default(), &waker);
-            session.end();
+            session.end().unwrap();
             reason
         });
         let mut session = BorrowerSession::new(borrower, description(), options).unwrap();
@@ -268,4 +268,42 @@ fn memory_that_the_device_never_lets_go_of_is_not_said_to_be_free() {
         assert!(matches!(refused, Err(MapError::Attachment(_))), "{refused:?}");
     }
     go.send(7).unwrap();
+}
+
+#[test]
+fn a_device_that_does_not_end_its_work_is_wedged_and_its_borrower_is_not_told_that_its_memory_is_free() {
+    let (lender, borrower) = ShmFabric::pair(ShmOptions::default()).unwrap();
+    let (filler, orders, _fenced) = Filler::new();
+    let stop = Waker::new().unwrap();
+    let waker = stop.clone();
+    let lending = std::thread::spawn(move || {
+        let mut session = LenderSession::new(lender, Box::new(filler)).map_err(|(error, _)| error).unwrap();
+        session.run(PollOptions::default(), &waker);
+        session
+    });
+    let mut host = Recorder::default();
+    let mut session = BorrowerSession::new(borrower, description(), BorrowerOptions::default()).unwrap();
+    session.set_bus_master(true, &mut host);
+    let guest = Memory::memfd("guest", BYTES).unwrap();
+    let memory = WindowMemory::Mapped { memory: Arc::clone(&guest), offset: 0, proven: true };
+    session.map(Window { iova: Iova(0), len: BYTES, access: Access::READ_WRITE, memory }, &mut host).unwrap();
+    for (offset, value) in [(LEN, 100), (IOVA, 0x1000)] {
+        session.bar_write(bar0(offset), Width::B8, value, &mut host);
+    }
+    let go = orders.recv_timeout(Duration::from_secs(10)).unwrap();
+    stop.set();
+    let wedged = lending.join().unwrap().end_within(QUIET).err().unwrap();
+    assert_eq!(wedged.in_flight(), 1);
+    let wedged = wedged.wait(QUIET).err().unwrap();
+    session.poll(Nanos::now(), &mut host);
+    assert_eq!(session.gone(), None, "told that the lender has left, with its thread in the guest's memory");
+    go.send(7).unwrap();
+    let backend = wedged.wait(Duration::from_secs(10)).unwrap();
+    session.poll(Nanos::now(), &mut host);
+    assert_eq!(session.gone(), Some(CloseReason::PeerClosed));
+    session.unmap(Iova(0), BYTES, &mut host).unwrap();
+    assert!(holds(&guest, 0x1000, 7));
+    // And the device can be lent again.
+    let (lender, _borrower) = ShmFabric::pair(ShmOptions::default()).unwrap();
+    assert!(LenderSession::new(lender, backend).is_ok());
 }

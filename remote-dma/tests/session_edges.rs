@@ -166,7 +166,7 @@ fn a_borrower_hears_that_its_session_failed_only_when_nothing_touches_its_memory
         events.as_slice().iter().any(|event| matches!(event, Event::Closed(_)))
     };
     assert!(!closed(), "the device has not been fenced yet");
-    session.end();
+    session.end().unwrap();
     assert!(closed());
 }
 
@@ -183,7 +183,7 @@ fn memory_that_is_announced_and_never_delivered_ends_the_session_and_nothing_beh
     session.pump(Nanos::now());
     assert_eq!(session.closed(), Some(CloseReason::Protocol("memory that was announced and not delivered")));
     assert_eq!(session.counters().bar_writes, 1, "what came behind the fault");
-    session.end();
+    session.end().unwrap();
 }
 
 #[test]
@@ -238,7 +238,7 @@ fn dma_to_memory_that_its_owner_took_back_is_a_fault_and_never_done() {
         let mut seen = vec![1; 1 << 20];
         guest.read(0, &mut seen).unwrap();
         assert!(seen.iter().all(|byte| *byte == 0), "command {command}: revoked memory changed");
-        session.end();
+        session.end().unwrap();
     }
 }
 

@@ -42,7 +42,7 @@ impl Pair {
         let lender = std::thread::spawn(move || {
             let mut session = LenderSession::new(lender, Box::new(engine)).map_err(|(error, _)| error).unwrap();
             let reason = session.run(PollOptions::default(), &waker);
-            session.end();
+            session.end().unwrap();
             reason
         });
         let options = BorrowerOptions { read_deadline, ..BorrowerOptions::default() };
@@ -343,7 +343,7 @@ fn a_borrower_that_breaks_the_protocol_is_dropped_and_the_device_survives() {
         borrower.flush();
         let reason = session.run(PollOptions::default(), &Waker::new().unwrap());
         assert!(matches!(reason, CloseReason::Protocol(_)), "{message:?}: {reason:?}");
-        let engine = session.end();
+        let engine = session.end().unwrap();
         let (lender, _borrower) = ShmFabric::pair(ShmOptions::default()).unwrap();
         assert!(LenderSession::new(lender, engine).is_ok());
     }

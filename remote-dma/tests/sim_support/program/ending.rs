@@ -11,7 +11,7 @@ impl Play {
         self.dirty();
         self.read_value();
         let lender = self.machine.lock().unwrap().lender.take();
-        drop(lender.map(LenderSession::end));
+        drop(lender.map(|lender| lender.end().unwrap()));
         self.await_the_end(CloseReason::PeerClosed);
     }
 
@@ -164,7 +164,7 @@ impl Play {
             self.guest().complain(format!("the lender heard {heard:?} of the cut"));
         }
         self.told_is_done();
-        drop(lender.end());
+        drop(lender.end().unwrap());
         self.nothing_else_changed();
     }
 
@@ -224,7 +224,7 @@ fn taken_back(machine: &Mutex<Machine>, guest: &Mutex<Guest>, world: &World, cho
     if lender.closed().is_none() {
         guest.lock().unwrap().complain("a lender does not hear that its borrower has left");
     }
-    drop(lender.end());
+    drop(lender.end().unwrap());
     world.advance(Duration::from_secs(60));
     for (index, (memory, should)) in memories.iter().zip(&contents).enumerate() {
         let mut is = vec![0; should.len()];
