@@ -7,13 +7,15 @@
 mod common;
 
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use common::links::{Connect, on_every_fabric};
 use common::pair::{AMPLE, Pair, guest};
-use common::{BUFFER_BYTES, CopyEngine, DONE, FAULTS, RAISE, READ, Recorder, Seen, VALUE, WRITE, bar0, description};
+use common::{
+    BUFFER_BYTES, COMMAND, CopyEngine, DONE, FAULTS, IOVA, LEN, RAISE, READ, Recorder, Seen, VALUE, WRITE, bar0, description,
+};
 use farbus_remote_dma::borrower::{BorrowerOptions, BorrowerSession};
-use farbus_remote_dma::lender::{LenderSession, PollOptions};
+use farbus_remote_dma::lender::{LenderSession, MAX_MEDIATIONS, PollOptions};
 use farbus_remote_dma::wait::Waker;
 use farbus_remote_dma::{Attachment, Iova, MapError, MediationAnswer, ResetKind, Width, Window, WindowMemory};
 use farbus_transport::{Access, CloseReason, Memory, Nanos, Op, Signal};
@@ -26,6 +28,7 @@ on_every_fabric! {
     memory_that_is_not_proven_is_reached_through_the_guests_side_until_it_is
     a_refused_mediation_is_a_fault_and_a_reset_does_not_wait_for_the_guests_side
     more_stores_than_staging_slots_do_not_hold_up_the_one_who_must_make_them
+    a_read_behind_more_stores_than_the_guests_side_can_hold_is_all_ones_and_all_goes_on
     a_dead_lender_answers_all_ones_and_takes_nothing_with_it
     a_burst_longer_than_the_ring_arrives_in_order_both_ways
     a_borrower_that_breaks_the_protocol_is_dropped_and_the_device_survives
@@ -190,14 +193,43 @@ fn more_stores_than_staging_slots_do_not_hold_up_the_one_who_must_make_them(conn
         pair.write(VALUE, 7);
         pair.command(WRITE, 0, BUFFER_BYTES - 4096);
         pair.command(WRITE, 0, BUFFER_BYTES - 4096);
-        // Nobody takes a store while this thread waits for its answer.
+        // Nobody makes a store while this thread waits for its answer.
         match question {
-            0 => assert_eq!(pair.read(VALUE), 7),
+            0 => {
+                assert_eq!(pair.read(VALUE), 7);
+                // What the device did before it answered is at the guest's side: 15 pages and a polled word for each write, then its vector.
+                let stores = pair.host.0.iter().filter(|seen| matches!(seen, Seen::Store(..))).count();
+                let vectors = pair.host.0.iter().filter(|seen| **seen == Seen::Interrupt(3)).count();
+                assert_eq!((stores, vectors), (2 * (15 + 1), 2), "the answer passed stores");
+            }
             1 => pair.session.unmap(Iova(0x100_0000), 1 << 20, &mut pair.host).unwrap(),
             _ => pair.session.reset(ResetKind::Function, &mut pair.host).unwrap(),
         }
         assert_eq!(pair.session.gone(), None);
     }
+}
+
+fn a_read_behind_more_stores_than_the_guests_side_can_hold_is_all_ones_and_all_goes_on(connect: Connect) {
+    const WRITES: usize = MAX_MEDIATIONS / 2 + 1000;
+    let mut pair = Pair::with(connect(), Duration::from_secs(3));
+    let window = Window { iova: Iova(0), len: 1 << 20, access: Access::READ_WRITE, memory: WindowMemory::Mediated };
+    pair.session.map(window, &mut pair.host).unwrap();
+    for (offset, value) in [(VALUE, 7), (IOVA, 0), (LEN, 4)] {
+        pair.write(offset, value);
+    }
+    // Each is a store of four bytes and one of a polled word.
+    for _ in 0..WRITES {
+        pair.write(COMMAND, WRITE);
+    }
+    assert_eq!(pair.read(VALUE), u64::MAX, "an answer came before what it should have flushed");
+    let mut made = 0;
+    while made < 2 * WRITES {
+        if let Seen::Store(ticket, ..) = pair.next() {
+            made += 1;
+            pair.session.answer(ticket, MediationAnswer::Stored, &mut pair.host);
+        }
+    }
+    assert_eq!((pair.read(VALUE), pair.read(DONE), pair.read(FAULTS)), (7, WRITES as u64, 0));
 }
 
 fn a_dead_lender_answers_all_ones_and_takes_nothing_with_it(connect: Connect) {
@@ -239,7 +271,7 @@ fn a_borrower_that_breaks_the_protocol_is_dropped_and_the_device_survives(connec
         borrower.flush();
         let reason = session.run(PollOptions::default(), &Waker::new().unwrap());
         assert!(matches!(reason, CloseReason::Protocol(_)), "{message:?}: {reason:?}");
-        let engine = session.end();
+        let engine = session.end().unwrap();
         let (lender, _borrower) = connect();
         assert!(LenderSession::new(lender, engine).is_ok());
     }

@@ -3,7 +3,8 @@
 //! A borrower that sleeps on its descriptor wakes when the lender's process is gone, and hears why exactly once.
 
 use super::*;
-use crate::fabric::OpId;
+use crate::fabric::{OpId, Regions};
+use crate::span::Access;
 
 fn drain(fabric: &mut ShmFabric) -> Vec<Event> {
     let mut events = Events::new();
@@ -51,7 +52,7 @@ fn a_peer_that_claims_to_have_taken_what_was_never_sent_is_cut_off_at_once() {
     let (mut lender, borrower) = ShmFabric::pair(ShmOptions::default()).unwrap();
     while lender.post(Signal::No, Op::Send { message: b"x" }).is_ok() {}
     borrower.rx.lines().consumed().store(99_999, std::sync::atomic::Ordering::Relaxed);
-    assert_eq!(lender.post(Signal::No, Op::Send { message: b"x" }), Err(Full));
+    assert_eq!(lender.post(Signal::No, Op::Send { message: b"x" }), Err(PostError::Full));
     let closed = Event::Closed(CloseReason::Protocol("a ring index that cannot be true"));
     assert_eq!(drain(&mut lender), [closed]);
 }
