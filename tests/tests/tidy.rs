@@ -84,7 +84,7 @@ const UNFINISHED: &[(&str, &str)] = &[
     ("TODO", "do it, or open an issue"),
 ];
 
-/// Files with ignored tests, and the test program that a step of ci/run runs them by.
+/// Files with ignored tests, and the test program that a step of ci/run, or the list of ci/lab/tests, runs them by.
 const IGNORED: &[(&str, &str)] = &[
     ("bench/tests/verbs.rs", "verbs"),
     ("pci-shim/tests/vfio_user_latency.rs", "vfio_user_latency"),
@@ -227,19 +227,21 @@ fn nothing_is_left_unfinished() {
 #[test]
 fn an_ignored_test_is_run_by_a_step_of_its_own() {
     let files = files();
-    let steps = &files["ci/run"];
+    let (steps, lab) = (&files["ci/run"], &files["ci/lab/tests"]);
     let mut complaints = vec![];
     for (path, text) in &files {
         // The last is how the conformance suite is told.
         let forms = ["#[ignore]", "#[ignore = \"", " ignore = \""];
         let ignores = path.ends_with(".rs") && path != THIS_FILE && forms.iter().any(|form| text.contains(form));
         let listed = IGNORED.iter().find(|(known, _)| known == path);
-        let named =
-            |program: &str| [format!("binary({program})"), format!("over_rdma {program} ")].iter().any(|step| steps.contains(step));
+        let named = |program: &str| {
+            let by_a_step = [format!("binary({program})"), format!("--test {program} |")].iter().any(|step| steps.contains(step));
+            by_a_step || [format!("    {path}\n"), format!("/tests/{program}.rs\n")].iter().any(|line| lab.contains(line))
+        };
         match (ignores, listed) {
             (true, Some((_, program))) if named(program) => {}
             (true, _) => complaints.push(format!(
-                "{path}: an ignored test: make it fit the normal run, or have a step of ci/run run binary(…) or over_rdma of its name and list it in IGNORED"
+                "{path}: an ignored test: make it fit the normal run, or have a step of ci/run run binary(…) of its name, or ci/lab/tests list it, and list it in IGNORED"
             )),
             (false, Some(_)) => complaints.push(format!("{path} ignores nothing any more: take it out of IGNORED")),
             (false, None) => {}

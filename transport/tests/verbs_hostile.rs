@@ -323,8 +323,8 @@ fn grants_that_are_never_taken_are_forgotten_when_they_are_taken_back() {
     let mut link = Link::new();
     let piece = link.memory(1, PAGE);
     // More than a side may hold at once.
-    for round in 0..50 {
-        for _ in 0..100 {
+    for round in 0..21 {
+        for _ in 0..200 {
             let region = link.ends[1].register_for_peer(Arc::clone(&piece.memory), ALL).unwrap();
             link.ends[1].export(&region, ALL).unwrap_or_else(|error| panic!("round {round}: {error}"));
             link.ends[1].deregister(region).unwrap();
@@ -373,7 +373,7 @@ fn a_peer_that_polls_nothing_makes_the_queue_full_and_breaks_nothing() {
 
 #[test]
 #[ignore = "needs an RDMA device; ci/softroce runs it"]
-fn what_is_outstanding_when_a_peer_vanishes_is_answered_once() {
+fn what_is_outstanding_when_a_peer_leaves_is_answered_once() {
     let mut link = Link::new();
     let (own, target) = (link.memory(0, 1 << 20), link.memory(1, 1 << 20));
     let remote = link.grant(1, &target, ALL);
@@ -386,7 +386,7 @@ fn what_is_outstanding_when_a_peer_vanishes_is_answered_once() {
     ours.flush();
     drop(theirs);
     let reason = answered(&mut ours, posted);
-    assert!(matches!(reason, CloseReason::PeerGone | CloseReason::Protocol(_)), "{reason}");
+    assert_eq!(reason, CloseReason::PeerClosed);
 }
 
 /// Polls until the end; all `posted` signalled operations, numbered from 0, must have been answered, in their order.

@@ -8,19 +8,24 @@
 
 mod verbs_support;
 
+use std::ffi::OsStr;
 use std::os::fd::BorrowedFd;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use farbus_transport::link::control::Framed;
 use farbus_transport::sim::Seed;
 use farbus_transport::verbs::VerbsFabric;
 use farbus_transport::{
-    Access, CloseReason, Event, Events, Fabric, LocalRegion, Memory, Nanos, Op, OpId, Regions, RemoteRegion, Signal,
+    Access, CloseReason, Event, Events, Fabric, Grant, LocalRegion, Memory, Nanos, Op, OpId, Regions, RemoteRegion, Signal,
 };
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::time::{ClockId, clock_gettime};
 use verbs_support::resources::Resources;
-use verbs_support::{AMPLE, Link, pair};
+use verbs_support::{AMPLE, Link, choice, pair};
 
 fn full() -> bool {
     std::env::var_os("FARBUS_LAB_FULL").is_some()
@@ -44,13 +49,13 @@ fn live_and_die(way: u64) {
             link.ends[1].deregister(far.region);
             link.ends[0].deregister(near.region);
         }
-        // Noticed at the next look at the control connection, which takes a while.
+        // Dropped without a word of its owner's.
         0 => {
             let Link { ends: [left, right], .. } = link;
             drop(right);
             let mut left = left;
             let (mut events, deadline) = (Events::new(), Instant::now() + AMPLE);
-            while !matches!(events.as_slice().last(), Some(Event::Closed(_))) {
+            while !matches!(events.as_slice().last(), Some(Event::Closed(CloseReason::PeerClosed))) {
                 events.clear();
                 left.poll(Nanos::now(), &mut events);
                 assert!(Instant::now() < deadline, "the end is not noticed");
@@ -91,6 +96,100 @@ fn many_connects_and_disconnects_leave_nothing_behind() {
     let slack = before.mappings.abs_diff(after.mappings);
     assert!(slack <= 8, "{} memory areas before, {} after", before.mappings, after.mappings);
     assert_eq!(Resources { mappings: 0, ..before }, Resources { mappings: 0, ..after });
+}
+
+/// The peer of the next test, in a process of its own: writes to the memory that it is granted until it is killed.
+fn write_until_killed(path: &OsStr) -> ! {
+    let control = Framed::new(UnixStream::connect(path).unwrap()).unwrap();
+    let mut end = VerbsFabric::establish(&choice(), Box::new(control)).unwrap();
+    let own = end.register(Memory::memfd("child", 1 << 20).unwrap(), Access::READ_WRITE).unwrap();
+    end.export(&own, Access::READ_WRITE).unwrap();
+    let mut events = Events::new();
+    let grant = loop {
+        end.poll(Nanos::now(), &mut events);
+        if let [Event::Message(message), ..] = events.as_slice() {
+            let key = u64::from_le_bytes(message.bytes().try_into().unwrap());
+            break Grant { key, len: 1 << 20, access: Access::READ_WRITE };
+        }
+    };
+    let remote = end.import(&grant).unwrap();
+    loop {
+        let from = own.span(0, 1 << 20, Access::READ).unwrap();
+        let _full = end.post(Signal::No, Op::Write { from, to: remote.span(0, 1 << 20, Access::WRITE).unwrap() });
+        let _full = end.post(Signal::No, Op::Send { message: b"on" });
+        end.flush();
+        events.clear();
+        end.poll(Nanos::now(), &mut events);
+    }
+}
+
+struct Peer(Child);
+
+impl Peer {
+    fn start(path: &Path) -> Self {
+        let mut command = Command::new(std::env::current_exe().unwrap());
+        // This same test, which then plays the peer.
+        let test = "a_peer_whose_process_is_killed_is_known_to_be_gone_and_leaves_nothing_behind";
+        command.args(["--ignored", "--exact", test]).env("FARBUS_TEST_SOCKET", path).stdout(Stdio::null());
+        Self(command.spawn().unwrap())
+    }
+
+    fn kill(&mut self) {
+        self.0.kill().unwrap();
+        self.0.wait().unwrap();
+    }
+}
+
+impl Drop for Peer {
+    fn drop(&mut self) {
+        self.kill();
+    }
+}
+
+#[test]
+#[ignore = "needs an RDMA device; ci/softroce runs it"]
+fn a_peer_whose_process_is_killed_is_known_to_be_gone_and_leaves_nothing_behind() {
+    if let Some(path) = std::env::var_os("FARBUS_TEST_SOCKET") {
+        write_until_killed(&path);
+    }
+    drop(pair());
+    let before = Resources::now();
+    for round in 0..5 {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("control");
+        let listener = UnixListener::bind(&path).unwrap();
+        let mut child = Peer::start(&path);
+        let control = Framed::new(listener.accept().unwrap().0).unwrap();
+        let mut end = VerbsFabric::establish(&choice(), Box::new(control)).unwrap();
+        let region = end.register_for_peer(Memory::memfd("granted", 1 << 20).unwrap(), Access::READ_WRITE).unwrap();
+        let grant = end.export(&region, Access::READ_WRITE).unwrap();
+        end.post(Signal::No, Op::Send { message: &grant.key.to_le_bytes() }).unwrap();
+        end.flush();
+        let (mut events, mut heard, mut killed) = (Events::new(), 0, None);
+        let deadline = Instant::now() + AMPLE;
+        let reason = loop {
+            events.clear();
+            end.poll(Nanos::now(), &mut events);
+            heard += events.as_slice().len();
+            if let Some(Event::Closed(reason)) = events.as_slice().last() {
+                break *reason;
+            }
+            if heard > 5 && killed.is_none() {
+                child.kill();
+                killed = Some(Instant::now());
+            }
+            assert!(Instant::now() < deadline, "the end is not noticed; killed {killed:?}");
+        };
+        let took = killed.map(|at| at.elapsed());
+        println!("round {round}: {reason}, {} ms after the process was gone", took.unwrap_or_default().as_millis());
+        assert_eq!(reason, CloseReason::PeerGone);
+        assert!(took.is_some_and(|took| took < Duration::from_secs(2)), "{took:?}");
+        // In whatever order things go.
+        if round % 2 == 0 {
+            end.deregister(region);
+        }
+    }
+    assert_eq!(Resources { mappings: 0, ..Resources::now() }, Resources { mappings: 0, ..before });
 }
 
 // ---- much data ----

@@ -36,6 +36,7 @@ impl VerbsFabric {
             IBV_WC_RNR_RETRY_EXC_ERR => {
                 (OpError::Closed, CloseReason::Protocol("it has no receive slot where it said that it has one"))
             }
+            _ if self.port_is_down() => (OpError::Closed, CloseReason::Device("its port is down")),
             _ => (OpError::Closed, CloseReason::Device("a work request failed")),
         };
         tracing::debug!(status = completion.status, receive, %reason, "the queue pair broke");
@@ -59,6 +60,15 @@ impl VerbsFabric {
                 return None;
             }
         }
+    }
+
+    /// As far as the device has said; its events may not have been looked at yet.
+    #[cold]
+    fn port_is_down(&mut self) -> bool {
+        while let Some(event) = self.context.next_async_event() {
+            self.port_down = event == sys::IBV_EVENT_PORT_ERR || (self.port_down && event != sys::IBV_EVENT_PORT_ACTIVE);
+        }
+        self.port_down
     }
 
     /// All that was under way was flushed, and no request of ours failed: the device refused a request of the peer's. Some say so by an event.
@@ -134,8 +144,14 @@ impl VerbsFabric {
                 }
                 sys::IBV_EVENT_QP_FATAL | sys::IBV_EVENT_CQ_ERR => return self.end(CloseReason::Device("its queues failed")),
                 // It may come back before the retries are used up; if not, they end the link.
-                sys::IBV_EVENT_PORT_ERR => tracing::warn!(device = self.context.name(), "the port is down"),
-                sys::IBV_EVENT_PORT_ACTIVE => tracing::info!(device = self.context.name(), "the port is up"),
+                sys::IBV_EVENT_PORT_ERR => {
+                    self.port_down = true;
+                    tracing::warn!(device = self.context.name(), "the port is down");
+                }
+                sys::IBV_EVENT_PORT_ACTIVE => {
+                    self.port_down = false;
+                    tracing::info!(device = self.context.name(), "the port is up");
+                }
                 other => tracing::debug!(device = self.context.name(), event = other, "the device reports"),
             }
         }

@@ -113,6 +113,7 @@ impl VerbsFabric {
             heard_at: now,
             looked_at: now,
             asked_at: now,
+            port_down: false,
         })
     }
 

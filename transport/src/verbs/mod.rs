@@ -110,6 +110,7 @@ pub struct VerbsFabric {
     heard_at: Nanos,
     looked_at: Nanos,
     asked_at: Nanos,
+    port_down: bool,
 }
 
 impl VerbsFabric {

@@ -15,7 +15,7 @@ use farbus_transport::verbs::VerbsFabric;
 use super::choice;
 
 /// How long one host waits for the other, which may be behind by a whole test.
-const MEETING: Duration = Duration::from_secs(60);
+const MEETING: Duration = Duration::from_secs(30);
 
 /// Whether this is host a. Fails where there are not two.
 pub fn is_a() -> bool {
@@ -83,6 +83,14 @@ pub fn prepare_cut() {
 /// Takes the network device down, as when a cable is pulled.
 pub fn pull_cable() {
     run("ip link set eth0 down");
+}
+
+/// How many packets of this host its link has lost on purpose since it was told to lose some.
+pub fn packets_lost() -> u64 {
+    let output = Command::new("tc").args(["-s", "qdisc", "show", "dev", "eth0", "root"]).output().unwrap();
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    let number = text.split_once("dropped ").and_then(|(_, rest)| rest.split(',').next()).and_then(|number| number.parse().ok());
+    number.unwrap_or_else(|| panic!("tc says nothing of dropped packets: {text}"))
 }
 
 /// Changes the link of this host.
