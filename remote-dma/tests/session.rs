@@ -290,7 +290,7 @@ fn a_peer_that_left_before_its_first_message_was_read_left_and_broke_nothing(con
     assert!(left(reason), "{reason}");
 
     let (lender, mut borrower) = both();
-    lender.end();
+    lender.end().unwrap();
     let deadline = Instant::now() + AMPLE;
     while borrower.gone().is_none() {
         assert!(Instant::now() < deadline, "the borrower does not hear of it");
