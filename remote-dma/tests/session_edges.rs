@@ -21,6 +21,7 @@ use farbus_remote_dma::{
     Activity, AttachError, Attachment, Backend, BarAddress, Bus, DeviceDescription, DmaFault, DmaTag, InterruptMode, Iova,
     MediationAnswer, ResetKind, Width, Window, WindowMemory,
 };
+use farbus_transport::shm::{ShmFabric, ShmOptions};
 use farbus_transport::{Access, CloseReason, Event, Events, Fabric, Grant, Memory, Nanos, Op, Regions, Signal};
 
 /// Longer than an emulated machine on a busy host needs for anything here.
@@ -273,7 +274,7 @@ fn dma_to_memory_that_its_owner_took_back_is_a_fault_and_never_done() {
         let mut events = Events::new();
         borrower.poll(Nanos::now(), &mut events);
         let announced = events.as_slice().iter().any(|event| match event {
-            Event::Message(message) => matches!(ToBorrower::parse(message.bytes()), Ok(ToBorrower::Interrupt { .. })),
+            Event::Message(message) => matches!(ToBorrower::parse(message.bytes()), Ok((ToBorrower::Interrupt { .. }, _))),
             _ => false,
         });
         assert!(!announced, "command {command}: a vector announced what did not happen");
