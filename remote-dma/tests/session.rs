@@ -28,7 +28,6 @@ on_every_fabric! {
     memory_that_is_not_proven_is_reached_through_the_guests_side_until_it_is
     a_refused_mediation_is_a_fault_and_a_reset_does_not_wait_for_the_guests_side
     more_stores_than_staging_slots_do_not_hold_up_the_one_who_must_make_them
-    a_read_behind_more_stores_than_the_guests_side_can_hold_is_all_ones_and_all_goes_on
     a_dead_lender_answers_all_ones_and_takes_nothing_with_it
     a_burst_longer_than_the_ring_arrives_in_order_both_ways
     a_borrower_that_breaks_the_protocol_is_dropped_and_the_device_survives
@@ -209,9 +208,11 @@ fn more_stores_than_staging_slots_do_not_hold_up_the_one_who_must_make_them(conn
     }
 }
 
-fn a_read_behind_more_stores_than_the_guests_side_can_hold_is_all_ones_and_all_goes_on(connect: Connect) {
+/// Over shared memory only: over an emulated RDMA device its 67,000 stores take minutes.
+#[test]
+fn a_read_behind_more_stores_than_the_guests_side_can_hold_is_all_ones_and_all_goes_on() {
     const WRITES: usize = MAX_MEDIATIONS / 2 + 1000;
-    let mut pair = Pair::with(connect(), Duration::from_secs(3));
+    let mut pair = Pair::with(common::links::over_shm(), Duration::from_secs(3));
     let window = Window { iova: Iova(0), len: 1 << 20, access: Access::READ_WRITE, memory: WindowMemory::Mediated };
     pair.session.map(window, &mut pair.host).unwrap();
     for (offset, value) in [(VALUE, 7), (IOVA, 0), (LEN, 4)] {

@@ -146,6 +146,7 @@ impl Pair {
         for (offset, value) in [(LEN, len), (IOVA, iova)] {
             let (session, host) = self.session();
             session.bar_write(bar0(offset), Width::B8, value, host);
+            session.flush();
         }
         self.orders.recv_timeout(Duration::from_secs(10)).unwrap()
     }

@@ -89,6 +89,8 @@ fn a_link_that_breaks_a_rule_is_found_out() {
                 Violation::WriteAfterRevoke => {
                     (plan.options.immediate, plan.options.peer_mappable, plan.ending) = (false, false, Ending::Leave);
                 }
+                // What is over at once passes nothing.
+                Violation::ReadPassesWrite => (plan.options.immediate, plan.options.peer_mappable) = (false, false),
                 _ => {}
             }
             plan
