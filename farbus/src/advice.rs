@@ -58,6 +58,7 @@ const DROPPED: &str = "the lender was ending, or could not serve this process: w
 fn of_refusal(refusal: Refusal) -> &'static str {
     match refusal {
         Refusal::Lent => "try again when that one has left",
+        Refusal::Wedged => "look at the disk of the lender, or try again later",
         Refusal::Unknown(_) => "the lender is newer: what it says itself tells more",
     }
 }

@@ -2,12 +2,15 @@
 //!
 //! tokio waits for connections and signals; a thread of its own carries each connection ([`visit`]): hello, claim, session. The first whose
 //! hello is complete gets the device, a second who comes meanwhile is told that it is lent, and whoever says nothing keeps nobody waiting.
+//! A device that does not end what it was doing for a borrower who has left (a disk that hangs) is lent to nobody until it does: what it still writes is of
+//! then.
 
 mod visit;
 
 use std::collections::VecDeque;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::{Context, anyhow};
 use farbus_remote_dma::wait::Waker;
@@ -27,6 +30,11 @@ use crate::signals::EndSignals;
 /// Connections whose hello is awaited at a time, each with a thread and 5 s. One more ends the oldest: whoever means it needs milliseconds.
 const MAX_GREETINGS: usize = 32;
 
+/// How long a device may take to end what it was doing, before that is said and, at the end of the command, given up.
+const QUIESCE_LIMIT: Duration = Duration::from_secs(10);
+/// How long a session's thread may take for all else at the end of the command.
+const GRACE: Duration = Duration::from_secs(2);
+
 /// Lends until a signal comes (or, with `--once`, until the first borrower has left).
 pub fn run(args: LendArgs) -> anyhow::Result<()> {
     if let Some(core) = args.core {
@@ -34,10 +42,10 @@ pub fn run(args: LendArgs) -> anyhow::Result<()> {
     }
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().context("cannot start the control plane")?;
     let device = args.device.open()?;
-    runtime.block_on(lend(args, device))
+    runtime.block_on(lend(args, device, QUIESCE_LIMIT))
 }
 
-async fn lend(args: LendArgs, device: Device) -> anyhow::Result<()> {
+async fn lend(args: LendArgs, device: Device, quiesce: Duration) -> anyhow::Result<()> {
     let events = Events::new(args.json);
     let mut signals = EndSignals::new().context("cannot wait for signals")?;
     let door = Door::open(&args.listen, &args.security, &args.allow).await?;
@@ -51,9 +59,10 @@ async fn lend(args: LendArgs, device: Device) -> anyhow::Result<()> {
         spin: args.spin,
         options: ShmOptions { accept_unsealed: args.accept_unsealed },
         core: args.core,
+        quiesce,
     });
     let (news, mut heard) = mpsc::unbounded_channel();
-    let mut desk = Desk { idle: Some(device), greetings: VecDeque::new(), events };
+    let mut desk = Desk { idle: Some(device), wedged: None, greetings: VecDeque::new(), events };
     let mut visitors = 0;
     let ended_by = loop {
         tokio::select! {
@@ -76,21 +85,55 @@ async fn lend(args: LendArgs, device: Device) -> anyhow::Result<()> {
     terms.stop.set();
     // So that a thread that died with the device ends the wait for it.
     drop(news);
-    while desk.idle.is_none() {
-        match heard.recv().await {
-            Some((_, News::Returned(device, _))) => desk.idle = Some(device),
-            Some(_) => {}
-            None => return Err(anyhow!("the session ended without giving the device back")),
-        }
+    if desk.idle.is_none() {
+        device_is_back(&mut heard, desk.wedged, quiesce).await?;
     }
     events.say("ended", json!({ "reason": ended_by }), &format!("ended: {ended_by}"));
     Ok(())
+}
+
+/// Waits for the device, as long as it may take at most.
+async fn device_is_back(
+    heard: &mut mpsc::UnboundedReceiver<(Visitor, News)>,
+    mut wedged: Option<usize>,
+    quiesce: Duration,
+) -> anyhow::Result<()> {
+    // A device that is known to be wedged has had its time.
+    let limit = wedged.map_or(quiesce + GRACE, |_| GRACE);
+    let back = async {
+        loop {
+            match heard.recv().await {
+                Some((_, News::Returned(..))) => return Ok(()),
+                Some((_, News::Wedged(in_flight))) => {
+                    wedged = Some(in_flight);
+                    return Err(None);
+                }
+                Some(_) => {}
+                None => return Err(Some(anyhow!("the session ended without giving the device back"))),
+            }
+        }
+    };
+    match tokio::time::timeout(limit, back).await {
+        Ok(Ok(())) => Ok(()),
+        Ok(Err(Some(error))) => Err(error),
+        Ok(Err(None)) | Err(_) => Err(wedged.map_or_else(
+            || anyhow!("the session does not end"),
+            |in_flight| {
+                anyhow!(
+                    "the device does not end {in_flight} accesses of its last borrower: farbus ends without it; what they write may still \
+                     reach the image, which stays locked until they have ended"
+                )
+            },
+        )),
+    }
 }
 
 /// Where the device lies while it is not lent, and where visitors are received.
 struct Desk {
     /// `None` while it is lent.
     idle: Option<Device>,
+    /// Its last borrower has left, and it has not ended so many accesses.
+    wedged: Option<usize>,
     /// Connections whose hello is awaited, the oldest first.
     greetings: VecDeque<(Visitor, Option<UnixStream>)>,
     events: Events,
@@ -133,19 +176,28 @@ impl Desk {
             // One that was given up already is not answered, which ends it.
             News::Claims(_) if !self.greeted(visitor) => {}
             News::Claims(answer) => {
-                if self.idle.is_none() {
-                    self.refused(None, &Refusal::Lent.to_string());
+                let granted = self.idle.take().ok_or(self.wedged.map_or(Refusal::Lent, |_| Refusal::Wedged));
+                if let Err(refusal) = &granted {
+                    self.refused(None, &refusal.to_string());
                 }
                 // Its thread waits for this; a device that could not be handed over stays here.
-                if let Err(unclaimed) = answer.send(self.idle.take()) {
-                    self.idle = unclaimed;
+                if let Err(Ok(unclaimed)) = answer.send(granted) {
+                    self.idle = Some(unclaimed);
                 }
             }
             News::Lent(peer) => match peer {
                 Some(peer) => self.events.say("lent", json!({ "peer": peer }), &format!("{peer} has the device")),
                 None => self.events.say("lent", json!({}), "a borrower has the device"),
             },
+            News::Wedged(in_flight) => {
+                self.wedged = Some(in_flight);
+                let what = format!(
+                    "the device does not end {in_flight} accesses of its last borrower: it is lent to nobody until they end"
+                );
+                self.events.say("wedged", json!({ "in_flight": in_flight }), &what);
+            }
             News::Returned(device, ended) => {
+                self.wedged = None;
                 let reason = ended.as_ref().map_or_else(Clone::clone, ToString::to_string);
                 self.events.say("returned", json!({ "reason": reason }), &format!("the device is back: {reason}"));
                 self.idle = Some(device);
@@ -170,3 +222,6 @@ impl Desk {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -245,19 +245,6 @@ fn memory_without_a_descriptor_is_reached_by_messages() {
 }
 
 #[test]
-fn a_register_read_does_not_wait_for_the_clients_own_answer() {
-    let server = serve(Options::default());
-    let mut client = server.client();
-    client.dma_map(0x10000, 0x1000, 3, None).unwrap();
-    server.device.play([Step::Store { iova: 0x10000, bytes: vec![1; 4], polled: false }]);
-    std::thread::sleep(QUIET);
-    client.region_read(0, 0, &mut [0; 4]).unwrap();
-    assert!(server.device.state().answers.is_empty());
-    client.answer_dma(&mut Guest::new(0x10000, 0x1000), QUIET).unwrap();
-    assert_eq!(server.device.state().answers, [(1, Answer::Stored)]);
-}
-
-#[test]
 fn a_completion_entry_never_overtakes_the_data_it_announces() {
     let server = serve(Options::default());
     let mut client = server.client();

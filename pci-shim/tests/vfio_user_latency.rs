@@ -34,6 +34,9 @@ struct Register {
 }
 
 impl Served for Register {
+    fn resets(&self) -> u64 {
+        0
+    }
     fn description(&self) -> &DeviceDescription {
         &self.description
     }

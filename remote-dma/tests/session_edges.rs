@@ -13,14 +13,16 @@ use std::time::{Duration, Instant};
 use common::links::{Connect, Link, on_every_fabric, over_shm};
 use common::{BUFFER_BYTES, COMMAND, CopyEngine, DONE, FAULTS, IOVA, LEN, READ, Recorder, Seen, WRITE, bar0, description};
 use farbus_remote_dma::borrower::{BorrowerOptions, BorrowerSession};
+use farbus_remote_dma::dirty_log::DirtyLog;
 use farbus_remote_dma::lender::{LenderSession, PollOptions};
-use farbus_remote_dma::message::ToLender;
+use farbus_remote_dma::message::{ToBorrower, ToLender};
 use farbus_remote_dma::wait::Waker;
 use farbus_remote_dma::{
     Activity, AttachError, Attachment, Backend, BarAddress, Bus, DeviceDescription, DmaFault, DmaTag, InterruptMode, Iova,
     MediationAnswer, ResetKind, Width, Window, WindowMemory,
 };
-use farbus_transport::{Access, CloseReason, Event, Events, Fabric, Grant, Memory, Nanos, Op, Signal};
+use farbus_transport::shm::{ShmFabric, ShmOptions};
+use farbus_transport::{Access, CloseReason, Event, Events, Fabric, Grant, Memory, Nanos, Op, Regions, Signal};
 
 /// Longer than an emulated machine on a busy host needs for anything here.
 const AMPLE: Duration = Duration::from_secs(20);
@@ -208,7 +210,7 @@ fn a_borrower_hears_that_its_session_failed_only_when_nothing_touches_its_memory
         }
     };
     assert!(!closed(Duration::from_millis(50)), "the device has not been fenced yet");
-    session.end();
+    session.end().unwrap();
     assert!(closed(AMPLE));
 }
 
@@ -224,7 +226,63 @@ fn memory_that_is_announced_and_never_delivered_ends_the_session_and_nothing_beh
     borrower.flush();
     assert_eq!(ends(&mut session), CloseReason::Protocol("memory that was announced and not delivered"));
     assert_eq!(session.counters().bar_writes, 1, "what came behind the fault");
-    session.end();
+    session.end().unwrap();
+}
+
+#[test]
+fn dma_to_memory_that_its_owner_took_back_is_a_fault_and_never_done() {
+    for command in [READ, WRITE] {
+        // A borrower that says each message itself, so that it can break its word.
+        let (lender, mut borrower) = ShmFabric::pair(ShmOptions::default()).unwrap();
+        let mut session = LenderSession::new(lender, Box::new(CopyEngine::new())).map_err(|(error, _)| error).unwrap();
+        let guest = Memory::memfd("guest", 1 << 20).unwrap();
+        let log = DirtyLog::new(1 << 20).unwrap();
+        let [memory, marks] =
+            [&guest, log.marks()].map(|memory| borrower.register(Arc::clone(memory), Access::READ_WRITE).unwrap());
+        let [memory_grant, dirty] = [memory, marks].map(|region| borrower.export(&region, Access::READ_WRITE).unwrap());
+        let mut say = |borrower: &mut ShmFabric, messages: &[ToLender]| {
+            for message in messages {
+                borrower.post(Signal::No, Op::Send { message: message.encode().as_slice() }).unwrap();
+            }
+            session.pump(Nanos::now());
+        };
+        let window = |key| ToLender::Map {
+            sequence: 2,
+            iova: Iova(0),
+            len: 1 << 20,
+            memory: Some(key),
+            offset: 0,
+            access: Access::READ_WRITE,
+        };
+        let store = |offset, value| ToLender::BarWrite { at: bar0(offset), width: Width::B8, value };
+        say(
+            &mut borrower,
+            &[
+                ToLender::Offer { sequence: 1, memory: memory_grant, dirty, proven: true },
+                window(memory_grant.key),
+                ToLender::BusMaster(true),
+                store(IOVA, 0x1000),
+                store(LEN, 64),
+            ],
+        );
+        borrower.deregister(memory).unwrap();
+        say(&mut borrower, &[store(COMMAND, command)]);
+        let counters = session.counters();
+        assert_eq!((counters.direct_dma, counters.faults, counters.interrupts), (0, 1, 0), "command {command}: {counters:?}");
+        session.pump(Nanos::now());
+        assert_eq!(session.closed(), Some(CloseReason::Protocol("an operation on the peer's memory failed")));
+        let mut events = Events::new();
+        borrower.poll(Nanos::now(), &mut events);
+        let announced = events.as_slice().iter().any(|event| match event {
+            Event::Message(message) => matches!(ToBorrower::parse(message.bytes()), Ok((ToBorrower::Interrupt { .. }, _))),
+            _ => false,
+        });
+        assert!(!announced, "command {command}: a vector announced what did not happen");
+        let mut seen = vec![1; 1 << 20];
+        guest.read(0, &mut seen).unwrap();
+        assert!(seen.iter().all(|byte| *byte == 0), "command {command}: revoked memory changed");
+        session.end().unwrap();
+    }
 }
 
 /// A device that always has something to do.

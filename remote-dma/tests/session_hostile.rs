@@ -102,7 +102,7 @@ fn lender_against(connect: Connect, attack: impl FnOnce(&mut Raw)) -> CloseReaso
     let session = std::thread::spawn(move || {
         let mut session = LenderSession::new(lender, Box::new(CopyEngine::new())).map_err(|(error, _)| error).unwrap();
         told.send(session.run(PollOptions::default(), &Waker::new().unwrap())).unwrap();
-        session.end()
+        session.end().unwrap()
     });
     let mut raw = Raw::new(raw);
     attack(&mut raw);
@@ -209,7 +209,7 @@ fn nonsense_ends_a_lenders_session_and_its_device_serves_the_next(connect: Conne
 
 fn nonsense_ends_a_borrowers_session_and_its_reads_are_all_ones(connect: Connect) {
     let fetch = ToBorrower::Fetch { ticket: Ticket(77), iova: Iova(0), len: 4 }.encode();
-    let across = ToBorrower::Store { ticket: Ticket(16), iova: Iova(4095), len: 2, polled: false }.encode();
+    let across = ToBorrower::Store { ticket: Ticket(16), slot: 0, iova: Iova(4095), len: 2, polled: false }.encode();
     let cases: [&[u8]; 7] = [b"", &[0], &[10, 1], &[3, 0, 0, 1, 0], &[2, 1, 0, 0, 0, 200], fetch.as_slice(), across.as_slice()];
     for message in cases {
         let reason = borrower_against(connect, |raw| raw.send(message));
@@ -264,7 +264,7 @@ fn a_borrower_that_vanishes_in_the_middle_of_its_dma_leaves_the_device_as_new(co
     let session = std::thread::spawn(move || {
         let mut session = LenderSession::new(lender, Box::new(CopyEngine::new())).map_err(|(error, _)| error).unwrap();
         let reason = session.run(PollOptions::default(), &Waker::new().unwrap());
-        (reason, session.end())
+        (reason, session.end().unwrap())
     });
     let mut host = Recorder::default();
     let options = BorrowerOptions { control_deadline: AMPLE, ..BorrowerOptions::default() };

@@ -34,7 +34,7 @@ fn lend(number: u16, engine: Box<dyn Backend>) -> (CloseReason, Box<dyn Backend>
     let mut session = LenderSession::new(meet(number), engine).map_err(|(error, _)| error).unwrap();
     let reason = session.run(PollOptions::default(), &Waker::new().unwrap());
     let ending = Instant::now();
-    let engine = session.end();
+    let engine = session.end().unwrap();
     assert!(ending.elapsed() < Duration::from_secs(3), "the device took {} ms to end", ending.elapsed().as_millis());
     (reason, engine)
 }

@@ -301,7 +301,7 @@ fn a_key_of_a_grant_of_before_is_refused_by_the_device() {
     let old = link.ends[0].import(&Grant { key: first.key ^ BIT, ..first }).unwrap();
     link.write(0, own.span(0, 64, Access::READ), old.span(0, 64, Access::WRITE).unwrap()).unwrap();
 
-    link.ends[1].deregister(target.region);
+    link.ends[1].deregister(target.region).unwrap();
     let region = link.ends[1].register(Arc::clone(&target.memory), ALL).unwrap();
     let second = link.ends[1].export(&region, ALL).unwrap();
     let new = link.ends[0].import(&Grant { key: second.key ^ BIT, ..second }).unwrap();
@@ -327,7 +327,7 @@ fn grants_that_are_never_taken_are_forgotten_when_they_are_taken_back() {
         for _ in 0..200 {
             let region = link.ends[1].register_for_peer(Arc::clone(&piece.memory), ALL).unwrap();
             link.ends[1].export(&region, ALL).unwrap_or_else(|error| panic!("round {round}: {error}"));
-            link.ends[1].deregister(region);
+            link.ends[1].deregister(region).unwrap();
             link.poll(0);
             link.poll(1);
         }

@@ -46,8 +46,8 @@ fn live_and_die(way: u64) {
             assert_eq!(link.closed(0), CloseReason::Local);
         }
         6..11 => {
-            link.ends[1].deregister(far.region);
-            link.ends[0].deregister(near.region);
+            link.ends[1].deregister(far.region).unwrap();
+            link.ends[0].deregister(near.region).unwrap();
         }
         // Dropped without a word of its owner's.
         0 => {
@@ -186,7 +186,7 @@ fn a_peer_whose_process_is_killed_is_known_to_be_gone_and_leaves_nothing_behind(
         assert!(took.is_some_and(|took| took < Duration::from_secs(2)), "{took:?}");
         // In whatever order things go.
         if round % 2 == 0 {
-            end.deregister(region);
+            end.deregister(region).unwrap();
         }
     }
     assert_eq!(Resources { mappings: 0, ..Resources::now() }, Resources { mappings: 0, ..before });

@@ -122,7 +122,7 @@ pub fn rig(place: Place, original: &File, bytes: u64, options: DriverOptions) ->
                 } else {
                     session.run(PollOptions::default(), &waker);
                 }
-                session.end();
+                session.end().unwrap();
             });
             lender = Some(Lender { stop, thread: Some(thread) });
             Box::new(BorrowerSession::new(ours, description, BorrowerOptions::default()).unwrap())

@@ -34,10 +34,12 @@ pub enum News {
         /// Why.
         why: String,
     },
-    /// Its hello is complete: the answer is the device, or `None` where that is lent.
-    Claims(oneshot::Sender<Option<Device>>),
+    /// Its hello is complete: the answer is the device, or why it cannot have it.
+    Claims(oneshot::Sender<Result<Device, Refusal>>),
     /// It has the device; its name, if it showed one. [`News::Returned`] follows.
     Lent(Option<String>),
+    /// The borrower has left, and the device has not ended so many accesses. [`News::Returned`] follows when it has.
+    Wedged(usize),
     /// The device is back, fenced and reset: how the borrower left, or why it never was one.
     Returned(Device, Result<CloseReason, String>),
 }
@@ -54,6 +56,8 @@ pub struct Terms {
     pub options: ShmOptions,
     /// Where the thread of a session runs.
     pub core: Option<usize>,
+    /// How long a device may take to end what it was doing, before that is said.
+    pub quiesce: Duration,
 }
 
 /// A connection that was accepted.
@@ -77,9 +81,9 @@ impl Visit {
         let (claim, answer) = oneshot::channel();
         self.tell(News::Claims(claim));
         match answer.blocking_recv() {
-            Ok(Some(device)) => self.serve(greeted, device),
-            Ok(None) => {
-                if let Err(error) = greeted.refuse(Refusal::Lent) {
+            Ok(Ok(device)) => self.serve(greeted, device),
+            Ok(Err(refusal)) => {
+                if let Err(error) = greeted.refuse(refusal) {
                     tracing::info!(%error, "a second borrower left before it was refused");
                 }
             }
@@ -110,7 +114,17 @@ impl Visit {
         let reason = session.run(PollOptions { spin: self.terms.spin }, &self.terms.stop);
         let counters = session.counters();
         tracing::info!(?counters, "the session's counts");
-        self.tell(News::Returned(session.end(), Ok(reason)));
+        let mut ended = session.end_within(self.terms.quiesce);
+        if let Err(wedged) = &ended {
+            self.tell(News::Wedged(wedged.in_flight()));
+        }
+        let device = loop {
+            match ended {
+                Ok(device) => break device,
+                Err(wedged) => ended = wedged.wait(self.terms.quiesce),
+            }
+        };
+        self.tell(News::Returned(device, Ok(reason)));
     }
 
     fn tell(&self, news: News) {

@@ -148,8 +148,9 @@ impl<S: IrqSink> Function<S> {
     }
 
     /// Reads a register. All ones where the device is gone or late, and, where the function decodes, while the BAR is not decoded. Stores
-    /// that are still to be taken by [`Function::next_mediation`] come before the answer: make them before the guest's CPU runs on. What
-    /// is answered here (MSI-X, constants, what the profile knows) waits for nothing: only a read that reaches the device flushes writes.
+    /// that are still to be taken by [`Function::next_mediation`] come before the answer: make them before the guest's CPU runs on. All that
+    /// the device made before it answered are among them. What is answered here (MSI-X, constants, what the profile knows) waits for nothing:
+    /// only a read that reaches the device flushes writes.
     ///
     /// # Errors
     /// Any [`AccessError`] but that of configuration space.
@@ -277,6 +278,7 @@ impl<S: IrqSink> Function<S> {
     /// # Errors
     /// [`AttachmentError`].
     pub fn reset(&mut self, kind: ResetKind) -> Result<(), AttachmentError> {
+        self.front.counters.resets += 1;
         self.front.fence();
         if std::mem::take(&mut self.bus_master) {
             self.attachment.set_bus_master(false, &mut self.front);
@@ -319,7 +321,8 @@ impl<S: IrqSink> Function<S> {
         self.attachment.gone()
     }
 
-    /// The pages that the device wrote in `memory`, complete up to this call; `None` where `memory` has no window.
+    /// The pages that the device wrote in `memory`, complete up to this call; `None` where `memory` has no window and nothing is left to take
+    /// of one that it had.
     pub fn dirty_log(&mut self, memory: &Arc<Memory>) -> Option<&DirtyLog> {
         self.attachment.dirty_log(memory, &mut self.front)
     }

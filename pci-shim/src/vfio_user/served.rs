@@ -78,6 +78,9 @@ pub trait Served {
     /// [`AttachmentError`].
     fn reset(&mut self, kind: ResetKind) -> Result<(), AttachmentError>;
 
+    /// How often the function was reset, by whatever asked for it.
+    fn resets(&self) -> u64;
+
     /// Takes what has happened.
     fn poll(&mut self, now: Nanos) -> Activity;
 
@@ -151,6 +154,10 @@ impl Served for Function<ClientInterrupts> {
 
     fn reset(&mut self, kind: ResetKind) -> Result<(), AttachmentError> {
         self.reset(kind)
+    }
+
+    fn resets(&self) -> u64 {
+        self.counters().resets
     }
 
     fn poll(&mut self, now: Nanos) -> Activity {

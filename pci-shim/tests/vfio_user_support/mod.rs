@@ -2,7 +2,7 @@
 //!
 //! `device.play([Step::Store { .. }, Step::Raise(3)])` has the device ask for a store and raise vector 3 in its next poll, in that order; the
 //! test then sees, as a client, when each arrives.
-#![allow(dead_code, reason = "each test program uses a part")]
+#![allow(dead_code, unused_imports, reason = "each test program uses a part")]
 #![allow(clippy::unwrap_used, reason = "a panic is how a test fails")]
 
 use std::collections::VecDeque;
@@ -12,7 +12,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use farbus_pci_shim::vfio_user::client::{Client, ClientMemory};
+use farbus_pci_shim::vfio_user::client::Client;
 use farbus_pci_shim::vfio_user::{ClientInterrupts, Ended, Options, Served, Server, StopHandle};
 use farbus_pci_shim::{AccessError, MediationKind, MediationRequest};
 use farbus_remote_dma::dirty_log::DirtyLog;
@@ -22,7 +22,9 @@ use farbus_remote_dma::{
 };
 use farbus_transport::{CloseReason, Memory, Nanos};
 use rustix::event::{EventfdFlags, eventfd};
-use rustix::io::Errno;
+
+mod memory;
+pub use memory::{Guest, SharedGuest};
 
 pub const DEADLINE: Duration = Duration::from_secs(5);
 
@@ -255,6 +257,10 @@ impl Served for Scripted {
         Ok(())
     }
 
+    fn resets(&self) -> u64 {
+        self.state.lock().unwrap().resets as u64
+    }
+
     fn poll(&mut self, _: Nanos) -> Activity {
         // As a session does after a sleep: take the signal, then what it announces.
         let _ = rustix::io::read(&self.wake, &mut [0_u8; 8]);
@@ -327,55 +333,6 @@ impl Drop for Running {
         if let Some(thread) = self.thread.take() {
             assert!(thread.join().is_ok() || std::thread::panicking(), "the server panicked");
         }
-    }
-}
-
-/// Guest memory of one range of addresses.
-pub struct Guest {
-    pub base: u64,
-    pub bytes: Vec<u8>,
-    pub writes: Vec<(u64, usize)>,
-}
-
-impl Guest {
-    pub fn new(base: u64, len: usize) -> Self {
-        Self { base, bytes: vec![0; len], writes: vec![] }
-    }
-
-    fn range(&self, iova: u64, len: usize) -> Result<std::ops::Range<usize>, Errno> {
-        let from = iova.checked_sub(self.base).ok_or(Errno::NODEV)? as usize;
-        let end = from.checked_add(len).filter(|end| *end <= self.bytes.len()).ok_or(Errno::NODEV)?;
-        Ok(from..end)
-    }
-}
-
-impl ClientMemory for Guest {
-    fn read(&mut self, iova: u64, into: &mut [u8]) -> Result<(), Errno> {
-        into.copy_from_slice(&self.bytes[self.range(iova, into.len())?]);
-        Ok(())
-    }
-
-    fn write(&mut self, iova: u64, bytes: &[u8]) -> Result<(), Errno> {
-        let range = self.range(iova, bytes.len())?;
-        self.bytes[range].copy_from_slice(bytes);
-        self.writes.push((iova, bytes.len()));
-        Ok(())
-    }
-}
-
-/// Guest memory in a memfd that the server maps too.
-pub struct SharedGuest {
-    pub base: u64,
-    pub memory: Arc<Memory>,
-}
-
-impl ClientMemory for SharedGuest {
-    fn read(&mut self, iova: u64, into: &mut [u8]) -> Result<(), Errno> {
-        self.memory.read(iova - self.base, into).map_err(|_| Errno::NODEV)
-    }
-
-    fn write(&mut self, iova: u64, bytes: &[u8]) -> Result<(), Errno> {
-        self.memory.write(iova - self.base, bytes).map_err(|_| Errno::NODEV)
     }
 }
 

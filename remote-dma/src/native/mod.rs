@@ -97,7 +97,9 @@ impl Attachment for Native {
 
     fn unmap(&mut self, iova: Iova, len: u64, _host: &mut dyn Host) -> Result<(), MapError> {
         self.bus.unmap(iova, len)?;
-        Ok(self.quiesce()?)
+        self.quiesce()?;
+        self.bus.prune_logs();
+        Ok(())
     }
 
     fn prove(&mut self, _memory: &Arc<Memory>, _host: &mut dyn Host) {}

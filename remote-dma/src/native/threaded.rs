@@ -274,7 +274,7 @@ impl Attachment for ThreadedNative {
 
     fn dirty_log(&mut self, memory: &Arc<Memory>, _host: &mut dyn Host) -> Option<&DirtyLog> {
         let logs = self.logs.lock().unwrap_or_else(PoisonError::into_inner);
-        self.log = logs.iter().find(|(known, _)| Arc::ptr_eq(known, memory)).map(|(_, log)| log.clone());
+        self.log = logs.of(memory).cloned();
         drop(logs);
         self.log.as_ref()
     }
@@ -383,6 +383,9 @@ impl Device {
             }
             Control::Unmap(iova, len, answer) => {
                 let unmapped = self.bus.unmap(iova, len).and_then(|()| Ok(self.quiesce()?));
+                if unmapped.is_ok() {
+                    self.bus.prune_logs();
+                }
                 self.bus.share_logs(&self.logs);
                 answer.send(unmapped).unwrap_or_else(|error| unheard(error.0.is_ok()));
             }

@@ -16,7 +16,7 @@ pub mod pair;
 
 use std::collections::VecDeque;
 use std::os::fd::BorrowedFd;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use farbus_remote_dma::{
     Activity, AttachError, Backend, BarAddress, BarDescription, BarKind, Bus, DeviceDescription, DmaFault, DmaTag, Host,
@@ -61,9 +61,20 @@ pub fn description() -> DeviceDescription {
     }
 }
 
+/// A transfer that the bus said was done when it was asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Told {
+    pub command: u64,
+    pub from: u64,
+    pub len: u64,
+    pub stamp: u64,
+}
+
 pub struct CopyEngine {
     description: DeviceDescription,
     pub buffer: Arc<Memory>,
+    /// Since the last reset.
+    pub told: Arc<Mutex<Vec<Told>>>,
     region: Option<LocalRegion>,
     registers: [u64; 8],
     pending: usize,
@@ -73,7 +84,8 @@ pub struct CopyEngine {
 impl CopyEngine {
     pub fn new() -> Self {
         let buffer = Memory::memfd("engine", BUFFER_BYTES).unwrap();
-        Self { description: description(), buffer, region: None, registers: [0; 8], pending: 0, fenced: false }
+        let told = Arc::default();
+        Self { description: description(), buffer, told, region: None, registers: [0; 8], pending: 0, fenced: false }
     }
 
     fn start(&mut self, command: u64, bus: &mut dyn Bus) {
@@ -91,7 +103,10 @@ impl CopyEngine {
             _ => return,
         };
         match result {
-            Ok(Progress::Done) => self.finish(command, bus),
+            Ok(Progress::Done) => {
+                self.told.lock().unwrap().push(Told { command, from, len: u64::from(len), stamp: self.registers[7] });
+                self.finish(command, bus);
+            }
             Ok(Progress::Pending) => {
                 self.pending += 1;
                 // What follows a posted write need not wait for it: order is the bus's business.
@@ -168,6 +183,7 @@ impl Backend for CopyEngine {
         self.pending
     }
     fn reset(&mut self, _kind: ResetKind, _bus: &mut dyn Bus) {
+        self.told.lock().unwrap().clear();
         self.registers = [0; 8];
         self.fenced = false;
     }

@@ -31,7 +31,12 @@ pub struct Pair {
 }
 
 impl Pair {
-    pub fn new((lender, borrower): (Link, Link)) -> Self {
+    pub fn new(ends: (Link, Link)) -> Self {
+        Self::with(ends, AMPLE)
+    }
+
+    /// With another deadline for register reads.
+    pub fn with((lender, borrower): (Link, Link), read_deadline: Duration) -> Self {
         let stop = Waker::new().unwrap();
         let engine = CopyEngine::new();
         let buffer = Arc::clone(&engine.buffer);
@@ -39,10 +44,10 @@ impl Pair {
         let lender = std::thread::spawn(move || {
             let mut session = LenderSession::new(lender, Box::new(engine)).map_err(|(error, _)| error).unwrap();
             let reason = session.run(PollOptions::default(), &waker);
-            session.end();
+            session.end().unwrap();
             reason
         });
-        let options = BorrowerOptions { read_deadline: AMPLE, control_deadline: AMPLE, ..BorrowerOptions::default() };
+        let options = BorrowerOptions { read_deadline, control_deadline: AMPLE, ..BorrowerOptions::default() };
         let session = BorrowerSession::new(borrower, description(), options).unwrap();
         let mut pair = Self { session, host: Recorder::default(), buffer, stop, lender: Some(lender) };
         pair.session.set_bus_master(true, &mut pair.host);

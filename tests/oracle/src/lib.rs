@@ -145,7 +145,8 @@ fn names_from_sys(source: &str) -> BTreeSet<String> {
     for after in code.split("sys::").skip(1) {
         let end = if after.starts_with('{') { after.find('}') } else { after.find(|c: char| !in_a_name(c)) };
         let words = after[..end.unwrap_or(after.len())].split(|c: char| !in_a_name(c));
-        names.extend(words.filter(|word| !word.is_empty()).map(str::to_owned));
+        // Not `self`, nor the empty words between commas.
+        names.extend(words.filter(|word| word.to_ascii_lowercase().starts_with("ibv_")).map(str::to_owned));
     }
     names
 }
@@ -156,7 +157,8 @@ mod tests {
 
     #[test]
     fn names_are_found_alone_and_in_braces_and_not_in_comments() {
-        let source = "use super::sys::{\n    IBV_A, ibv_b,\n};\n// sys::IBV_NOT\nlet x = super::sys::IBV_C + sys::IBV_D;\nmod sys;";
+        let source =
+            "use super::sys::{\n    self, IBV_A, ibv_b,\n};\n// sys::IBV_NOT\nlet x = super::sys::IBV_C + sys::IBV_D;\nmod sys;";
         assert_eq!(names_from_sys(source), ["IBV_A", "IBV_C", "IBV_D", "ibv_b"].map(str::to_owned).into());
     }
 }

@@ -187,19 +187,21 @@ fn unions(judge: &mut Judge) {
 fn numbers(judge: &mut Judge) {
     compare!(judge, constants IBV_GID_TYPE_IB IBV_GID_TYPE_ROCE_V2);
     compare!(judge, bits ibv_device_cap_flags IBV_DEVICE_MEM_WINDOW_TYPE_2B);
-    compare!(judge, bits ibv_access_flags IBV_ACCESS_LOCAL_WRITE IBV_ACCESS_REMOTE_WRITE IBV_ACCESS_REMOTE_READ);
+    compare!(judge, bits ibv_access_flags IBV_ACCESS_LOCAL_WRITE IBV_ACCESS_REMOTE_WRITE IBV_ACCESS_REMOTE_READ IBV_ACCESS_MW_BIND);
     compare!(judge, bits ibv_send_flags IBV_SEND_SIGNALED IBV_SEND_INLINE);
     compare!(judge, bits ibv_qp_attr_mask
         IBV_QP_STATE IBV_QP_ACCESS_FLAGS IBV_QP_PKEY_INDEX IBV_QP_PORT IBV_QP_AV IBV_QP_PATH_MTU IBV_QP_TIMEOUT IBV_QP_RETRY_CNT
         IBV_QP_RNR_RETRY IBV_QP_RQ_PSN IBV_QP_MAX_QP_RD_ATOMIC IBV_QP_MIN_RNR_TIMER IBV_QP_SQ_PSN IBV_QP_MAX_DEST_RD_ATOMIC
         IBV_QP_DEST_QPN);
+    compare!(judge, module ibv_mw_type IBV_MW_TYPE_2);
     compare!(judge, module ibv_port_state IBV_PORT_ACTIVE);
     compare!(judge, module ibv_qp_state IBV_QPS_INIT IBV_QPS_RTR IBV_QPS_RTS);
     compare!(judge, module ibv_qp_type IBV_QPT_RC);
     compare!(judge, module ibv_wc_opcode IBV_WC_RECV_RDMA_WITH_IMM);
     compare!(judge, module ibv_wc_status
-        IBV_WC_SUCCESS IBV_WC_LOC_LEN_ERR IBV_WC_LOC_QP_OP_ERR IBV_WC_LOC_PROT_ERR IBV_WC_WR_FLUSH_ERR IBV_WC_REM_INV_REQ_ERR IBV_WC_REM_ACCESS_ERR IBV_WC_REM_OP_ERR);
-    compare!(judge, module ibv_wr_opcode IBV_WR_RDMA_WRITE IBV_WR_RDMA_WRITE_WITH_IMM IBV_WR_SEND IBV_WR_RDMA_READ);
+        IBV_WC_SUCCESS IBV_WC_LOC_PROT_ERR IBV_WC_WR_FLUSH_ERR IBV_WC_REM_INV_REQ_ERR IBV_WC_REM_ACCESS_ERR IBV_WC_REM_OP_ERR IBV_WC_RETRY_EXC_ERR
+        IBV_WC_RNR_RETRY_EXC_ERR);
+    compare!(judge, module ibv_wr_opcode IBV_WR_RDMA_WRITE IBV_WR_RDMA_WRITE_WITH_IMM IBV_WR_SEND IBV_WR_RDMA_READ IBV_WR_LOCAL_INV IBV_WR_BIND_MW);
     compare!(judge, variants ibv_event_type
         IBV_EVENT_CQ_ERR IBV_EVENT_QP_FATAL IBV_EVENT_QP_REQ_ERR IBV_EVENT_QP_ACCESS_ERR IBV_EVENT_DEVICE_FATAL IBV_EVENT_PORT_ACTIVE
         IBV_EVENT_PORT_ERR);

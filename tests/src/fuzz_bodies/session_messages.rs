@@ -81,7 +81,7 @@ fn attack_lender(prepared: bool, mut input: Input<'_>) {
         }
     }
     drop(attacker);
-    session.end();
+    drop(session.end().expect("the device ends what it began"));
 }
 
 /// What a borrower says first: memory, a window on it, staging, and that the device may start DMA.

@@ -13,6 +13,7 @@ use super::exchange::{ExchangeError, HelloStream, Timed};
 const MAGIC: [u8; 7] = *b"verdict";
 const WELCOME: u8 = 0;
 const LENT: u8 = 1;
+const WEDGED: u8 = 2;
 
 /// Why a borrower whose hello was good gets no link.
 #[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
@@ -20,6 +21,9 @@ pub enum Refusal {
     /// Somebody else has the device.
     #[error("the device is lent to another borrower")]
     Lent,
+    /// The device has not ended what it did for somebody who has left.
+    #[error("the device does not end what it was doing for its last borrower")]
+    Wedged,
     /// A reason of a later version of farbus.
     #[error("the lender refuses for reason {0}, which this version does not know")]
     Unknown(u8),
@@ -29,6 +33,7 @@ impl Refusal {
     const fn code(self) -> u8 {
         match self {
             Self::Lent => LENT,
+            Self::Wedged => WEDGED,
             Self::Unknown(code) => code,
         }
     }
@@ -61,6 +66,7 @@ pub fn hear<S: HelloStream>(stream: &mut S, allowed: Duration) -> Result<Verdict
         _ if magic != MAGIC => Err(ExchangeError::Verdict { found: bytes }),
         WELCOME => Ok(Ok(())),
         LENT => Ok(Err(Refusal::Lent)),
+        WEDGED => Ok(Err(Refusal::Wedged)),
         other => Ok(Err(Refusal::Unknown(other))),
     }
 }
@@ -77,7 +83,7 @@ mod tests {
     #[test]
     fn what_is_told_is_heard() {
         let (mut lender, mut borrower) = UnixStream::pair().unwrap();
-        for verdict in [Ok(()), Err(Refusal::Lent), Err(Refusal::Unknown(200))] {
+        for verdict in [Ok(()), Err(Refusal::Lent), Err(Refusal::Wedged), Err(Refusal::Unknown(200))] {
             tell(&mut lender, verdict, SOON).unwrap();
             assert_eq!(hear(&mut borrower, SOON).unwrap(), verdict);
         }

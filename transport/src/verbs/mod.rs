@@ -48,8 +48,9 @@ use self::sending::Kind;
 use self::sleep::Bed;
 use self::sys::{IBV_WC_RECV_RDMA_WITH_IMM, IBV_WC_SUCCESS, ibv_wc};
 use self::wire::Slot;
-use crate::fabric::{CloseReason, Event, Events, Fabric, Full, Limits, MAX_MESSAGE, Message, Op, OpError, Signal};
+use crate::fabric::{CloseReason, Event, Events, Fabric, Limits, MAX_MESSAGE, Message, Op, OpError, PostError, Signal};
 use crate::link::control::Control;
+use crate::span::RemoteSpan;
 use crate::time::Nanos;
 
 /// Marks the name of a receive; the rest is its slot. Work requests are counted from 1 and never come here.
@@ -237,7 +238,7 @@ impl Fabric for VerbsFabric {
     }
 
     #[inline]
-    fn post(&mut self, signal: Signal, op: Op<'_>) -> Result<(), Full> {
+    fn post(&mut self, signal: Signal, op: Op<'_>) -> Result<(), PostError> {
         if self.phase != Phase::Open {
             return self.post_ended(signal);
         }
@@ -247,7 +248,7 @@ impl Fabric for VerbsFabric {
             Op::Read { from, into } => self.transfer(signal, into, from, Kind::Read),
             Op::Send { message } => {
                 if !self.outbox.has_room(1) || !self.inbox.may_send() {
-                    return Err(Full);
+                    return Err(PostError::Full);
                 }
                 if message.len() > MAX_MESSAGE {
                     let len = u32::try_from(message.len()).unwrap_or(u32::MAX);
@@ -264,6 +265,11 @@ impl Fabric for VerbsFabric {
             self.answer_all();
         }
         posted
+    }
+
+    /// The peer's memory is not mapped here: its own CPU stores what may be polled.
+    fn store_polled(&mut self, _to: RemoteSpan, _bytes: &[u8]) -> Result<(), OpError> {
+        Err(OpError::Denied)
     }
 
     #[inline]

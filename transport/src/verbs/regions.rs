@@ -17,7 +17,7 @@ use super::sys::{IBV_ACCESS_LOCAL_WRITE, IBV_ACCESS_MW_BIND, IBV_ACCESS_REMOTE_R
 use super::windows::MemoryWindow;
 use super::wire::{Announcement, Frame, Slot};
 use super::{Phase, VerbsFabric, outbox};
-use crate::fabric::{CloseReason, Grant, GrantError, Regions, RegisterError};
+use crate::fabric::{CloseReason, Grant, GrantError, Regions, RegisterError, RevokeError};
 use crate::link::control::{Control, ControlError, receive_by};
 use crate::memory::{Mapped, Memory, MemoryError};
 use crate::span::{Access, LocalRegion, LocalSpan, RegionName, RemoteRegion, RemoteSpan};
@@ -236,7 +236,7 @@ impl Regions for VerbsFabric {
         self.add_local(memory, access, false)
     }
 
-    fn deregister(&mut self, region: LocalRegion) {
+    fn deregister(&mut self, region: LocalRegion) -> Result<(), RevokeError> {
         let ends = |granted: &Granted| granted.of == region.name;
         // They stay in the books until all is done, so that an end of the link meanwhile finds their windows.
         let ended: Vec<(u64, Option<u32>)> = self
@@ -264,6 +264,7 @@ impl Regions for VerbsFabric {
         // With the regions the peer's access ends: whatever arrives from now on is refused by the device.
         self.books.granted.retain(|granted| !ends(granted));
         self.books.locals.remove(region.name);
+        Ok(())
     }
 
     fn local_memory(&self, region: &LocalRegion) -> Option<Arc<Memory>> {

@@ -6,7 +6,7 @@
 use super::chain::{Bytes, What};
 use super::wire::Slot;
 use super::{MAX_READY, Phase, VerbsFabric};
-use crate::fabric::{CloseReason, Event, Full, OpError, Signal};
+use crate::fabric::{CloseReason, Event, OpError, PostError, Signal};
 use crate::span::{LocalSpan, RemoteSpan};
 
 /// What a transfer is.
@@ -20,14 +20,14 @@ pub(super) enum Kind {
 impl VerbsFabric {
     /// A one-sided operation: one work request for each piece that the device takes.
     #[inline]
-    pub(super) fn transfer(&mut self, signal: Signal, local: LocalSpan, remote: RemoteSpan, kind: Kind) -> Result<(), Full> {
+    pub(super) fn transfer(&mut self, signal: Signal, local: LocalSpan, remote: RemoteSpan, kind: Kind) -> Result<(), PostError> {
         let reads = kind == Kind::Read;
         let (from, to) = if reads { (remote.len, local.len) } else { (local.len, remote.len) };
         let fits = from == to && from <= self.limits.max_op_len;
         let pieces = if fits { from.div_ceil(self.piece).max(1) } else { 1 };
         let notifies = matches!(kind, Kind::WriteNotify(_));
         if !self.outbox.has_room(pieces) || (notifies && !self.inbox.may_send()) {
-            return Err(Full);
+            return Err(PostError::Full);
         }
         if !fits {
             self.outbox.refuse(signal, OpError::Mismatch { from, to });
@@ -131,10 +131,10 @@ impl VerbsFabric {
     }
 
     #[cold]
-    pub(super) fn post_ended(&mut self, signal: Signal) -> Result<(), Full> {
+    pub(super) fn post_ended(&mut self, signal: Signal) -> Result<(), PostError> {
         // Nothing follows the event that said so.
         if self.phase == Phase::Over || self.ready.len() >= MAX_READY {
-            return Err(Full);
+            return Err(PostError::Full);
         }
         self.ready.push_back(match signal {
             Signal::Yes(id) => Event::Failed(Some(id), OpError::Closed),

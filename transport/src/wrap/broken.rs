@@ -8,7 +8,9 @@ use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::fabric::{Event, Events, Fabric, Full, Grant, GrantError, Limits, Message, Op, Regions, RegisterError, Signal};
+use crate::fabric::{
+    Event, Events, Fabric, Grant, GrantError, Limits, Message, Op, OpError, PostError, Regions, RegisterError, RevokeError, Signal,
+};
 use crate::memory::{Mapped, Memory};
 use crate::span::{Access, LocalRegion, LocalSpan, RemoteRegion, RemoteSpan};
 use crate::time::Nanos;
@@ -126,9 +128,9 @@ impl<F: Fabric> Fabric for Broken<F> {
         self.inner.limits()
     }
 
-    fn post(&mut self, signal: Signal, op: Op<'_>) -> Result<(), Full> {
+    fn post(&mut self, signal: Signal, op: Op<'_>) -> Result<(), PostError> {
         if self.follows(&op) && !self.release(None) {
-            return Err(Full);
+            return Err(PostError::Full);
         }
         if let (Breach::MessageBeforeData, Op::WriteNotify { from, to, notify }) = (self.breach, op)
             && let (Some(no_from), Some(no_to)) = (from.part(0, 0), to.part(0, 0))
@@ -147,6 +149,10 @@ impl<F: Fabric> Fabric for Broken<F> {
             self.release(None);
         }
         Ok(())
+    }
+
+    fn store_polled(&mut self, to: RemoteSpan, bytes: &[u8]) -> Result<(), OpError> {
+        self.inner.store_polled(to, bytes)
     }
 
     fn flush(&mut self) {
@@ -189,12 +195,12 @@ impl<F: Fabric> Regions for Broken<F> {
         self.inner.register_for_peer(memory, access)
     }
 
-    fn deregister(&mut self, region: LocalRegion) {
+    fn deregister(&mut self, region: LocalRegion) -> Result<(), RevokeError> {
         if self.breach == Breach::RevocationForgotten {
             self.kept.push(region);
-        } else {
-            self.inner.deregister(region);
+            return Ok(());
         }
+        self.inner.deregister(region)
     }
 
     fn local_memory(&self, region: &LocalRegion) -> Option<Arc<Memory>> {

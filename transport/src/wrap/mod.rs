@@ -10,7 +10,9 @@ mod trace;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
-use crate::fabric::{Events, Fabric, Full, Grant, GrantError, Limits, Op, Regions, RegisterError, Signal};
+use crate::fabric::{
+    Events, Fabric, Grant, GrantError, Limits, Op, OpError, PostError, Regions, RegisterError, RevokeError, Signal,
+};
 use crate::memory::{Mapped, Memory};
 use crate::span::{Access, LocalRegion, LocalSpan, RemoteRegion, RemoteSpan};
 use crate::time::Nanos;
@@ -28,8 +30,8 @@ impl<R: Regions + ?Sized> Regions for Box<R> {
         (**self).register_for_peer(memory, access)
     }
 
-    fn deregister(&mut self, region: LocalRegion) {
-        (**self).deregister(region);
+    fn deregister(&mut self, region: LocalRegion) -> Result<(), RevokeError> {
+        (**self).deregister(region)
     }
 
     fn local_memory(&self, region: &LocalRegion) -> Option<Arc<Memory>> {
@@ -62,8 +64,12 @@ impl<F: Fabric + ?Sized> Fabric for Box<F> {
         (**self).limits()
     }
 
-    fn post(&mut self, signal: Signal, op: Op<'_>) -> Result<(), Full> {
+    fn post(&mut self, signal: Signal, op: Op<'_>) -> Result<(), PostError> {
         (**self).post(signal, op)
+    }
+
+    fn store_polled(&mut self, to: RemoteSpan, bytes: &[u8]) -> Result<(), OpError> {
+        (**self).store_polled(to, bytes)
     }
 
     fn flush(&mut self) {

@@ -29,7 +29,6 @@ const RECEIVE: u64 = 1 << 63;
 pub enum Got {
     Message(Vec<u8>),
     Credits,
-    Ping,
     Goodbye,
     Revoke(u64),
     /// A write with this immediate.
@@ -168,16 +167,12 @@ impl Peer<'_> {
         self.say(1, message)
     }
 
-    pub fn ping(&mut self) -> bool {
+    pub fn goodbye(&mut self) -> bool {
         self.say(3, &[])
     }
 
-    pub fn goodbye(&mut self) -> bool {
-        self.say(4, &[])
-    }
-
     pub fn revoke(&mut self, number: u64) -> bool {
-        self.say(5, &number.to_le_bytes())
+        self.say(4, &number.to_le_bytes())
     }
 
     /// How many slots the fabric says it has taken.
@@ -207,9 +202,8 @@ impl Peer<'_> {
                 match (kind, body) {
                     (1, message) => Got::Message(message.to_vec()),
                     (2, []) => Got::Credits,
-                    (3, []) => Got::Ping,
-                    (4, []) => Got::Goodbye,
-                    (5, number) => Got::Revoke(u64::from_le_bytes(number.try_into().expect("the number of a grant"))),
+                    (3, []) => Got::Goodbye,
+                    (4, number) => Got::Revoke(u64::from_le_bytes(number.try_into().expect("the number of a grant"))),
                     other => panic!("a slot of kind and body {other:?}"),
                 }
             });
@@ -228,12 +222,12 @@ impl Peer<'_> {
         got
     }
 
-    /// The next that is neither credits nor a ping.
+    /// The next that is more than credits.
     pub fn next(&mut self) -> Got {
         let started = Instant::now();
         loop {
             match self.unread.pop_front() {
-                Some(Got::Credits | Got::Ping) => continue,
+                Some(Got::Credits) => continue,
                 Some(got) => return got,
                 None => self.unread = self.take().into(),
             }
