@@ -236,7 +236,7 @@ fn a_link_that_loses_packets_corrupts_nothing() {
     lab_link("loss 0.1%");
     let mut side = Side::meet(2);
     let started = Instant::now();
-    let rounds = side.play(|round| round == 150).unwrap();
+    let rounds = side.play(|round| round == 400).unwrap();
     println!("{} operations verified in {} ms with 0.1 % loss", rounds * OPERATIONS, started.elapsed().as_millis());
     side.leave();
 }
