@@ -3,6 +3,7 @@
 //! It packs real files into an image, lends a copy from a second process, drives that through a borrowed function with the built-in NVMe
 //! driver, drives another copy natively in this process, compares every byte, and prints six cases side by side.
 
+mod copies;
 mod far_side;
 mod files;
 mod lender;
@@ -10,8 +11,8 @@ mod scratch;
 mod sides;
 
 use std::fs::File;
-use std::io::{IsTerminal, Seek};
-use std::path::{Path, PathBuf};
+use std::io::IsTerminal;
+use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::{Context, bail};
@@ -21,6 +22,7 @@ use farbus_bench::report::{CaseReport, DemoReport, Distribution, Machine, all_la
 use farbus_bench::workload::{Budget, CASES, Progress};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
+use self::copies::Copy;
 use self::far_side::FarSide;
 use self::files::{Given, check_picture};
 use self::scratch::Scratch;
@@ -55,20 +57,15 @@ fn run_over(args: &DemoArgs, given: Option<&Given>) -> anyhow::Result<()> {
         Some(given) => given.path().to_owned(),
         None => pack_original(scratch.path("original.img"))?,
     };
-    let (native_copy, remote_copy) = (scratch.path("native.img"), scratch.path("remote.img"));
+    let native_copy = Copy::of(&original, &scratch, "native.img")?;
     let cores = Cores::new();
     let far = match &args.from {
-        Some(from) => {
-            copy_with_progress(&original, &[&native_copy])?;
-            FarSide::elsewhere(from, args)
-        }
-        None => {
-            copy_with_progress(&original, &[&native_copy, &remote_copy])?;
-            FarSide::here(args, &remote_copy, &scratch, cores.device())?
-        }
+        Some(from) => FarSide::elsewhere(from, args),
+        // The lender has it open when it listens, and keeps it.
+        None => FarSide::here(args, Copy::of(&original, &scratch, "remote.img")?.path(), &scratch, cores.device())?,
     };
     let mut remote = remote(&far, &original)?;
-    let mut native = native(&native_copy, &original, cores)?;
+    let mut native = native(native_copy.path(), &original, cores)?;
     scratch.remove_names();
     let pinned = cores.drive()?;
     let mut bytes_verified = verify(&mut remote, "verifying every block, remote")?;
@@ -108,24 +105,6 @@ fn pack_original(path: PathBuf) -> anyhow::Result<PathBuf> {
     bar.finish_and_clear();
     tracing::info!(?packed, "the image");
     Ok(path)
-}
-
-fn copy_with_progress(from: &Path, to: &[&Path]) -> anyhow::Result<()> {
-    let mut source = File::open(from).with_context(|| format!("cannot read {}", from.display()))?;
-    let bar = progress_bar("copying the image");
-    let length = source.metadata()?.len();
-    bar.set_length(length * to.len() as u64);
-    for path in to {
-        source.rewind()?;
-        let mut target = File::create_new(path).with_context(|| format!("cannot make {}", path.display()))?;
-        let copied = std::io::copy(&mut source, &mut target).with_context(|| format!("cannot write {}", path.display()))?;
-        if copied != length {
-            bail!("{} changed while it was copied: {copied} of {length} bytes", from.display());
-        }
-        bar.inc(copied);
-    }
-    bar.finish_and_clear();
-    Ok(())
 }
 
 fn verify(side: &mut DriverSide, what: &'static str) -> anyhow::Result<u64> {

@@ -79,8 +79,9 @@ fn host(what: &'static str) -> impl FnOnce(rustix::io::Errno) -> MemoryError {
     move |errno| MemoryError::Host { what, source: errno.into() }
 }
 
-/// Whether a file is sealed against shrinking. Ask before its length: a seal cannot be taken off, but a file can shrink until it is sealed.
-pub(crate) fn is_sealed(fd: impl AsFd) -> bool {
+/// Whether a file is sealed against shrinking (`F_SEAL_SHRINK`, fcntl(2)), so that no access to a mapping of it can fault. Ask before its
+/// length: a seal cannot be taken off, but a file can shrink until it is sealed.
+pub fn is_sealed(fd: impl AsFd) -> bool {
     rustix::fs::fcntl_get_seals(fd).is_ok_and(|seals| seals.contains(SealFlags::SHRINK))
 }
 

@@ -12,15 +12,18 @@ use crate::failure::{Advise, refusal};
 use crate::signals::EndSignals;
 
 /// A folder for images.
-pub struct Scratch(TempDir);
+pub struct Scratch {
+    folder: TempDir,
+    in_memory: bool,
+}
 
 impl Scratch {
     /// One for `needed` bytes. From now on the signals that end a command remove it first.
     pub fn new(needed: u64) -> anyhow::Result<Self> {
         let in_memory = Path::new("/dev/shm");
         let builder = |folder: &Path| tempfile::Builder::new().prefix("farbus-demo-").tempdir_in(folder);
-        let folder = match (room(in_memory) >= needed).then(|| builder(in_memory)) {
-            Some(Ok(folder)) => folder,
+        let (folder, in_memory) = match (room(in_memory) >= needed).then(|| builder(in_memory)) {
+            Some(Ok(folder)) => (folder, true),
             _ => {
                 let elsewhere = std::env::temp_dir();
                 let mib = |bytes: u64| bytes >> 20;
@@ -29,22 +32,27 @@ impl Scratch {
                     let (there, room) = (elsewhere.display(), mib(room(&elsewhere)));
                     return Err(refusal(format!("there is not enough room for the images: {there} has {room} MiB"), hint));
                 }
-                builder(&elsewhere).advise("cannot make a folder for the images", hint)?
+                (builder(&elsewhere).advise("cannot make a folder for the images", hint)?, false)
             }
         };
         remove_when_ended(folder.path().to_owned()).context("cannot wait for signals")?;
-        Ok(Self(folder))
+        Ok(Self { folder, in_memory })
     }
 
     /// Where `name` is.
     pub fn path(&self, name: &str) -> PathBuf {
-        self.0.path().join(name)
+        self.folder.path().join(name)
+    }
+
+    /// Whether there is memory for the images.
+    pub fn in_memory(&self) -> bool {
+        self.in_memory
     }
 
     /// Takes all names away: the files live as long as somebody has them open.
     pub fn remove_names(self) {
-        let path = self.0.path().to_owned();
-        if let Err(error) = self.0.close() {
+        let path = self.folder.path().to_owned();
+        if let Err(error) = self.folder.close() {
             tracing::warn!(%error, path = %path.display(), "a folder with images stays behind");
         }
     }

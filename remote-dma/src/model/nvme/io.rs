@@ -288,6 +288,7 @@ impl Nvme {
     pub(super) fn job_done(&mut self, mut job: Box<Job>, bus: &mut dyn Bus) {
         self.jobs_running = self.jobs_running.saturating_sub(1);
         let (index, epoch, outcome, kind) = (job.slot, job.epoch, job.outcome, job.kind);
+        self.call_bytes += job.guest_bytes;
         match kind {
             JobKind::Read => self.counters.bytes_to_guest += job.guest_bytes,
             JobKind::Write { .. } => self.counters.bytes_from_guest += job.guest_bytes,

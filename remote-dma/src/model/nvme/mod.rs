@@ -152,7 +152,7 @@ impl std::fmt::Debug for Nvme {
 }
 
 impl Nvme {
-    /// A controller over an image file or a block device; a file in memory is mapped ([`media::open`]).
+    /// A controller over an image file or a block device; a sealed memfd is mapped ([`media::open`]).
     ///
     /// # Errors
     /// [`MediaError`] where the image cannot be lent.

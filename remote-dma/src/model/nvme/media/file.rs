@@ -1,8 +1,10 @@
-//! An image in a file or on a block device, read and written by the workers.
+//! An image in a file or on a block device, read and written by the workers, or, where the file is memory anyway, by the controller's thread.
 //!
 //! `FileMedia::open("disk.img", false)` takes an exclusive lock (shared for read-only), so that a second lender of the same image is refused
-//! before it can spoil anything.
+//! before it can spoil anything. On tmpfs a read of 4 KiB is one `preadv` into the guest's page in the next poll.
 
+use std::collections::VecDeque;
+use std::fs::File;
 use std::os::fd::BorrowedFd;
 use std::path::Path;
 use std::sync::Arc;
@@ -10,8 +12,8 @@ use std::sync::Arc;
 use farbus_transport::Memory;
 
 use super::image::Image;
-use super::worker::Workers;
-use super::{Job, Media, MediaError};
+use super::worker::{Carrier, Workers};
+use super::{Job, JobKind, MAX_JOBS, Media, MediaError};
 
 /// Blocks in a file.
 #[derive(Debug)]
@@ -20,6 +22,25 @@ pub struct FileMedia {
     identity: u64,
     read_only: bool,
     workers: Workers,
+    prompt: Option<Prompt>,
+}
+
+/// A file whose reads and writes wait for nobody: handing them to another thread would cost more than they do.
+#[derive(Debug)]
+struct Prompt {
+    carrier: Carrier,
+    jobs: VecDeque<Box<Job>>,
+}
+
+impl Prompt {
+    fn new(file: &Arc<File>) -> Self {
+        Self { carrier: Carrier::new(Arc::clone(file)), jobs: VecDeque::with_capacity(MAX_JOBS) }
+    }
+
+    /// Zeroing and flushing may take long, of memory too.
+    fn takes(job: &Job) -> bool {
+        matches!(job.kind, JobKind::Read | JobKind::Write { .. })
+    }
 }
 
 impl FileMedia {
@@ -33,10 +54,12 @@ impl FileMedia {
 
     /// Starts the workers of an image.
     pub(super) fn over(image: Image, path: &Path) -> Result<Self, MediaError> {
+        let in_memory = image.is_in_memory();
         let Image { file, len, identity, read_only } = image;
-        let workers = Workers::start(Arc::new(file));
+        let file = Arc::new(file);
+        let workers = Workers::start(Arc::clone(&file));
         let workers = workers.map_err(|source| MediaError::Host { what: "start workers for", path: path.to_owned(), source })?;
-        Ok(Self { len, identity, read_only, workers })
+        Ok(Self { len, identity, read_only, workers, prompt: in_memory.then(|| Prompt::new(&file)) })
     }
 }
 
@@ -58,23 +81,33 @@ impl Media for FileMedia {
     }
 
     fn submit(&mut self, job: Box<Job>) {
-        self.workers.submit(job);
+        match &mut self.prompt {
+            Some(prompt) if Prompt::takes(&job) => prompt.jobs.push_back(job),
+            _ => self.workers.submit(job),
+        }
     }
 
     fn reap(&mut self) -> Option<Box<Job>> {
+        let prompt = self.prompt.as_mut();
+        if let Some(prompt) = prompt
+            && let Some(mut job) = prompt.jobs.pop_front()
+        {
+            prompt.carrier.carry_out(&mut job);
+            return Some(job);
+        }
         self.workers.reap()
     }
 
     fn cancel(&mut self) -> Option<Box<Job>> {
-        self.workers.cancel()
+        self.prompt.as_mut().and_then(|prompt| prompt.jobs.pop_front()).or_else(|| self.workers.cancel())
     }
 
     fn busy(&self) -> bool {
-        false
+        self.prompt.as_ref().is_some_and(|prompt| !prompt.jobs.is_empty())
     }
 
     fn arm(&mut self) -> bool {
-        self.workers.arm()
+        !self.busy() && self.workers.arm()
     }
 
     fn wake_fd(&self) -> Option<BorrowedFd<'_>> {

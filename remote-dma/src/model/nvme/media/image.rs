@@ -1,7 +1,8 @@
-//! An image by its path: opened, locked and measured here, and then mapped where it lives in memory, or given to the workers where it does not.
+//! An image by its path: opened, locked and measured here, and then mapped where nothing can take its bytes away, or read and written.
 //!
-//! `open("/dev/shm/disk.img", false)` finds tmpfs, allocates every page that the file lacks and maps it, so that a read of 4 KiB is one copy to
-//! the guest; `open("/var/lib/disk.img", false)` finds a disk and starts four threads. Either way the lock is held as long as the media lives.
+//! `open("/proc/self/fd/7", false)` of a sealed memfd allocates every page that it lacks and maps it, so that a read of 4 KiB is one copy to the
+//! guest. `open("/dev/shm/disk.img", false)` finds tmpfs, where reading is a copy too, and one that fails in good order when somebody has
+//! shortened the file; `open("/var/lib/disk.img", false)` finds a disk and starts four threads. The lock is held as long as the media lives.
 
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -10,6 +11,7 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::Path;
 
 use farbus_transport::Memory;
+use farbus_transport::memory::is_sealed;
 use rustix::fs::{FallocateFlags, FlockOperation, SeekFrom};
 use rustix::io::Errno;
 
@@ -31,9 +33,8 @@ pub(super) struct Image {
     pub(super) read_only: bool,
 }
 
-/// Opens and locks the image at `path`, as memory where its bytes are in memory already and none of its pages can fail to be there.
-///
-/// Whoever shortens a mapped image while it is lent ends this process with SIGBUS: the lock asks others not to, as it asks them not to write.
+/// Opens and locks the image at `path`: as memory where its bytes are in memory already, and neither can the file become shorter nor a page
+/// fail to be there. A file that can become shorter is never mapped, because whoever shortens it would end this process with SIGBUS.
 ///
 /// # Errors
 /// [`MediaError`] says what is wrong with it and what to do.
@@ -73,24 +74,34 @@ impl Image {
         Ok(Self { file, len, identity, read_only })
     }
 
-    /// Whether the bytes are in memory, with every page there or promised: touching a hole for which tmpfs has no page would be a SIGBUS.
+    /// The file system's number, for a regular file.
+    fn file_system(&self) -> Option<u64> {
+        self.file.metadata().ok().filter(std::fs::Metadata::is_file)?;
+        // The kernel's word is signed on some machines; the magic numbers have 32 bits.
+        rustix::fs::fstatfs(&self.file).ok().map(|stat| stat.f_type as u64 & 0xffff_ffff)
+    }
+
+    /// Whether reading and writing is a copy from memory to memory, which waits for nobody.
+    pub(super) fn is_in_memory(&self) -> bool {
+        matches!(self.file_system(), Some(magic::TMPFS | magic::RAMFS))
+    }
+
+    /// Whether the bytes stay, with every page there or promised: touching a hole for which tmpfs has no page would be a SIGBUS.
     fn can_be_mapped(&self) -> bool {
-        if !self.file.metadata().is_ok_and(|metadata| metadata.is_file()) {
+        if !is_sealed(&self.file) || size(&self.file).ok() != Some(self.len) {
             return false;
         }
-        let Ok(stat) = rustix::fs::fstatfs(&self.file) else { return false };
-        // The kernel's word is signed on some machines; the magic numbers have 32 bits.
-        match stat.f_type as u64 & 0xffff_ffff {
-            magic::TMPFS if self.read_only => self.has_no_hole(),
-            magic::TMPFS => match rustix::fs::fallocate(&self.file, FallocateFlags::empty(), 0, self.len) {
+        match self.file_system() {
+            Some(magic::TMPFS) if self.read_only => self.has_no_hole(),
+            Some(magic::TMPFS) => match rustix::fs::fallocate(&self.file, FallocateFlags::empty(), 0, self.len) {
                 Ok(()) => true,
                 Err(errno) => {
                     tracing::warn!(%errno, "the image's missing pages cannot be had now: it is read and written instead of mapped");
                     false
                 }
             },
-            // ramfs has no limit that could be met; mapping a file on hugetlbfs reserves its pages or fails.
-            magic::RAMFS | magic::HUGETLBFS => true,
+            // Mapping a file on hugetlbfs reserves its pages or fails.
+            Some(magic::HUGETLBFS) => true,
             _ => false,
         }
     }
@@ -109,8 +120,11 @@ fn size(file: &File) -> io::Result<u64> {
 #[cfg(test)]
 mod tests {
     use std::io::Write;
+    use std::os::fd::AsRawFd;
     use std::os::unix::fs::FileExt;
+    use std::path::PathBuf;
 
+    use super::super::{Job, JobError, JobKind};
     use super::*;
 
     const LEN: u64 = 64 << 10;
@@ -129,38 +143,92 @@ mod tests {
         (stat.f_type as u64 == magic::TMPFS).then(|| image(folder)).flatten()
     }
 
+    /// A sealed memfd and a path to it.
+    fn sealed() -> (File, PathBuf) {
+        let memory = Memory::memfd("image", LEN).unwrap();
+        let file = File::from(memory.file().unwrap().0.try_clone_to_owned().unwrap());
+        let path = PathBuf::from(format!("/proc/self/fd/{}", file.as_raw_fd()));
+        (file, path)
+    }
+
     #[test]
-    fn an_image_in_memory_is_mapped_without_holes_and_stays_locked() {
-        let Some(file) = in_memory() else { return };
-        let media = open(file.path(), false).unwrap();
+    fn a_sealed_image_is_mapped_without_holes_and_stays_locked() {
+        let (file, path) = sealed();
+        let media = open(&path, false).unwrap();
         let memory = media.memory().unwrap();
-        assert!(file.as_file().metadata().unwrap().blocks() * 512 >= LEN, "a hole could fault later");
+        assert!(file.metadata().unwrap().blocks() * 512 >= LEN, "a hole could fault later");
         memory.write(LEN - 3, b"end").unwrap();
         let mut seen = [0; 3];
-        file.as_file().read_exact_at(&mut seen, LEN - 3).unwrap();
+        file.read_exact_at(&mut seen, LEN - 3).unwrap();
         assert_eq!((&seen, media.len()), (b"end", LEN));
-        assert!(matches!(open(file.path(), false), Err(MediaError::Locked { .. })));
+        assert!(matches!(open(&path, false), Err(MediaError::Locked { .. })));
         let identity = media.identity();
         drop(media);
-        assert_eq!(open(file.path(), true).unwrap().identity(), identity, "a driver must find the same drive again");
+        assert_eq!(open(&path, true).unwrap().identity(), identity, "a driver must find the same drive again");
     }
 
     #[test]
     fn a_read_only_image_with_a_hole_is_not_mapped_and_one_without_cannot_be_written() {
-        let Some(file) = in_memory() else { return };
-        assert!(open(file.path(), true).unwrap().memory().is_none());
-        file.as_file().write_all_at(&vec![1; LEN as usize], 0).unwrap();
-        let media = open(file.path(), true).unwrap();
+        let (file, path) = sealed();
+        assert!(open(&path, true).unwrap().memory().is_none());
+        file.write_all_at(&vec![1; LEN as usize], 0).unwrap();
+        let media = open(&path, true).unwrap();
         assert!(media.memory().unwrap().write(0, b"x").is_err());
-        assert!(open(file.path(), true).is_ok(), "readers share");
+        assert!(open(&path, true).is_ok(), "readers share");
+    }
+
+    fn job(kind: JobKind, offset: u64, memory: &std::sync::Arc<Memory>) -> Box<Job> {
+        let buffer = farbus_transport::Mapped::new(std::sync::Arc::clone(memory), 0, memory.len()).unwrap();
+        Box::new(Job { kind, offset, len: memory.len(), buffers: vec![buffer.into()], ..Job::default() })
+    }
+
+    fn done(media: &mut dyn Media) -> Option<JobError> {
+        let start = std::time::Instant::now();
+        loop {
+            if let Some(job) = media.reap() {
+                return job.outcome;
+            }
+            assert!(start.elapsed().as_secs() < 10, "a job is never done");
+        }
+    }
+
+    #[test]
+    fn an_image_that_somebody_shortens_fails_its_reads_and_nothing_else() {
+        let Some(file) = in_memory() else { return };
+        let mut media = open(file.path(), false).unwrap();
+        assert!(media.memory().is_none(), "a file that can become shorter is mapped");
+        let memory = Memory::memfd("guest", 4096).unwrap();
+        media.submit(job(JobKind::Read, 0, &memory));
+        assert!(media.busy(), "in memory nobody else is needed");
+        assert_eq!(done(&mut *media), None);
+        let mut seen = [0];
+        memory.read(4095, &mut seen).unwrap();
+        assert_eq!(seen, [7]);
+        file.as_file().set_len(8192).unwrap();
+        for (kind, offset, outcome) in [
+            (JobKind::Read, 4096, None),
+            (JobKind::Read, 8192, Some(JobError::Failed)),
+            (JobKind::Compare, 12 << 10, Some(JobError::Failed)),
+            // The file is as long again as the guest needs.
+            (JobKind::Write { durable: true }, LEN - 4096, None),
+            (JobKind::Read, LEN - 4096, None),
+        ] {
+            media.submit(job(kind, offset, &memory));
+            assert_eq!(done(&mut *media), outcome, "{kind:?} at {offset}");
+        }
+        media.submit(job(JobKind::Read, 0, &memory));
+        assert!(media.cancel().is_some() && media.cancel().is_none() && media.reap().is_none() && media.arm());
     }
 
     #[test]
     fn an_image_on_a_disk_goes_to_the_workers() {
         let Some(file) = image(Path::new(env!("CARGO_MANIFEST_DIR"))).or_else(|| image(Path::new("/var/tmp"))) else { return };
         let stat = rustix::fs::statfs(file.path()).unwrap();
-        let memory = [magic::TMPFS, magic::RAMFS, magic::HUGETLBFS].contains(&(stat.f_type as u64));
-        let media = open(file.path(), false).unwrap();
-        assert_eq!((media.memory().is_some(), media.volatile_cache()), (memory, !memory));
+        let memory = [magic::TMPFS, magic::RAMFS].contains(&(stat.f_type as u64));
+        let mut media = open(file.path(), false).unwrap();
+        assert_eq!((media.memory().is_some(), media.volatile_cache()), (false, true));
+        media.submit(job(JobKind::Read, 0, &Memory::memfd("guest", 4096).unwrap()));
+        assert_eq!(media.busy(), memory);
+        assert_eq!(done(&mut *media), None);
     }
 }

@@ -15,6 +15,7 @@ use crossbeam_queue::ArrayQueue;
 use rustix::event::EventfdFlags;
 
 use super::{Job, JobError, JobKind, MAX_JOBS};
+use crate::dma_buffer::DmaBuffer;
 
 const WORKERS: usize = 4;
 /// Bytes that a compare or a fallback zeroing handles at once.
@@ -133,13 +134,32 @@ fn finish(shared: &Shared, job: Box<Job>) {
 }
 
 fn run(shared: &Shared) {
-    let mut room = Room { vectors: Vec::with_capacity(MAX_VECTORS), piece: vec![0; PIECE_BYTES] };
+    let mut carrier = Carrier::new(Arc::clone(&shared.file));
     while !shared.ended.load(Ordering::Relaxed) {
-        let Some(mut job) = shared.jobs.pop() else {
-            sleep(shared);
-            continue;
-        };
-        job.outcome = carry_out(&shared.file, &job, &mut room).err().map(|error| match error {
+        match shared.jobs.pop() {
+            Some(mut job) => {
+                carrier.carry_out(&mut job);
+                finish(shared, job);
+            }
+            None => sleep(shared),
+        }
+    }
+}
+
+/// Whoever reads and writes a file, with what it uses again and again.
+#[derive(Debug)]
+pub(super) struct Carrier {
+    file: Arc<File>,
+    room: Room,
+}
+
+impl Carrier {
+    pub(super) fn new(file: Arc<File>) -> Self {
+        Self { file, room: Room { vectors: Vec::with_capacity(MAX_VECTORS), piece: vec![0; PIECE_BYTES] } }
+    }
+
+    pub(super) fn carry_out(&mut self, job: &mut Job) {
+        job.outcome = carry_out(&self.file, job, &mut self.room).err().map(|error| match error {
             Failure::Different => JobError::Different,
             Failure::Host(error) if error.raw_os_error() == Some(libc::ENOSPC) => JobError::NoSpace,
             Failure::Host(error) => {
@@ -149,7 +169,6 @@ fn run(shared: &Shared) {
         });
         // The guest's memory is let go, and with that in the dirty log, before the controller hears that the job is done.
         job.buffers.clear();
-        finish(shared, job);
     }
 }
 
@@ -164,10 +183,22 @@ fn sleep(shared: &Shared) {
 }
 
 /// What a worker uses again and again.
+#[derive(Debug)]
 struct Room {
-    vectors: Vec<libc::iovec>,
+    vectors: Vec<Vector>,
     piece: Vec<u8>,
 }
+
+/// An `iovec` whose address is a number, so that it can be kept by whatever thread comes next.
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+struct Vector {
+    base: usize,
+    len: usize,
+}
+
+const _: () = assert!(size_of::<Vector>() == size_of::<libc::iovec>() && align_of::<Vector>() == align_of::<libc::iovec>());
+const _: () = assert!(std::mem::offset_of!(Vector, len) == std::mem::offset_of!(libc::iovec, iov_len));
 
 enum Failure {
     Different,
@@ -211,8 +242,8 @@ enum Direction {
 /// `preadv2` or `pwritev2` until all bytes of the buffers are moved: the kernel may stop early.
 fn vectored(file: &File, job: &Job, room: &mut Room, direction: Direction) -> io::Result<()> {
     room.vectors.clear();
-    room.vectors
-        .extend(job.buffers.iter().map(|buffer| libc::iovec { iov_base: buffer.as_ptr().cast(), iov_len: buffer.len() as usize }));
+    let vector = |buffer: &DmaBuffer| Vector { base: buffer.as_ptr().expose_provenance(), len: buffer.len() as usize };
+    room.vectors.extend(job.buffers.iter().map(vector));
     let mut offset = libc::off_t::try_from(job.offset).map_err(|_| io::ErrorKind::InvalidInput)?;
     let mut done = 0;
     loop {
@@ -220,10 +251,10 @@ fn vectored(file: &File, job: &Job, room: &mut Room, direction: Direction) -> io
         if rest.is_empty() {
             return Ok(());
         }
-        let (vectors, count) = (rest.as_ptr(), rest.len().min(MAX_VECTORS) as libc::c_int);
+        let (vectors, count) = (rest.as_ptr().cast::<libc::iovec>(), rest.len().min(MAX_VECTORS) as libc::c_int);
         let moved = match direction {
-            // SAFETY: each vector is a `DmaBuffer` of `job.buffers`, valid for its length until the job is finished; guest memory may be written
-            // by others meanwhile, which the kernel's copies tolerate.
+            // SAFETY: a `Vector` is an `iovec`, as asserted above; each is a `DmaBuffer` of `job.buffers`, valid for its length until the job is
+            // finished; guest memory may be written by others meanwhile, which the kernel's copies tolerate.
             Direction::Read => unsafe { libc::preadv2(file.as_raw_fd(), vectors, count, offset, 0) },
             Direction::Write { durable } => {
                 let flags = if durable { libc::RWF_DSYNC } else { 0 };
@@ -245,12 +276,12 @@ fn vectored(file: &File, job: &Job, room: &mut Room, direction: Direction) -> io
         };
         offset += moved as libc::off_t;
         for vector in rest {
-            if moved < vector.iov_len {
-                vector.iov_base = vector.iov_base.cast::<u8>().wrapping_add(moved).cast();
-                vector.iov_len -= moved;
+            if moved < vector.len {
+                vector.base += moved;
+                vector.len -= moved;
                 break;
             }
-            moved -= vector.iov_len;
+            moved -= vector.len;
             done += 1;
         }
     }
