@@ -8,6 +8,7 @@
 //! and sessions revoke only what the peer gave back.
 
 mod chain;
+mod counters;
 mod device;
 mod error;
 mod establish;
@@ -20,9 +21,9 @@ mod sleep;
 mod sys;
 mod wire;
 
+pub use counters::{Counters, Watch};
 pub use device::{DeviceChoice, DeviceInfo, Gid, PortInfo, devices};
 pub use error::{NoRdma, VerbsError};
-pub use outbox::Counters;
 
 use std::collections::VecDeque;
 use std::os::fd::BorrowedFd;
@@ -30,6 +31,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use self::chain::{Bytes, MAX_INLINE, What};
+use self::counters::Tally;
 use self::inbox::Inbox;
 use self::objects::{CompletionQueue, Context, QueuePair};
 use self::outbox::Outbox;
@@ -104,7 +106,12 @@ pub struct VerbsFabric {
 impl VerbsFabric {
     /// What was posted, and how, since the link began.
     pub fn counters(&self) -> Counters {
-        self.outbox.counters
+        self.outbox.tally.read()
+    }
+
+    /// The same, for whoever looks on from another thread.
+    pub fn watch(&self) -> Watch {
+        Tally::watch(&self.outbox.tally)
     }
 
     /// The limits of an end whose device takes `piece` bytes at once.
@@ -291,7 +298,7 @@ impl VerbsFabric {
     fn received(&mut self, completion: &ibv_wc) {
         let slot = (completion.wr_id & !RECEIVE) as u32;
         let bytes = self.inbox.take(completion.wr_id, slot);
-        self.outbox.counters.received += 1;
+        self.outbox.tally.received();
         if completion.opcode == IBV_WC_RECV_RDMA_WITH_IMM {
             return self.tell(Event::Notify(objects::immediate(completion)));
         }
@@ -562,7 +569,7 @@ impl std::fmt::Debug for VerbsFabric {
         f.debug_struct("VerbsFabric")
             .field("device", &self.context.name())
             .field("phase", &self.phase)
-            .field("counters", &self.outbox.counters)
+            .field("counters", &self.counters())
             .finish_non_exhaustive()
     }
 }
