@@ -31,6 +31,18 @@ impl Counters {
     }
 }
 
+impl std::ops::Add for Counters {
+    type Output = Self;
+    fn add(self, more: Self) -> Self {
+        Self {
+            work_requests: self.work_requests + more.work_requests,
+            doorbells: self.doorbells + more.doorbells,
+            signalled: self.signalled + more.signalled,
+            received: self.received + more.received,
+        }
+    }
+}
+
 /// The counters of one end, while another thread drives it. Each figure is exact; together they are of about one moment.
 #[derive(Clone, Debug)]
 pub struct Watch(Arc<Tally>);

@@ -1,6 +1,6 @@
 //! A lender in a thread of this process, pinned to its core, and the borrower's session with it.
 //!
-//! `Lender::start(Box::new(nvme), 1, ALWAYS)` has the device polled on core 1 until the lender is dropped; the session is the caller's.
+//! `Lender::start(ends, Box::new(nvme), 1, ALWAYS)` has the device polled on core 1 until the lender is dropped; the session is the caller's.
 
 use std::sync::Arc;
 use std::thread::JoinHandle;
@@ -11,8 +11,7 @@ use farbus_remote_dma::Backend;
 use farbus_remote_dma::borrower::{BorrowerOptions, BorrowerSession};
 use farbus_remote_dma::lender::{LenderSession, PollOptions};
 use farbus_remote_dma::wait::Waker;
-use farbus_transport::Memory;
-use farbus_transport::shm::{ShmFabric, ShmOptions};
+use farbus_transport::{Fabric, Memory};
 
 use crate::measure::pin_to;
 
@@ -24,21 +23,26 @@ pub(super) struct Lender {
 }
 
 impl Lender {
-    /// Lends `backend` on core `there`; polls for `spin` before it sleeps.
-    pub(super) fn start(backend: Box<dyn Backend>, there: usize, spin: Duration) -> Result<(Self, BorrowerSession<ShmFabric>)> {
-        Self::serve(backend, there, move |session, stop| {
+    /// Lends `backend` over `ends`, the lender's first, on core `there`; polls for `spin` before it sleeps.
+    pub(super) fn start<F: Fabric + 'static>(
+        ends: (F, F),
+        backend: Box<dyn Backend>,
+        there: usize,
+        spin: Duration,
+    ) -> Result<(Self, BorrowerSession<F>)> {
+        Self::serve(ends, backend, there, move |session, stop| {
             session.run(PollOptions { spin }, stop);
             Ok(())
         })
     }
 
     /// As [`Lender::start`], with a way to serve of the caller's.
-    pub(super) fn serve(
+    pub(super) fn serve<F: Fabric + 'static>(
+        (theirs, ours): (F, F),
         backend: Box<dyn Backend>,
         there: usize,
-        serve: impl FnOnce(&mut LenderSession<ShmFabric>, &Waker) -> Result<()> + Send + 'static,
-    ) -> Result<(Self, BorrowerSession<ShmFabric>)> {
-        let (theirs, ours) = ShmFabric::pair(ShmOptions::default())?;
+        serve: impl FnOnce(&mut LenderSession<F>, &Waker) -> Result<()> + Send + 'static,
+    ) -> Result<(Self, BorrowerSession<F>)> {
         let description = backend.description().clone();
         let stop = Waker::new()?;
         let stopped = stop.clone();

@@ -1,0 +1,280 @@
+//! `farbus bench soft-roce`: what the RDMA fabric costs, each figure held against perftest over the same device, in turns with it.
+//!
+//! A read of 4 KiB is held against `ib_read_lat -s 4096`, a remote register read against twice `ib_write_lat -s 8`. What is measured is behind
+//! [`RoceSubjects`]; the pairs and the verdicts are here.
+//!
+//! Each row is at least five pairs, the order inside a pair reversed from pair to pair. A target is met or missed where both ends of the interval in
+//! which the median of the pairs' ratios lies with 90 % probability say so (of nine pairs, all but the least and the greatest ratio); otherwise
+//! the row is too noisy to say, and prints the interval. Counts are exact and have no pairs.
+
+use std::cell::RefCell;
+use std::time::Duration;
+
+use anyhow::Result;
+
+use super::perftest::Test;
+use super::shm::Direction;
+use super::soft_roce_subjects::Traffic;
+use super::Step;
+use crate::measure::{Latencies, Pairs, interleave};
+use crate::report::{Row, SuiteReport, Target};
+
+/// Posted register writes of a burst.
+pub const BURST: u64 = 64;
+/// Bytes of a streamed operation.
+pub const STREAM_BYTES: u64 = 64 << 10;
+
+/// What is measured. Links stay from call to call; an error makes the row "not measured", with the reason.
+pub trait RoceSubjects {
+    /// The reference: nanoseconds or bytes per second, as perftest printed them.
+    ///
+    /// # Errors
+    /// Why it could not be measured.
+    fn perftest(&mut self, test: Test, bytes: u64, iterations: u64) -> Result<f64>;
+
+    /// Writes of 8 bytes that notify, one way: half of a round trip.
+    ///
+    /// # Errors
+    /// Why it could not be measured.
+    fn notify(&mut self, samples: u64) -> Result<Latencies>;
+
+    /// Reads of the peer's memory, one at a time.
+    ///
+    /// # Errors
+    /// Why it could not be measured.
+    fn read(&mut self, bytes: u64, samples: u64) -> Result<Latencies>;
+
+    /// Operations of [`STREAM_BYTES`], as many in flight as perftest has: bytes per second.
+    ///
+    /// # Errors
+    /// Why it could not be measured.
+    fn stream(&mut self, direction: Direction, operations: u64) -> Result<f64>;
+
+    /// 4-byte reads of a lent device's register: from the call until the value is there.
+    ///
+    /// # Errors
+    /// Why it could not be measured.
+    fn mmio_read(&mut self, samples: u64) -> Result<Latencies>;
+
+    /// 4-byte writes of a lent device's register: what the caller waits.
+    ///
+    /// # Errors
+    /// Why it could not be measured.
+    fn mmio_write(&mut self, samples: u64) -> Result<Latencies>;
+
+    /// What register reads cost.
+    ///
+    /// # Errors
+    /// Why it could not be counted.
+    fn count_mmio_reads(&mut self, operations: u64) -> Result<Traffic>;
+
+    /// What bursts of [`BURST`] posted register writes cost.
+    ///
+    /// # Errors
+    /// Why it could not be counted.
+    fn count_bursts(&mut self, bursts: u64) -> Result<Traffic>;
+
+    /// What NVMe reads of 4 KiB cost, one in flight at a time.
+    ///
+    /// # Errors
+    /// Why it could not be counted.
+    fn count_nvme_reads(&mut self, operations: u64) -> Result<Traffic>;
+
+    /// Bytes that a link has pinned beyond the guest's memory, both sides together.
+    ///
+    /// # Errors
+    /// Why it is not known.
+    fn pinned(&mut self) -> Result<u64>;
+}
+
+/// How much to measure.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Effort {
+    /// Pairs of each row, at least 5.
+    pub pairs: usize,
+    /// How long one side of one pair is to take, without its start.
+    pub side: Duration,
+    /// Operations in which work requests, doorbells and notifications are counted.
+    pub operations: u64,
+}
+
+impl Default for Effort {
+    fn default() -> Self {
+        Self { pairs: 9, side: Duration::from_millis(200), operations: 500 }
+    }
+}
+
+/// A reference: one of perftest's programs with its arguments.
+#[derive(Clone, Copy)]
+struct Reference {
+    test: Test,
+    bytes: u64,
+    /// What the target counts: "twice ib_write_lat".
+    times: f64,
+    text: &'static str,
+}
+
+const WRITE: Reference = Reference { test: Test::WriteLatency, bytes: 8, times: 1.0, text: "ib_write_lat 8 B" };
+
+/// The fewest iterations whose median means something, and the most that a row needs.
+const LATENCY_SAMPLES: (u64, u64) = (300, 20_000);
+/// Streams fill their window of 128 a few times.
+const STREAM_OPERATIONS: (u64, u64) = (512, 20_000);
+
+struct Suite<'a> {
+    subjects: RefCell<&'a mut dyn RoceSubjects>,
+    effort: Effort,
+}
+
+/// Measures all rows.
+pub fn run(subjects: &mut dyn RoceSubjects, effort: &Effort, mut progress: impl FnMut(Step)) -> SuiteReport {
+    type Group<'a> = fn(&Suite<'a>) -> Vec<Row>;
+    let groups: [(&'static str, Group<'_>); 9] = [
+        ("counts per operation", Suite::counts),
+        ("notifications", Suite::notifications),
+        ("reads of 8 bytes", |suite| vec![suite.read("read-8 p50", "ib_read_lat 8 B", 8)]),
+        ("reads of 4 KiB", |suite| vec![suite.read("read-4k p50", "ib_read_lat 4 KiB", 4096)]),
+        ("register reads", Suite::register_reads),
+        ("register writes", Suite::register_writes),
+        ("streaming", Suite::streams),
+        ("connecting", Suite::connecting),
+        ("pinned memory", Suite::pinned),
+    ];
+    let suite = Suite { subjects: RefCell::new(subjects), effort: *effort };
+    let mut rows = Vec::new();
+    for (done, (what, group)) in groups.iter().enumerate() {
+        progress(Step { what, done, total: groups.len() });
+        rows.extend(group(&suite));
+    }
+    SuiteReport { suite: "soft-roce".to_owned(), rows }
+}
+
+impl Suite<'_> {
+    /// As many iterations as take a side's time, by a short run that also warms up.
+    fn iterations(&self, reference: Reference, (least, most): (u64, u64)) -> Result<u64> {
+        let figure = self.subjects.borrow_mut().perftest(reference.test, reference.bytes, least)?;
+        let one = match reference.test {
+            Test::WriteLatency => 2.0 * figure,
+            Test::ReadLatency => figure,
+            Test::WriteBandwidth | Test::ReadBandwidth => reference.bytes as f64 * 1e9 / figure,
+        };
+        Ok(((self.effort.side.as_nanos() as f64 / one) as u64).clamp(least, most))
+    }
+
+    /// A row of pairs: perftest, then ours, then ours, then perftest, …
+    fn row(
+        &self,
+        (case, unit, target): (&str, &str, Target),
+        reference: Reference,
+        limits: (u64, u64),
+        subject: impl Fn(&mut dyn RoceSubjects, u64) -> Result<f64>,
+    ) -> Row {
+        let pairs = self.iterations(reference, limits).and_then(|iterations| -> Result<Pairs<f64>> {
+            let theirs = |_| {
+                let figure = self.subjects.borrow_mut().perftest(reference.test, reference.bytes, iterations)?;
+                Ok(figure * reference.times)
+            };
+            let ours = |_| subject(&mut **self.subjects.borrow_mut(), iterations);
+            interleave(self.effort.pairs, theirs, ours)
+        });
+        match pairs {
+            Ok(pairs) => {
+                let same = |figure: &f64| *figure;
+                let (references, subjects) = pairs.series(same, same);
+                let ratios = pairs.ratios(same, same);
+                Row::judged(case, unit, (&subjects, reference.text, &references), &ratios, target)
+            }
+            Err(error) => Row::missing(case, unit, reference.text, target, format!("{error:#}")),
+        }
+    }
+
+    fn latency(
+        &self,
+        case: &str,
+        reference: Reference,
+        target: Target,
+        subject: impl Fn(&mut dyn RoceSubjects, u64) -> Result<Latencies>,
+    ) -> Row {
+        let p50 = |subjects: &mut dyn RoceSubjects, samples| Ok(subject(subjects, samples)?.p50_ns() as f64);
+        self.row((case, "ns", target), reference, LATENCY_SAMPLES, p50)
+    }
+
+    fn notifications(&self) -> Vec<Row> {
+        vec![self.latency("write-notify-8 one way p50", WRITE, Target::AtMost(1.2), |subjects, samples| subjects.notify(samples))]
+    }
+
+    fn read(&self, case: &str, text: &'static str, bytes: u64) -> Row {
+        let reference = Reference { test: Test::ReadLatency, bytes, times: 1.0, text };
+        self.latency(case, reference, Target::AtMost(1.15), |subjects, samples| subjects.read(bytes, samples))
+    }
+
+    fn register_reads(&self) -> Vec<Row> {
+        let twice = Reference { times: 2.0, text: "twice ib_write_lat 8 B", ..WRITE };
+        vec![self.latency("mmio-read-4 p50", twice, Target::AtMost(1.25), |subjects, samples| subjects.mmio_read(samples / 2))]
+    }
+
+    fn register_writes(&self) -> Vec<Row> {
+        let case = "mmio-write-4 at the caller p50";
+        vec![self.latency(case, WRITE, Target::AtMost(0.5), |subjects, samples| subjects.mmio_write(samples))]
+    }
+
+    fn streams(&self) -> Vec<Row> {
+        let row = |case, test, text, direction| {
+            let reference = Reference { test, bytes: STREAM_BYTES, times: 1.0, text };
+            let subject = |subjects: &mut dyn RoceSubjects, operations| subjects.stream(direction, operations);
+            self.row((case, "bytes/s", Target::AtLeast(0.95)), reference, STREAM_OPERATIONS, subject)
+        };
+        vec![
+            row("write-stream-64k", Test::WriteBandwidth, "ib_write_bw 64 KiB", Direction::Write),
+            row("read-stream-64k", Test::ReadBandwidth, "ib_read_bw 64 KiB", Direction::Read),
+        ]
+    }
+
+    fn counts(&self) -> Vec<Row> {
+        let mut subjects = self.subjects.borrow_mut();
+        let operations = self.effort.operations;
+        let reads = subjects.count_mmio_reads(operations);
+        let bursts = subjects.count_bursts((operations / BURST).max(2));
+        let nvme = subjects.count_nvme_reads(operations);
+        let (exactly, most) = (Target::Exactly, Target::ValueAtMost);
+        let quietly = |traffic: &Traffic| traffic.of_both(|counters| counters.signalled) / traffic.of_both(|counters| counters.work_requests);
+        vec![
+            count("mmio read: work requests", exactly(2.0), &reads, |traffic| traffic.of_both(|side| side.work_requests)),
+            count("mmio read: doorbells of the borrower", exactly(1.0), &reads, |traffic| traffic.of_borrower(|side| side.doorbells)),
+            count("mmio read: doorbells of the lender", exactly(1.0), &reads, |traffic| traffic.of_lender(|side| side.doorbells)),
+            count("burst of 64 posted writes: doorbells", most(2.0), &bursts, |traffic| traffic.of_borrower(|side| side.doorbells)),
+            count("burst of 64 posted writes: work requests", Target::None, &bursts, |traffic| {
+                traffic.of_borrower(|side| side.work_requests)
+            }),
+            count("nvme read 4 KiB: work requests", most(4.0), &nvme, |traffic| traffic.of_both(|side| side.work_requests)),
+            count("nvme read 4 KiB: notifications", most(3.0), &nvme, |traffic| traffic.of_both(|side| side.received)),
+            count("nvme read 4 KiB: doorbells", Target::None, &nvme, |traffic| traffic.of_both(|side| side.doorbells)),
+            count("signalled of the requests of register reads", most(1.0 / 16.0), &reads, quietly),
+            count("signalled of the requests of posted writes", most(1.0 / 16.0), &bursts, quietly),
+            count("signalled of the requests of nvme reads", Target::None, &nvme, quietly),
+        ]
+    }
+
+    fn connecting(&self) -> Vec<Row> {
+        let why = "not yet: the control connection of this version has no TLS".to_owned();
+        vec![Row::missing("connect to first mmio answer", "ns", "TCP and TLS handshake", Target::AtMost(2.0), why)]
+    }
+
+    fn pinned(&self) -> Vec<Row> {
+        let (case, unit, target) = ("memory pinned by a link beyond the guest's", "bytes", Target::ValueAtMost(f64::from(8 << 20)));
+        vec![match self.subjects.borrow_mut().pinned() {
+            Ok(bytes) => Row::exact(case, unit, bytes as f64, "none", target),
+            Err(error) => Row::missing(case, unit, "none", target, format!("{error:#}")),
+        }]
+    }
+}
+
+/// A row of what was counted.
+fn count(case: &str, target: Target, traffic: &Result<Traffic>, figure: impl Fn(&Traffic) -> f64) -> Row {
+    let (unit, reference) = ("per operation", "none");
+    match traffic {
+        Ok(traffic) if traffic.operations > 0 => Row::exact(case, unit, figure(traffic), reference, target),
+        Ok(_) => Row::missing(case, unit, reference, target, "no operation was carried out".to_owned()),
+        Err(error) => Row::missing(case, unit, reference, target, format!("{error:#}")),
+    }
+}

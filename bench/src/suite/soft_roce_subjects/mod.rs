@@ -1,0 +1,104 @@
+//! What `farbus bench soft-roce` measures, for real: ends and sessions over an RDMA device of this host, beside perftest over the same.
+//!
+//! `SoftRoce::new(&choice)?.read(4096, 2000)` reads 4 KiB of the peer's memory 2,000 times. Links stay from round to round; while perftest is
+//! measured their threads sleep.
+
+mod ends;
+mod lent;
+
+use anyhow::{Context, Result};
+use farbus_transport::verbs::DeviceChoice;
+
+use self::ends::Ends;
+pub use self::lent::{LentNvme, LentRegister, Traffic, pinned_bytes};
+use super::perftest::{Perftest, Test};
+use super::shm::Direction;
+use super::soft_roce::{BURST, RoceSubjects};
+use crate::measure::{Latencies, pin_to, two_cores};
+
+/// The subjects over an RDMA device, and perftest.
+pub struct SoftRoce {
+    choice: DeviceChoice,
+    perftest: Perftest,
+    /// Where the caller runs: perftest's client, our end, the borrower.
+    here: usize,
+    /// Where the peer runs: perftest's server, the lender.
+    there: usize,
+    ends: Option<Ends>,
+    register: Option<LentRegister>,
+}
+
+impl SoftRoce {
+    /// Ready to measure over the device that `choice` means, between the first two cores that this thread may use.
+    ///
+    /// # Errors
+    /// Where there is no such device, perftest is not installed, or there is only one core.
+    pub fn new(choice: &DeviceChoice) -> Result<Self> {
+        let choice = choice.resolve()?;
+        let [here, there] = two_cores()?;
+        let perftest = Perftest::new(&choice, here, there)?;
+        Ok(Self { choice, perftest, here, there, ends: None, register: None })
+    }
+
+    fn ends(&mut self) -> Result<&mut Ends> {
+        if self.ends.is_none() {
+            self.ends = Some(Ends::new(&self.choice, self.there)?);
+        }
+        self.ends.as_mut().context("the ends were just made")
+    }
+
+    fn register(&mut self) -> Result<&mut LentRegister> {
+        if self.register.is_none() {
+            self.register = Some(LentRegister::start(&self.choice, self.there)?);
+        }
+        self.register.as_mut().context("the register was just lent")
+    }
+}
+
+impl RoceSubjects for SoftRoce {
+    fn perftest(&mut self, test: Test, bytes: u64, iterations: u64) -> Result<f64> {
+        self.perftest.run(test, bytes, iterations)
+    }
+
+    fn notify(&mut self, samples: u64) -> Result<Latencies> {
+        let _pinned = pin_to(self.here)?;
+        self.ends()?.notify(samples)
+    }
+
+    fn read(&mut self, bytes: u64, samples: u64) -> Result<Latencies> {
+        let _pinned = pin_to(self.here)?;
+        self.ends()?.read(u32::try_from(bytes)?, samples)
+    }
+
+    fn stream(&mut self, direction: Direction, operations: u64) -> Result<f64> {
+        let _pinned = pin_to(self.here)?;
+        self.ends()?.stream(direction, operations)
+    }
+
+    fn mmio_read(&mut self, samples: u64) -> Result<Latencies> {
+        let _pinned = pin_to(self.here)?;
+        self.register()?.mmio_read(samples)
+    }
+
+    fn mmio_write(&mut self, samples: u64) -> Result<Latencies> {
+        let _pinned = pin_to(self.here)?;
+        self.register()?.mmio_write(samples)
+    }
+
+    fn count_mmio_reads(&mut self, operations: u64) -> Result<Traffic> {
+        self.register()?.count_reads(operations)
+    }
+
+    fn count_bursts(&mut self, bursts: u64) -> Result<Traffic> {
+        self.register()?.count_bursts(bursts, BURST)
+    }
+
+    fn count_nvme_reads(&mut self, operations: u64) -> Result<Traffic> {
+        LentNvme::start(&self.choice, self.there)?.count_reads(operations)
+    }
+
+    fn pinned(&mut self) -> Result<u64> {
+        (self.ends, self.register) = (None, None);
+        lent::pinned_by_a_link(&self.choice, self.there)
+    }
+}
