@@ -138,7 +138,10 @@ mod tests {
     fn the_interval_leaves_out_what_a_tenth_of_chance_allows() {
         let of = |count: u32| Series::new((1..=count).map(f64::from).collect()).interval();
         // Tables of the sign test: 5 to 7 figures need all, 8 to 10 leave out one at each end, 15 leave out three.
-        assert_eq!([5, 7, 8, 10, 11, 13, 15].map(of), [(1.0, 5.0), (1.0, 7.0), (2.0, 7.0), (2.0, 9.0), (3.0, 9.0), (4.0, 10.0), (4.0, 12.0)]);
+        assert_eq!(
+            [5, 7, 8, 10, 11, 13, 15].map(of),
+            [(1.0, 5.0), (1.0, 7.0), (2.0, 7.0), (2.0, 9.0), (3.0, 9.0), (4.0, 10.0), (4.0, 12.0)]
+        );
         assert_eq!(of(4), (f64::NEG_INFINITY, f64::INFINITY));
     }
 

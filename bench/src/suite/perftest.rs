@@ -212,7 +212,8 @@ fn figure(test: Test, output: &str) -> Result<f64> {
     let row = lines.map(|line| line.split_whitespace().collect::<Vec<_>>());
     let row = row.into_iter().find(|row| row.first().is_some_and(|first| first.parse::<u64>().is_ok()));
     let row = row.context("a table without a row")?;
-    let number: f64 = row.get(at).and_then(|cell| cell.parse().ok()).ok_or_else(|| anyhow!("no number in column {at} of {row:?}"))?;
+    let number: f64 =
+        row.get(at).and_then(|cell| cell.parse().ok()).ok_or_else(|| anyhow!("no number in column {at} of {row:?}"))?;
     let unit = columns[at].split_once('[').map(|(_, unit)| unit.trim_end_matches(']'));
     let scale = match unit {
         Some("usec") => 1e3,

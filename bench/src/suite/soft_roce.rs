@@ -12,10 +12,10 @@ use std::time::Duration;
 
 use anyhow::Result;
 
+use super::Step;
 use super::perftest::Test;
 use super::shm::Direction;
 use super::soft_roce_subjects::Traffic;
-use super::Step;
 use crate::measure::{Latencies, Pairs, interleave};
 use crate::report::{Row, SuiteReport, Target};
 
@@ -237,10 +237,13 @@ impl Suite<'_> {
         let bursts = subjects.count_bursts((operations / BURST).max(2));
         let nvme = subjects.count_nvme_reads(operations);
         let (exactly, most) = (Target::Exactly, Target::ValueAtMost);
-        let quietly = |traffic: &Traffic| traffic.of_both(|counters| counters.signalled) / traffic.of_both(|counters| counters.work_requests);
+        let quietly =
+            |traffic: &Traffic| traffic.of_both(|counters| counters.signalled) / traffic.of_both(|counters| counters.work_requests);
         vec![
             count("mmio read: work requests", exactly(2.0), &reads, |traffic| traffic.of_both(|side| side.work_requests)),
-            count("mmio read: doorbells of the borrower", exactly(1.0), &reads, |traffic| traffic.of_borrower(|side| side.doorbells)),
+            count("mmio read: doorbells of the borrower", exactly(1.0), &reads, |traffic| {
+                traffic.of_borrower(|side| side.doorbells)
+            }),
             count("mmio read: doorbells of the lender", exactly(1.0), &reads, |traffic| traffic.of_lender(|side| side.doorbells)),
             count("burst of 64 posted writes: doorbells", most(2.0), &bursts, |traffic| traffic.of_borrower(|side| side.doorbells)),
             count("burst of 64 posted writes: work requests", Target::None, &bursts, |traffic| {

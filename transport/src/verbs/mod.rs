@@ -251,9 +251,9 @@ impl VerbsFabric {
 
     // ---- receiving ----
 
-    /// Takes completions once; how many there were.
+    /// Takes completions once; how many there were. Their events go to `out`, and to `ready` where it is full or there is none.
     #[inline]
-    fn take(&mut self) -> usize {
+    fn take(&mut self, mut out: Option<&mut Events>) -> usize {
         if self.pair.is_none() || self.ready.len() > MAX_READY / 2 {
             return 0;
         }
@@ -268,24 +268,37 @@ impl VerbsFabric {
         for index in 0..count {
             let Some(completion) = self.found.get(index).copied() else { break };
             match (completion.status, completion.wr_id & RECEIVE != 0) {
-                (IBV_WC_SUCCESS, true) => self.received(&completion),
-                (IBV_WC_SUCCESS, false) => self.sent(completion.wr_id),
+                (IBV_WC_SUCCESS, true) => {
+                    if let Some(event) = self.received(&completion) {
+                        self.tell(event, &mut out);
+                    }
+                }
+                (IBV_WC_SUCCESS, false) => self.sent(completion.wr_id, &mut out),
                 _ => self.broken(&completion),
             }
         }
-        if count > 0 {
+        if count > 0 && self.inbox.must_post() {
             self.give_slots_back();
         }
         count
     }
 
+    /// Events come in order: past those that wait already none goes straight to the caller.
     #[inline]
-    fn sent(&mut self, number: u64) {
+    fn tell(&mut self, event: Event, out: &mut Option<&mut Events>) {
+        let told = self.ready.is_empty() && out.as_mut().is_some_and(|out| out.push(event));
+        if !told {
+            self.ready.push_back(event);
+        }
+    }
+
+    #[inline]
+    fn sent(&mut self, number: u64, out: &mut Option<&mut Events>) {
         if !self.outbox.complete(number) {
             return self.end(CloseReason::Device("it reported a request that was not made"));
         }
         while let Some(event) = self.outbox.next_event() {
-            self.ready.push_back(event);
+            self.tell(event, out);
         }
         if let Phase::Closing { goodbye } = self.phase
             && self.outbox.is_done(goodbye)
@@ -294,18 +307,28 @@ impl VerbsFabric {
         }
     }
 
+    /// What the peer sent, where that is for the caller. What comes after this side said goodbye, or behind the peer's, is not.
     #[inline]
-    fn received(&mut self, completion: &ibv_wc) {
+    fn received(&mut self, completion: &ibv_wc) -> Option<Event> {
+        const TWICE: CloseReason = CloseReason::Device("it reported a receive slot that it did not have");
         let slot = (completion.wr_id & !RECEIVE) as u32;
-        let bytes = self.inbox.take(completion.wr_id, slot);
         self.outbox.tally.received();
+        let open = self.phase == Phase::Open;
         if completion.opcode == IBV_WC_RECV_RDMA_WITH_IMM {
-            return self.tell(Event::Notify(objects::immediate(completion)));
+            if !self.inbox.took(slot) {
+                self.end(TWICE);
+                return None;
+            }
+            return open.then(|| Event::Notify(objects::immediate(completion)));
         }
+        let Some(bytes) = self.inbox.take(slot) else {
+            self.end(TWICE);
+            return None;
+        };
         match Slot::parse(&bytes, completion.byte_len) {
             Ok((_, returned)) if !self.inbox.credited(returned) => self.end(CloseReason::Protocol("credits that cannot be true")),
             Ok((Slot::Message(message), _)) => match Message::new(message) {
-                Some(message) => self.tell(Event::Message(message)),
+                Some(message) => return open.then_some(Event::Message(message)),
                 None => self.end(CloseReason::Protocol("a message that is too long")),
             },
             Ok((Slot::Credits | Slot::Ping, _)) => {}
@@ -313,24 +336,21 @@ impl VerbsFabric {
             Ok((Slot::Goodbye, _)) => self.end(CloseReason::PeerClosed),
             Err(what) => self.end(CloseReason::Protocol(what)),
         }
+        None
     }
 
-    /// What comes after this side said goodbye, or behind the peer's, is not told.
-    #[inline]
-    fn tell(&mut self, event: Event) {
-        if self.phase == Phase::Open {
-            self.ready.push_back(event);
-        }
-    }
-
-    #[inline]
+    /// Posts the slots again that were taken.
     fn give_slots_back(&mut self) {
         let Some(pair) = &mut self.pair else { return };
+        let count = self.inbox.receives.len();
         if let Err(error) = pair.post_receives(&mut self.inbox.receives) {
             tracing::error!(%error, "the device refused receive buffers");
             return self.end(CloseReason::Device("it refused a receive buffer"));
         }
-        self.inbox.posted_again();
+        self.inbox.posted_again(count);
+        if self.inbox.owes_credits() && self.phase == Phase::Open && self.say(Slot::Credits, false) {
+            self.hand_over();
+        }
     }
 
     // ---- ending ----
@@ -393,7 +413,7 @@ impl VerbsFabric {
         let deadline = Instant::now() + DRAIN_LIMIT;
         let mut empty = 0_u32;
         while self.pair.is_some() && !done(self) {
-            if self.take() > 0 {
+            if self.take(None) > 0 {
                 empty = 0;
                 continue;
             }
@@ -415,7 +435,7 @@ impl VerbsFabric {
         self.looked_at = now;
         if let Err(reason) = self.books.take_frames(&mut *self.control) {
             // A goodbye that the device has taken already is better news than a connection that ended after it.
-            while self.take() > 0 {}
+            while self.take(None) > 0 {}
             return self.end(reason);
         }
         while let Some(event) = self.context.next_async_event() {
@@ -507,16 +527,19 @@ impl Fabric for VerbsFabric {
             while let Some(event) = self.outbox.next_event() {
                 self.ready.push_back(event);
             }
-            if self.take() > 0 {
+            let found = self.take(Some(&mut *out));
+            if found > 0 {
                 self.heard_at = now;
-            } else if self.ready.is_empty() && !matches!(self.phase, Phase::Ended(_)) {
+            }
+            // Fewer than were asked for: there are no others, and the caller has something to do.
+            if found < AT_ONCE && self.ready.is_empty() && !matches!(self.phase, Phase::Ended(_)) {
+                if found == 0 && self.inbox.receives.len() > 0 {
+                    self.give_slots_back();
+                }
                 break;
             }
         }
-        if self.inbox.owes_credits() && self.phase == Phase::Open && self.say(Slot::Credits, false) {
-            self.hand_over();
-        }
-        if now.since(self.looked_at) >= LOOK_EVERY {
+        if now.0.wrapping_sub(self.looked_at.0) >= LOOK_EVERY.as_nanos() as u64 {
             self.look(now);
         }
     }
@@ -528,7 +551,8 @@ impl Fabric for VerbsFabric {
             self.end(CloseReason::Device("its completion queue cannot be armed"));
         }
         // What came before the queue was armed wakes nobody.
-        self.take();
+        self.take(None);
+        self.give_slots_back();
         while let Some(event) = self.outbox.next_event() {
             self.ready.push_back(event);
         }

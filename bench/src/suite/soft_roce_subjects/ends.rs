@@ -208,12 +208,8 @@ impl Ends {
     pub(super) fn stream(&mut self, direction: Direction, count: u64) -> Result<f64> {
         let end = &mut self.here;
         let op = match direction {
-            Direction::Write => {
-                Op::Write { from: end.local(0, BYTES, Access::READ)?, to: end.remote(0, BYTES, Access::WRITE)? }
-            }
-            Direction::Read => {
-                Op::Read { from: end.remote(0, BYTES, Access::READ)?, into: end.local(0, BYTES, Access::WRITE)? }
-            }
+            Direction::Write => Op::Write { from: end.local(0, BYTES, Access::READ)?, to: end.remote(0, BYTES, Access::WRITE)? },
+            Direction::Read => Op::Read { from: end.remote(0, BYTES, Access::READ)?, into: end.local(0, BYTES, Access::WRITE)? },
         };
         let (mut posted, mut done) = (0, 0);
         let start = Instant::now();
