@@ -13,7 +13,7 @@ use std::time::Duration;
 use anyhow::Result;
 
 use super::Step;
-use super::perftest::Test;
+use super::perftest::{Figures, Test};
 use super::shm::Direction;
 use super::soft_roce_subjects::Traffic;
 use crate::measure::{Latencies, Pairs, interleave};
@@ -26,11 +26,11 @@ pub const STREAM_BYTES: u64 = 64 << 10;
 
 /// What is measured. Links stay from call to call; an error makes the row "not measured", with the reason.
 pub trait RoceSubjects {
-    /// The reference: nanoseconds or bytes per second, as perftest printed them.
+    /// The reference.
     ///
     /// # Errors
     /// Why it could not be measured.
-    fn perftest(&mut self, test: Test, bytes: u64, iterations: u64) -> Result<f64>;
+    fn perftest(&mut self, test: Test, bytes: u64, iterations: u64) -> Result<Figures>;
 
     /// Writes of 8 bytes that notify, one way: half of a round trip.
     ///
@@ -132,8 +132,8 @@ pub fn run(subjects: &mut dyn RoceSubjects, effort: &Effort, mut progress: impl 
     let groups: [(&'static str, Group<'_>); 9] = [
         ("counts per operation", Suite::counts),
         ("notifications", Suite::notifications),
-        ("reads of 8 bytes", |suite| vec![suite.read("read-8 p50", "ib_read_lat 8 B", 8)]),
-        ("reads of 4 KiB", |suite| vec![suite.read("read-4k p50", "ib_read_lat 4 KiB", 4096)]),
+        ("reads of 8 bytes", |suite| suite.read("read-8", "ib_read_lat 8 B", 8)),
+        ("reads of 4 KiB", |suite| suite.read("read-4k", "ib_read_lat 4 KiB", 4096)),
         ("register reads", Suite::register_reads),
         ("register writes", Suite::register_writes),
         ("streaming", Suite::streams),
@@ -152,7 +152,7 @@ pub fn run(subjects: &mut dyn RoceSubjects, effort: &Effort, mut progress: impl 
 impl Suite<'_> {
     /// As many iterations as take a side's time, by a short run that also warms up.
     fn iterations(&self, reference: Reference, (least, most): (u64, u64)) -> Result<u64> {
-        let figure = self.subjects.borrow_mut().perftest(reference.test, reference.bytes, least)?;
+        let figure = self.subjects.borrow_mut().perftest(reference.test, reference.bytes, least)?.typical;
         let one = match reference.test {
             Test::WriteLatency => 2.0 * figure,
             Test::ReadLatency => figure,
@@ -161,72 +161,74 @@ impl Suite<'_> {
         Ok(((self.effort.side.as_nanos() as f64 / one) as u64).clamp(least, most))
     }
 
-    /// A row of pairs: perftest, then ours, then ours, then perftest, …
-    fn row(
+    /// Pairs: perftest, then ours, then ours, then perftest, …
+    fn pairs<T>(
         &self,
-        (case, unit, target): (&str, &str, Target),
         reference: Reference,
         limits: (u64, u64),
-        subject: impl Fn(&mut dyn RoceSubjects, u64) -> Result<f64>,
-    ) -> Row {
-        let pairs = self.iterations(reference, limits).and_then(|iterations| -> Result<Pairs<f64>> {
-            let theirs = |_| {
-                let figure = self.subjects.borrow_mut().perftest(reference.test, reference.bytes, iterations)?;
-                Ok(figure * reference.times)
-            };
-            let ours = |_| subject(&mut **self.subjects.borrow_mut(), iterations);
-            interleave(self.effort.pairs, theirs, ours)
-        });
-        match pairs {
-            Ok(pairs) => {
-                let same = |figure: &f64| *figure;
-                let (references, subjects) = pairs.series(same, same);
-                let ratios = pairs.ratios(same, same);
-                Row::judged(case, unit, (&subjects, reference.text, &references), &ratios, target)
-            }
-            Err(error) => Row::missing(case, unit, reference.text, target, format!("{error:#}")),
-        }
+        subject: impl Fn(&mut dyn RoceSubjects, u64) -> Result<T>,
+    ) -> Result<Pairs<Figures, T>> {
+        let iterations = self.iterations(reference, limits)?;
+        let theirs = |_| self.subjects.borrow_mut().perftest(reference.test, reference.bytes, iterations);
+        let ours = |_| subject(&mut **self.subjects.borrow_mut(), iterations);
+        interleave(self.effort.pairs, theirs, ours)
     }
 
+    /// Two rows: the medians, which are judged, and the least, which say what is left where nobody else takes a core meanwhile.
     fn latency(
         &self,
         case: &str,
         reference: Reference,
         target: Target,
         subject: impl Fn(&mut dyn RoceSubjects, u64) -> Result<Latencies>,
-    ) -> Row {
-        let p50 = |subjects: &mut dyn RoceSubjects, samples| Ok(subject(subjects, samples)?.p50_ns() as f64);
-        self.row((case, "ns", target), reference, LATENCY_SAMPLES, p50)
+    ) -> Vec<Row> {
+        let pairs = self.pairs(reference, LATENCY_SAMPLES, subject);
+        let times = reference.times;
+        vec![
+            row(
+                (&format!("{case} p50"), "ns", target),
+                (reference.text, &pairs),
+                |theirs| theirs.typical * times,
+                |ours| ours.p50_ns() as f64,
+            ),
+            row(
+                (&format!("{case} least"), "ns", Target::None),
+                (&format!("{}, least", reference.text), &pairs),
+                |theirs| theirs.best * times,
+                |ours| ours.least_ns() as f64,
+            ),
+        ]
     }
 
     fn notifications(&self) -> Vec<Row> {
-        vec![self.latency("write-notify-8 one way p50", WRITE, Target::AtMost(1.2), |subjects, samples| subjects.notify(samples))]
+        self.latency("write-notify-8 one way", WRITE, Target::AtMost(1.2), |subjects, samples| subjects.notify(samples))
     }
 
-    fn read(&self, case: &str, text: &'static str, bytes: u64) -> Row {
+    fn read(&self, case: &str, text: &'static str, bytes: u64) -> Vec<Row> {
         let reference = Reference { test: Test::ReadLatency, bytes, times: 1.0, text };
         self.latency(case, reference, Target::AtMost(1.15), |subjects, samples| subjects.read(bytes, samples))
     }
 
     fn register_reads(&self) -> Vec<Row> {
         let twice = Reference { times: 2.0, text: "twice ib_write_lat 8 B", ..WRITE };
-        vec![self.latency("mmio-read-4 p50", twice, Target::AtMost(1.25), |subjects, samples| subjects.mmio_read(samples / 2))]
+        self.latency("mmio-read-4", twice, Target::AtMost(1.25), |subjects, samples| subjects.mmio_read(samples / 2))
     }
 
     fn register_writes(&self) -> Vec<Row> {
-        let case = "mmio-write-4 at the caller p50";
-        vec![self.latency(case, WRITE, Target::AtMost(0.5), |subjects, samples| subjects.mmio_write(samples))]
+        let case = "mmio-write-4 at the caller";
+        self.latency(case, WRITE, Target::AtMost(0.5), |subjects, samples| subjects.mmio_write(samples))
     }
 
     fn streams(&self) -> Vec<Row> {
-        let row = |case, test, text, direction| {
+        let stream = |case, test, text, direction| {
             let reference = Reference { test, bytes: STREAM_BYTES, times: 1.0, text };
             let subject = |subjects: &mut dyn RoceSubjects, operations| subjects.stream(direction, operations);
-            self.row((case, "bytes/s", Target::AtLeast(0.95)), reference, STREAM_OPERATIONS, subject)
+            let pairs = self.pairs(reference, STREAM_OPERATIONS, subject);
+            row((case, "bytes/s", Target::AtLeast(0.95)), (text, &pairs), |theirs| theirs.typical, |ours| *ours)
         };
         vec![
-            row("write-stream-64k", Test::WriteBandwidth, "ib_write_bw 64 KiB", Direction::Write),
-            row("read-stream-64k", Test::ReadBandwidth, "ib_read_bw 64 KiB", Direction::Read),
+            stream("write-stream-64k", Test::WriteBandwidth, "ib_write_bw 64 KiB", Direction::Write),
+            stream("read-stream-64k", Test::ReadBandwidth, "ib_read_bw 64 KiB", Direction::Read),
         ]
     }
 
@@ -269,6 +271,22 @@ impl Suite<'_> {
             Ok(bytes) => Row::exact(case, unit, bytes as f64, "none", target),
             Err(error) => Row::missing(case, unit, "none", target, format!("{error:#}")),
         }]
+    }
+}
+
+/// A row of pairs, or of the reason why there are none.
+fn row<T>(
+    (case, unit, target): (&str, &str, Target),
+    (reference, pairs): (&str, &Result<Pairs<Figures, T>>),
+    of_theirs: impl Fn(&Figures) -> f64,
+    of_ours: impl Fn(&T) -> f64,
+) -> Row {
+    match pairs {
+        Ok(pairs) => {
+            let (references, subjects) = pairs.series(&of_theirs, &of_ours);
+            Row::judged(case, unit, (&subjects, reference, &references), &pairs.ratios(&of_theirs, &of_ours), target)
+        }
+        Err(error) => Row::missing(case, unit, reference, target, format!("{error:#}")),
     }
 }
 

@@ -11,7 +11,7 @@ use farbus_transport::verbs::DeviceChoice;
 
 use self::ends::Ends;
 pub use self::lent::{LentNvme, LentRegister, Traffic, pinned_bytes};
-use super::perftest::{Perftest, Test};
+use super::perftest::{Figures, Perftest, Test};
 use super::shm::Direction;
 use super::soft_roce::{BURST, RoceSubjects};
 use crate::measure::{Latencies, pin_to, two_cores};
@@ -56,7 +56,7 @@ impl SoftRoce {
 }
 
 impl RoceSubjects for SoftRoce {
-    fn perftest(&mut self, test: Test, bytes: u64, iterations: u64) -> Result<f64> {
+    fn perftest(&mut self, test: Test, bytes: u64, iterations: u64) -> Result<Figures> {
         self.perftest.run(test, bytes, iterations)
     }
 
