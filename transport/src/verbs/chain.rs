@@ -8,7 +8,7 @@ use super::sys::{
     IBV_SEND_INLINE, IBV_SEND_SIGNALED, IBV_WR_RDMA_READ, IBV_WR_RDMA_WRITE, IBV_WR_RDMA_WRITE_WITH_IMM, IBV_WR_SEND, ibv_recv_wr,
     ibv_send_wr, ibv_sge,
 };
-use super::wire::{SLOT_BYTES, SLOTS};
+use super::wire::{HEADER, SLOT_BYTES, SLOTS};
 use crate::memory::Memory;
 
 /// Work requests in one chain at most; a full chain is handed over at once.
@@ -29,8 +29,10 @@ pub(super) enum What {
 /// This side's bytes of a request.
 #[derive(Clone, Copy)]
 pub(super) enum Bytes<'a> {
-    /// Copied into the request.
-    Copied(&'a [u8]),
+    /// None.
+    Nothing,
+    /// Copied into the request: a slot's header and what follows it.
+    Slot { header: [u8; HEADER], body: &'a [u8] },
     /// Copied into the request out of memory.
     CopiedFrom { memory: &'a Memory, offset: u64, len: u32 },
     /// Fetched, or filled, by the device.
@@ -84,10 +86,13 @@ impl Sends {
             return false;
         };
         let (address, len, key, inlined) = match bytes {
-            Bytes::Copied(bytes) => {
-                let Some(room) = inline.get_mut(..bytes.len()) else { return false };
-                room.copy_from_slice(bytes);
-                (inline.as_ptr().addr() as u64, bytes.len() as u32, 0, !bytes.is_empty())
+            Bytes::Nothing => (0, 0, 0, false),
+            Bytes::Slot { header, body } => {
+                let Some((front, room)) = inline.split_first_chunk_mut() else { return false };
+                let Some(room) = room.get_mut(..body.len()) else { return false };
+                *front = header;
+                room.copy_from_slice(body);
+                (inline.as_ptr().addr() as u64, (HEADER + body.len()) as u32, 0, true)
             }
             Bytes::CopiedFrom { memory, offset, len } => {
                 let Some(room) = inline.get_mut(..len as usize) else { return false };
@@ -215,15 +220,22 @@ impl Receives {
         self.len += 1;
     }
 
-    /// The bytes that the device put into a slot.
+    /// The header that the device put into a slot; zeros, which are none, where there is no such slot.
     #[inline]
-    pub(super) fn read(&self, slot: u32) -> [u8; SLOT_BYTES] {
-        let mut bytes = [0; SLOT_BYTES];
-        // A slot that does not exist reads as zeros, which is no message.
-        if self.slots.memory().read(u64::from(slot) * SLOT_BYTES as u64, &mut bytes).is_err() {
-            return [0; SLOT_BYTES];
+    pub(super) fn header(&self, slot: u32) -> [u8; HEADER] {
+        let mut header = [0; HEADER];
+        self.read(slot, 0, &mut header);
+        header
+    }
+
+    /// The bytes from `offset` on that the device put into a slot; they stay as they were where there are not so many.
+    #[inline]
+    pub(super) fn read(&self, slot: u32, offset: usize, into: &mut [u8]) {
+        if offset + into.len() <= SLOT_BYTES {
+            let at = u64::from(slot) * SLOT_BYTES as u64 + offset as u64;
+            // Outside of the slots there is nothing to read.
+            drop(self.slots.memory().read(at, into));
         }
-        bytes
     }
 
     /// The chain of those that go back, which ends with NULL. Valid until the next push.

@@ -4,7 +4,7 @@
 //! goes back; a sender keeps eight in hand, so that two sides that are both full can still tell each other.
 
 use super::chain::Receives;
-use super::wire::{SLOT_BYTES, SLOTS};
+use super::wire::SLOTS;
 
 /// Slots that ordinary messages leave free at the peer.
 const RESERVE: u32 = 8;
@@ -72,23 +72,6 @@ impl Inbox {
             self.returned_by_peer = count;
         }
         plausible
-    }
-
-    /// A slot was used up by a notification, and goes back with the next post. False where the device did not have it.
-    #[inline]
-    pub(super) fn took(&mut self, slot: u32) -> bool {
-        let came_back = self.receives.came_back(slot);
-        if came_back {
-            self.receives.push(slot);
-        }
-        came_back
-    }
-
-    /// Takes what lies in a slot; it goes back with the next post. `None` where the device did not have it.
-    #[inline]
-    pub(super) fn take(&mut self, slot: u32) -> Option<[u8; SLOT_BYTES]> {
-        let bytes = self.receives.read(slot);
-        self.took(slot).then_some(bytes)
     }
 
     /// Whether so many slots wait for their post that it must not wait for an idle moment.

@@ -41,7 +41,7 @@ use self::sys::{
     IBV_WC_LOC_PROT_ERR, IBV_WC_RECV_RDMA_WITH_IMM, IBV_WC_REM_ACCESS_ERR, IBV_WC_REM_INV_REQ_ERR, IBV_WC_REM_OP_ERR,
     IBV_WC_SUCCESS, IBV_WC_WR_FLUSH_ERR, ibv_wc,
 };
-use self::wire::{SLOTS, Slot};
+use self::wire::{SLOT_BYTES, SLOTS, Slot};
 use crate::fabric::{CloseReason, Event, Events, Fabric, Full, Limits, MAX_MESSAGE, Message, Op, OpError, Signal};
 use crate::link::control::Control;
 use crate::span::{LocalSpan, RemoteSpan};
@@ -136,7 +136,8 @@ impl VerbsFabric {
     fn transfer(&mut self, signal: Signal, local: LocalSpan, remote: RemoteSpan, kind: Kind) -> Result<(), Full> {
         let reads = kind == Kind::Read;
         let (from, to) = if reads { (remote.len, local.len) } else { (local.len, remote.len) };
-        let pieces = from.div_ceil(self.piece).max(1);
+        // Nearly always; a division takes as long as the rest of the checks.
+        let pieces = if from <= self.piece { 1 } else { from.div_ceil(self.piece) };
         let notifies = matches!(kind, Kind::WriteNotify(_));
         if !self.outbox.has_room(pieces) || (notifies && !self.inbox.may_send()) {
             return Err(Full);
@@ -181,7 +182,7 @@ impl VerbsFabric {
             return false;
         };
         let bytes = match &ours.region {
-            _ if len == 0 => Bytes::Copied(&[]),
+            _ if len == 0 => Bytes::Nothing,
             _ if len <= self.inline && kind != Kind::Read => Bytes::CopiedFrom { memory: &ours.memory, offset, len },
             Some(region) => Bytes::Registered { region, offset, len },
             None => return false,
@@ -217,8 +218,8 @@ impl VerbsFabric {
 
     #[inline]
     fn put(&mut self, slot: Slot<'_>, signalled: bool) {
-        let (bytes, len) = slot.encode(self.inbox.sending());
-        let pushed = self.outbox.push(signalled, What::Send, Bytes::Copied(bytes.get(..len).unwrap_or_default()));
+        let (header, body) = slot.encode(self.inbox.sending());
+        let pushed = self.outbox.push(signalled, What::Send, Bytes::Slot { header, body: body.as_ref() });
         debug_assert!(pushed, "a slot fits into every request");
         if self.outbox.sends.is_full() {
             self.hand_over();
@@ -265,18 +266,15 @@ impl VerbsFabric {
                 return 0;
             }
         };
-        for index in 0..count {
-            let Some(completion) = self.found.get(index).copied() else { break };
+        let found = std::mem::take(&mut self.found);
+        for completion in found.iter().take(count) {
             match (completion.status, completion.wr_id & RECEIVE != 0) {
-                (IBV_WC_SUCCESS, true) => {
-                    if let Some(event) = self.received(&completion) {
-                        self.tell(event, &mut out);
-                    }
-                }
+                (IBV_WC_SUCCESS, true) => self.received(completion, &mut out),
                 (IBV_WC_SUCCESS, false) => self.sent(completion.wr_id, &mut out),
-                _ => self.broken(&completion),
+                _ => self.broken(completion),
             }
         }
+        self.found = found;
         if count > 0 && self.inbox.must_post() {
             self.give_slots_back();
         }
@@ -307,36 +305,54 @@ impl VerbsFabric {
         }
     }
 
-    /// What the peer sent, where that is for the caller. What comes after this side said goodbye, or behind the peer's, is not.
     #[inline]
-    fn received(&mut self, completion: &ibv_wc) -> Option<Event> {
-        const TWICE: CloseReason = CloseReason::Device("it reported a receive slot that it did not have");
+    fn received(&mut self, completion: &ibv_wc, out: &mut Option<&mut Events>) {
         let slot = (completion.wr_id & !RECEIVE) as u32;
         self.outbox.tally.received();
-        let open = self.phase == Phase::Open;
-        if completion.opcode == IBV_WC_RECV_RDMA_WITH_IMM {
-            if !self.inbox.took(slot) {
-                self.end(TWICE);
-                return None;
-            }
-            return open.then(|| Event::Notify(objects::immediate(completion)));
+        if !self.inbox.receives.came_back(slot) {
+            return self.end(CloseReason::Device("it reported a receive slot that it did not have"));
         }
-        let Some(bytes) = self.inbox.take(slot) else {
-            self.end(TWICE);
+        let event = if completion.opcode == IBV_WC_RECV_RDMA_WITH_IMM {
+            Some(Event::Notify(objects::immediate(completion)))
+        } else {
+            self.said(slot, completion.byte_len).map(Event::Message)
+        };
+        self.inbox.receives.push(slot);
+        // What comes after this side said goodbye, or behind the peer's, is not told.
+        if let Some(event) = event
+            && self.phase == Phase::Open
+        {
+            self.tell(event, out);
+        }
+    }
+
+    /// What lies in a slot, where that is a message for the caller.
+    #[inline]
+    fn said(&mut self, slot: u32, len: u32) -> Option<Message> {
+        let Some((len, taken)) = wire::message(self.inbox.receives.header(slot), len) else {
+            self.said_by_the_fabric(slot, len);
             return None;
         };
-        match Slot::parse(&bytes, completion.byte_len) {
+        if !self.inbox.credited(taken) {
+            self.end(CloseReason::Protocol("credits that cannot be true"));
+            return None;
+        }
+        Message::filled(len, |bytes| self.inbox.receives.read(slot, wire::HEADER, bytes))
+    }
+
+    /// As [`Self::said`], for the words of the fabric's own and for what is none.
+    #[cold]
+    fn said_by_the_fabric(&mut self, slot: u32, len: u32) {
+        let mut bytes = [0; SLOT_BYTES];
+        self.inbox.receives.read(slot, 0, &mut bytes);
+        match Slot::parse(&bytes, len) {
             Ok((_, returned)) if !self.inbox.credited(returned) => self.end(CloseReason::Protocol("credits that cannot be true")),
-            Ok((Slot::Message(message), _)) => match Message::new(message) {
-                Some(message) => return open.then_some(Event::Message(message)),
-                None => self.end(CloseReason::Protocol("a message that is too long")),
-            },
             Ok((Slot::Credits | Slot::Ping, _)) => {}
             Ok((Slot::Revoke(number), _)) => self.books.revoked_by_peer(number),
             Ok((Slot::Goodbye, _)) => self.end(CloseReason::PeerClosed),
+            Ok((Slot::Message(_), _)) => self.end(CloseReason::Protocol("a message that is too long")),
             Err(what) => self.end(CloseReason::Protocol(what)),
         }
-        None
     }
 
     /// Posts the slots again that were taken.

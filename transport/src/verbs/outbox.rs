@@ -189,7 +189,7 @@ mod tests {
 
     fn write(outbox: &mut Outbox, signal: Signal, requests: u32) {
         for _ in 0..requests {
-            assert!(outbox.push(false, What::Write { address: 0, key: 0 }, Bytes::Copied(b"x")));
+            assert!(outbox.push(false, What::Write { address: 0, key: 0 }, Bytes::Slot { header: [0; 8], body: b"x" }));
             if outbox.sends.is_full() {
                 outbox.prepare();
                 outbox.sends.link();

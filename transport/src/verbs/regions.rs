@@ -132,7 +132,7 @@ impl VerbsFabric {
     /// A write of no bytes that reports: when it is done, so is everything before it. No key is looked at for it (InfiniBand Architecture
     /// Specification 1.4, volume 1, C9-88).
     fn push_barrier(&mut self) -> bool {
-        let pushed = self.outbox.has_reserve() && self.outbox.push(true, What::Write { address: 0, key: 0 }, Bytes::Copied(&[]));
+        let pushed = self.outbox.has_reserve() && self.outbox.push(true, What::Write { address: 0, key: 0 }, Bytes::Nothing);
         self.hand_over();
         pushed
     }
