@@ -3,10 +3,11 @@
 //! `Lender::start(ends, Box::new(nvme), 1, ALWAYS)` has the device polled on core 1 until the lender is dropped; the session is the caller's.
 
 use std::sync::Arc;
+use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use farbus_remote_dma::Backend;
 use farbus_remote_dma::borrower::{BorrowerOptions, BorrowerSession};
 use farbus_remote_dma::lender::{LenderSession, PollOptions};
@@ -36,6 +37,25 @@ impl Lender {
         })
     }
 
+    /// As [`Lender::start`], in turns: the device is polled without a pause during a [`Turn`], and rests otherwise. Who sleeps and is woken in
+    /// between is measured as well where waking takes longer than `spin`, and then never stops sleeping.
+    pub(super) fn in_turns<F: Fabric + 'static>(
+        ends: (F, F),
+        backend: Box<dyn Backend>,
+        there: usize,
+    ) -> Result<(Self, Turns, BorrowerSession<F>)> {
+        let (turns, taken) = channel::<(Waker, Sender<()>)>();
+        let (lender, session) = Self::serve(ends, backend, there, move |session, _| {
+            // Who waits for the end of a turn hears of it when `rests` is dropped.
+            while let Ok((over, rests)) = taken.recv() {
+                session.run(PollOptions { spin: Duration::MAX }, &over);
+                drop(rests);
+            }
+            Ok(())
+        })?;
+        Ok((lender, Turns(turns), session))
+    }
+
     /// As [`Lender::start`], with a way to serve of the caller's.
     pub(super) fn serve<F: Fabric + 'static>(
         (theirs, ours): (F, F),
@@ -55,7 +75,8 @@ impl Lender {
         })?;
         let options = BorrowerOptions {
             read_deadline: Duration::from_secs(60),
-            spin: Duration::from_millis(2),
+            // It waits inside a call only, and what is measured there must not be a sleep.
+            spin: Duration::from_secs(1),
             ..BorrowerOptions::default()
         };
         Ok((Self { stop, thread: Some(thread) }, BorrowerSession::new(ours, description, options)?))
@@ -66,6 +87,34 @@ impl Lender {
         self.stop.set();
         let thread = self.thread.take();
         thread.map_or(Ok(()), |thread| thread.join().unwrap_or_else(|_| Err(anyhow::anyhow!("the lender's thread failed"))))
+    }
+}
+
+/// Tells a lender when it is its turn; the lender ends when this is dropped.
+#[derive(Debug)]
+pub(super) struct Turns(Sender<(Waker, Sender<()>)>);
+
+impl Turns {
+    /// The device is polled from now on, until the result is dropped.
+    pub(super) fn begin(&self) -> Result<Turn> {
+        let (over, (rests, at_rest)) = (Waker::new()?, channel());
+        self.0.send((over.clone(), rests)).context("the lender has ended")?;
+        Ok(Turn { over, at_rest })
+    }
+}
+
+/// While this lives, a device is polled.
+#[derive(Debug)]
+pub(super) struct Turn {
+    over: Waker,
+    at_rest: Receiver<()>,
+}
+
+impl Drop for Turn {
+    fn drop(&mut self) {
+        self.over.set();
+        let rests = self.at_rest.recv();
+        debug_assert!(rests.is_err(), "nothing is ever sent: the other end is dropped when the lender rests, or has ended");
     }
 }
 

@@ -17,12 +17,10 @@ use crate::driver::{DmaMemory, Driver, DriverOptions, Io, QueueIndex};
 use crate::function::FunctionRegisters;
 use crate::measure::{Latencies, Stopwatch};
 use crate::suite::engine::{Engine, register};
-use crate::suite::link::{Lender, filled};
+use crate::suite::link::{Lender, Turns, filled};
 
 /// Where the device finds the guest's memory; above 4 GiB, so that nothing works by having 32 bits only.
 const BASE: Iova = Iova(0x1_0000_0000);
-/// Longer than any pause of a side that is measured, so that it never sleeps then; short, so that it sleeps while perftest is measured.
-const SPIN: Duration = Duration::from_millis(2);
 /// Bytes of the lent image of [`LentNvme`].
 const IMAGE_BYTES: u64 = 1 << 20;
 /// Bytes of the guest's memory.
@@ -102,6 +100,8 @@ fn at(offset: u64) -> BarAddress {
 pub struct LentRegister {
     registers: FunctionRegisters<RecorderSink>,
     watches: Watches,
+    turns: Turns,
+    /// After `turns`, without which it ends.
     _lender: Lender,
 }
 
@@ -113,9 +113,11 @@ impl LentRegister {
     pub fn start(choice: &DeviceChoice, there: usize) -> Result<Self> {
         let (engine, _) = Engine::new(4096)?;
         let (ends, watches) = Watches::link(choice)?;
-        let (lender, session) = Lender::start(ends, Box::new(engine), there, SPIN)?;
+        let (lender, turns, session) = Lender::in_turns(ends, Box::new(engine), there)?;
+        let turn = turns.begin()?;
         let registers = FunctionRegisters::open(Box::new(session), RecorderSink::default(), &filled("bench-guest", 4096)?, BASE)?;
-        Ok(Self { registers, watches, _lender: lender })
+        drop(turn);
+        Ok(Self { registers, watches, turns, _lender: lender })
     }
 
     fn write(&mut self, value: u64) -> Result<()> {
@@ -133,6 +135,7 @@ impl LentRegister {
     /// # Errors
     /// Where one does not answer what was written.
     pub fn mmio_read(&mut self, samples: u64) -> Result<Latencies> {
+        let _turn = self.turns.begin()?;
         self.write(7)?;
         let watch = Stopwatch::calibrate();
         let mut latencies = Latencies::new();
@@ -153,6 +156,7 @@ impl LentRegister {
     /// # Errors
     /// Where the last one is lost.
     pub fn mmio_write(&mut self, samples: u64) -> Result<Latencies> {
+        let _turn = self.turns.begin()?;
         let watch = Stopwatch::calibrate();
         let mut latencies = Latencies::new();
         let warm_up = samples / 10 + 1;
@@ -176,6 +180,7 @@ impl LentRegister {
     /// # Errors
     /// Where one does not answer what was written.
     pub fn count_reads(&mut self, operations: u64) -> Result<Traffic> {
+        let _turn = self.turns.begin()?;
         self.write(7)?;
         let before = self.settled();
         (0..operations).try_for_each(|_| self.read(7))?;
@@ -187,6 +192,7 @@ impl LentRegister {
     /// # Errors
     /// Where the last write of a burst is lost.
     pub fn count_bursts(&mut self, bursts: u64, writes: u64) -> Result<Traffic> {
+        let _turn = self.turns.begin()?;
         let mut sum = Traffic { operations: bursts, ..Traffic::default() };
         for burst in 0..bursts {
             let first = burst * writes;
@@ -210,6 +216,8 @@ pub struct LentNvme {
     driver: Driver<FunctionRegisters<RecorderSink>>,
     image: Arc<Memory>,
     watches: Watches,
+    turns: Turns,
+    /// After `turns`, without which it ends.
     _lender: Lender,
 }
 
@@ -223,13 +231,15 @@ impl LentNvme {
         let image = filled("bench-image", IMAGE_BYTES)?;
         let device: Box<dyn Backend> = Box::new(Nvme::in_memory(Arc::clone(&image), NvmeOptions::default())?);
         let (ends, watches) = Watches::link(choice)?;
-        let (lender, session) = Lender::start(ends, device, there, SPIN)?;
+        let (lender, turns, session) = Lender::in_turns(ends, device, there)?;
+        let turn = turns.begin()?;
         let guest = filled("bench-guest", GUEST_BYTES)?;
         let mut registers = FunctionRegisters::open(Box::new(session), RecorderSink::default(), &guest, BASE)?;
         registers.enable_msix(VECTORS)?;
         let options = DriverOptions { vectors: vec![1], ..DriverOptions::default() };
         let driver = Driver::start(registers, DmaMemory::new(guest, BASE), options)?;
-        Ok(Self { driver, image, watches, _lender: lender })
+        drop(turn);
+        Ok(Self { driver, image, watches, turns, _lender: lender })
     }
 
     /// What `operations` reads of 4 KiB cost, one in flight at a time, each with its interrupt.
@@ -237,6 +247,7 @@ impl LentNvme {
     /// # Errors
     /// Where a read fails or brings wrong bytes.
     pub fn count_reads(&mut self, operations: u64) -> Result<Traffic> {
+        let _turn = self.turns.begin()?;
         const BYTES: u64 = 4096;
         let (queue, buffer) = (QueueIndex(1), self.driver.allocate(BYTES)?);
         let blocks_per_read = BYTES / self.driver.namespace().block_bytes;
@@ -278,7 +289,8 @@ pub(super) fn pinned_by_a_link(choice: &DeviceChoice, there: usize) -> Result<u6
     let before = pinned_bytes()?;
     let (engine, _) = Engine::new(4096)?;
     let (ends, _) = Watches::link(choice)?;
-    let (_lender, session) = Lender::start(ends, Box::new(engine), there, SPIN)?;
+    let (_lender, turns, session) = Lender::in_turns(ends, Box::new(engine), there)?;
+    let _turn = turns.begin()?;
     let _registers = FunctionRegisters::open(Box::new(session), RecorderSink::default(), &filled("bench-guest", GUEST)?, BASE)?;
     let with_guest = pinned_bytes()? - before;
     ensure!(with_guest >= GUEST, "{with_guest} bytes are pinned with a guest of {GUEST}: the kernel counts them elsewhere");
