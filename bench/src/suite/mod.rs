@@ -12,7 +12,7 @@ pub mod soft_roce;
 mod soft_roce_subjects;
 
 pub use shm_subjects::ShmSession;
-pub use soft_roce_subjects::{LentNvme, LentRegister, SoftRoce, Traffic, pinned_bytes};
+pub use soft_roce_subjects::{LentNvme, LentRegister, SoftRoce, Traffic, pinned_by_a_link};
 
 /// What the caller of a suite hears before each group of rows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

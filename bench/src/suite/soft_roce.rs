@@ -24,7 +24,7 @@ pub const BURST: u64 = 64;
 /// Bytes of a streamed operation.
 pub const STREAM_BYTES: u64 = 64 << 10;
 
-/// What is measured. Links stay from call to call; an error makes the row "not measured", with the reason.
+/// What is measured, over a new link each time; an error makes the row "not measured", with the reason.
 pub trait RoceSubjects {
     /// The reference.
     ///
@@ -297,5 +297,91 @@ fn count(case: &str, target: Target, traffic: &Result<Traffic>, figure: impl Fn(
         Ok(traffic) if traffic.operations > 0 => Row::exact(case, unit, figure(traffic), reference, target),
         Ok(_) => Row::missing(case, unit, reference, target, "no operation was carried out".to_owned()),
         Err(error) => Row::missing(case, unit, reference, target, format!("{error:#}")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use farbus_transport::verbs::Counters;
+
+    use super::*;
+
+    /// Answers as a fabric would whose figures are these; only the arithmetic is under test.
+    struct Scripted {
+        round: u64,
+        work_requests: u64,
+    }
+
+    fn constant(ns: u64) -> Latencies {
+        let mut latencies = Latencies::new();
+        (0..100).for_each(|_| latencies.record_ns(ns));
+        latencies
+    }
+
+    impl RoceSubjects for Scripted {
+        fn perftest(&mut self, test: Test, _: u64, iterations: u64) -> Result<Figures> {
+            anyhow::ensure!(test != Test::ReadBandwidth, "it is broken");
+            assert!(iterations >= 300, "{iterations}");
+            Ok(Figures { typical: 20_000.0, best: 10_000.0 })
+        }
+        fn notify(&mut self, _: u64) -> Result<Latencies> {
+            Ok(constant(23_000))
+        }
+        fn read(&mut self, bytes: u64, _: u64) -> Result<Latencies> {
+            // Rounds of reads of 4 KiB scatter around the target.
+            self.round += 1;
+            Ok(constant(if bytes == 8 || self.round.is_multiple_of(2) { 20_000 } else { 30_000 }))
+        }
+        fn stream(&mut self, _: Direction, _: u64) -> Result<f64> {
+            Ok(20_000.0)
+        }
+        fn mmio_read(&mut self, _: u64) -> Result<Latencies> {
+            Ok(constant(44_000))
+        }
+        fn mmio_write(&mut self, _: u64) -> Result<Latencies> {
+            Ok(constant(30_000))
+        }
+        fn count_mmio_reads(&mut self, operations: u64) -> Result<Traffic> {
+            let side =
+                Counters { work_requests: operations, doorbells: operations, signalled: operations / 32, received: operations };
+            Ok(Traffic { operations, borrower: side, lender: Counters { work_requests: self.work_requests, ..side } })
+        }
+        fn count_bursts(&mut self, _: u64) -> Result<Traffic> {
+            Ok(Traffic::default())
+        }
+        fn count_nvme_reads(&mut self, _: u64) -> Result<Traffic> {
+            anyhow::bail!("no NVMe yet")
+        }
+        fn pinned(&mut self) -> Result<u64> {
+            Ok(9 << 20)
+        }
+    }
+
+    #[test]
+    fn every_target_of_the_fabric_has_its_row_and_is_judged_by_its_figures() {
+        let effort = Effort { pairs: 5, side: Duration::from_millis(1), operations: 100 };
+        let mut steps = 0;
+        let report = run(&mut Scripted { round: 0, work_requests: 101 }, &effort, |_| steps += 1);
+        assert_eq!((steps, report.rows.len()), (9, 25), "{report:#?}");
+        let row = |case: &str| report.rows.iter().find(|row| row.case == case).unwrap_or_else(|| panic!("{case}"));
+        // Three digits are kept of a latency.
+        let near = |case, ratio: f64| row(case).ratio.is_some_and(|found| (found / ratio - 1.0).abs() < 0.002);
+        assert!(near("write-notify-8 one way p50", 1.15) && row("write-notify-8 one way p50").meets == Some(true));
+        assert!(
+            row("write-notify-8 one way least").ratio.is_some_and(|ratio| (2.29..2.31).contains(&ratio)),
+            "beside perftest's least"
+        );
+        assert_eq!(row("read-8 p50").meets, Some(true));
+        assert_eq!(row("read-4k p50").meets, None, "too noisy to say");
+        assert!(near("mmio-read-4 p50", 1.1), "beside twice the reference");
+        assert_eq!(row("mmio-write-4 at the caller p50").meets, Some(false));
+        assert_eq!(row("write-stream-64k").meets, Some(true));
+        assert!(row("read-stream-64k").note.as_ref().is_some_and(|note| note.contains("it is broken")));
+        assert_eq!((row("mmio read: work requests").value, row("mmio read: work requests").meets), (Some(2.01), Some(false)));
+        assert_eq!(row("mmio read: doorbells of the lender").meets, Some(true));
+        assert_eq!(row("burst of 64 posted writes: doorbells").value, None, "nothing was carried out");
+        assert_eq!(row("nvme read 4 KiB: work requests").note.as_deref(), Some("no NVMe yet"));
+        assert_eq!(row("memory pinned by a link beyond the guest's").meets, Some(false));
+        assert!(row("connect to first mmio answer").note.as_ref().is_some_and(|note| note.contains("not yet")));
     }
 }

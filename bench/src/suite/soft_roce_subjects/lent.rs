@@ -269,22 +269,12 @@ impl LentNvme {
     }
 }
 
-/// Bytes that this process has pinned, its own and the kernel's for its devices (proc_pid_status(5)).
-///
-/// # Errors
-/// Where the kernel does not say.
-pub fn pinned_bytes() -> Result<u64> {
-    let status = std::fs::read_to_string("/proc/self/status")?;
-    let kib = status.lines().find_map(|line| line.strip_prefix("VmPin:")?.trim().strip_suffix("kB")?.trim().parse::<u64>().ok());
-    Ok(kib.ok_or_else(|| anyhow::anyhow!("no VmPin in /proc/self/status"))? * 1024)
-}
-
 /// What a link with both its sides in this process has pinned beyond the guest's memory, with a guest of 64 MiB mapped for a device without DMA memory
 /// of its own.
 ///
 /// # Errors
 /// Where there is no link over `choice`, or the kernel does not say.
-pub(super) fn pinned_by_a_link(choice: &DeviceChoice, there: usize) -> Result<u64> {
+pub fn pinned_by_a_link(choice: &DeviceChoice, there: usize) -> Result<u64> {
     const GUEST: u64 = 64 << 20;
     let before = pinned_bytes()?;
     let (engine, _) = Engine::new(4096)?;
@@ -295,4 +285,11 @@ pub(super) fn pinned_by_a_link(choice: &DeviceChoice, there: usize) -> Result<u6
     let with_guest = pinned_bytes()? - before;
     ensure!(with_guest >= GUEST, "{with_guest} bytes are pinned with a guest of {GUEST}: the kernel counts them elsewhere");
     Ok(with_guest - GUEST)
+}
+
+/// Bytes that this process has pinned, its own and the kernel's for its devices (proc_pid_status(5)).
+fn pinned_bytes() -> Result<u64> {
+    let status = std::fs::read_to_string("/proc/self/status")?;
+    let kib = status.lines().find_map(|line| line.strip_prefix("VmPin:")?.trim().strip_suffix("kB")?.trim().parse::<u64>().ok());
+    Ok(kib.ok_or_else(|| anyhow::anyhow!("no VmPin in /proc/self/status"))? * 1024)
 }

@@ -1,16 +1,16 @@
 //! What `farbus bench soft-roce` measures, for real: ends and sessions over an RDMA device of this host, beside perftest over the same.
 //!
-//! `SoftRoce::new(&choice)?.read(4096, 2000)` reads 4 KiB of the peer's memory 2,000 times. Links stay from round to round; while perftest is
-//! measured their threads sleep.
+//! `SoftRoce::new(&choice)?.read(4096, 2000)` makes a link and reads 4 KiB of the peer's memory 2,000 times. Each round has a link of its own, as
+//! perftest has: where its queues happen to lie makes a tenth of a difference, and must not favour a side for all rounds.
 
 mod ends;
 mod lent;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use farbus_transport::verbs::DeviceChoice;
 
 use self::ends::Ends;
-pub use self::lent::{LentNvme, LentRegister, Traffic, pinned_bytes};
+pub use self::lent::{LentNvme, LentRegister, Traffic, pinned_by_a_link};
 use super::perftest::{Figures, Perftest, Test};
 use super::shm::Direction;
 use super::soft_roce::{BURST, RoceSubjects};
@@ -24,8 +24,6 @@ pub struct SoftRoce {
     here: usize,
     /// Where the peer runs: perftest's server, the lender.
     there: usize,
-    ends: Option<Ends>,
-    register: Option<LentRegister>,
 }
 
 impl SoftRoce {
@@ -37,21 +35,15 @@ impl SoftRoce {
         let choice = choice.resolve()?;
         let [here, there] = two_cores()?;
         let perftest = Perftest::new(&choice, here, there)?;
-        Ok(Self { choice, perftest, here, there, ends: None, register: None })
+        Ok(Self { choice, perftest, here, there })
     }
 
-    fn ends(&mut self) -> Result<&mut Ends> {
-        if self.ends.is_none() {
-            self.ends = Some(Ends::new(&self.choice, self.there)?);
-        }
-        self.ends.as_mut().context("the ends were just made")
+    fn ends(&self) -> Result<Ends> {
+        Ends::new(&self.choice, self.there)
     }
 
-    fn register(&mut self) -> Result<&mut LentRegister> {
-        if self.register.is_none() {
-            self.register = Some(LentRegister::start(&self.choice, self.there)?);
-        }
-        self.register.as_mut().context("the register was just lent")
+    fn register(&self) -> Result<LentRegister> {
+        LentRegister::start(&self.choice, self.there)
     }
 }
 
@@ -61,28 +53,33 @@ impl RoceSubjects for SoftRoce {
     }
 
     fn notify(&mut self, samples: u64) -> Result<Latencies> {
+        let mut ends = self.ends()?;
         let _pinned = pin_to(self.here)?;
-        self.ends()?.notify(samples)
+        ends.notify(samples)
     }
 
     fn read(&mut self, bytes: u64, samples: u64) -> Result<Latencies> {
+        let mut ends = self.ends()?;
         let _pinned = pin_to(self.here)?;
-        self.ends()?.read(u32::try_from(bytes)?, samples)
+        ends.read(u32::try_from(bytes)?, samples)
     }
 
     fn stream(&mut self, direction: Direction, operations: u64) -> Result<f64> {
+        let mut ends = self.ends()?;
         let _pinned = pin_to(self.here)?;
-        self.ends()?.stream(direction, operations)
+        ends.stream(direction, operations)
     }
 
     fn mmio_read(&mut self, samples: u64) -> Result<Latencies> {
+        let mut register = self.register()?;
         let _pinned = pin_to(self.here)?;
-        self.register()?.mmio_read(samples)
+        register.mmio_read(samples)
     }
 
     fn mmio_write(&mut self, samples: u64) -> Result<Latencies> {
+        let mut register = self.register()?;
         let _pinned = pin_to(self.here)?;
-        self.register()?.mmio_write(samples)
+        register.mmio_write(samples)
     }
 
     fn count_mmio_reads(&mut self, operations: u64) -> Result<Traffic> {
@@ -98,7 +95,6 @@ impl RoceSubjects for SoftRoce {
     }
 
     fn pinned(&mut self) -> Result<u64> {
-        (self.ends, self.register) = (None, None);
-        lent::pinned_by_a_link(&self.choice, self.there)
+        pinned_by_a_link(&self.choice, self.there)
     }
 }
