@@ -103,3 +103,34 @@ fn shm_effort(seconds: f64) -> shm::Effort {
         operations: scaled(full.operations, 10_000),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn refused(args: BenchArgs) -> String {
+        match run(&args) {
+            Ok(()) => panic!("a suite without its device ran"),
+            Err(error) => format!("{error:#}"),
+        }
+    }
+
+    fn args(suite: Suite) -> BenchArgs {
+        BenchArgs { suite, seconds: None, pairs: None, dev: None, json: false }
+    }
+
+    #[test]
+    fn a_suite_without_its_device_says_where_there_is_one() {
+        let said = refused(BenchArgs { dev: Some("no-such-device".to_owned()), ..args(Suite::SoftRoce) });
+        assert!(said.contains("ci/softroce target/release/farbus bench soft-roce"), "{said}");
+        // Either the device is missing or, more often, all of RDMA is.
+        assert!(said.contains("no-such-device") || said.contains("RDMA"), "{said}");
+    }
+
+    #[test]
+    fn arguments_that_mean_nothing_are_refused() {
+        assert!(refused(BenchArgs { pairs: Some(4), ..args(Suite::SoftRoce) }).contains("--pairs takes 5 to 1000"));
+        assert!(refused(BenchArgs { seconds: Some(-1.0), ..args(Suite::SoftRoce) }).contains("--seconds takes 0 to 3600"));
+        assert!(refused(BenchArgs { dev: Some("rxe0".to_owned()), ..args(Suite::Shm) }).contains("soft-roce"));
+    }
+}

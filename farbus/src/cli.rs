@@ -140,7 +140,7 @@ pub struct BenchArgs {
     /// Which suite
     #[arg(value_enum)]
     pub suite: Suite,
-    /// Seconds for each side: of an NVMe case (shm, 1 by default), of a row (soft-roce, 1.8 by default)
+    /// Seconds for each side: of an NVMe case (shm, 1 by default), of a row (soft-roce, 1.65 by default)
     #[arg(long, value_name = "SECONDS")]
     pub seconds: Option<f64>,
     /// Pairs of measurements for each row, at least 5 (soft-roce)

@@ -4,7 +4,7 @@
 //! [`RoceSubjects`]; the pairs and the verdicts are here.
 //!
 //! Each row is at least five pairs, the order inside a pair reversed from pair to pair. A target is met or missed where both ends of the interval in
-//! which the median of the pairs' ratios lies with 90 % probability say so (of nine pairs, all but the least and the greatest ratio); otherwise
+//! which the median of the pairs' ratios lies with 90 % probability say so (of eleven pairs, all but the two least and the two greatest ratios); otherwise
 //! the row is too noisy to say, and prints the interval. Counts are exact and have no pairs.
 
 use std::cell::RefCell;
@@ -100,7 +100,7 @@ pub struct Effort {
 
 impl Default for Effort {
     fn default() -> Self {
-        Self { pairs: 9, side: Duration::from_millis(200), operations: 500 }
+        Self { pairs: 11, side: Duration::from_millis(150), operations: 500 }
     }
 }
 
