@@ -1,4 +1,4 @@
-# shellcheck shell=bash
+# shellcheck shell=bash disable=SC2154 # cache and list are the caller's
 # How the labs get Debian packages without installing them: an apt of our own in a cache folder, whose packages are kept
 # with their sums. Sourced, never run. For example `configure_apt "$keyring" bookworm </dev/null; update; candidate perftest` prints
 # 4.5+0.17-1, and the host's own apt has not been touched.
@@ -120,12 +120,24 @@ package_names() {
         install --print-uris "$@" | awk '{ print $2 }'
 }
 
-# The image that the meta package $1 of version $2 names. Its other dependencies (an initramfs maker) are not ours.
-kernel_image() {
+# The packages of the kernel that the meta package $1 of version $2 names, one a line: the image, and what newer ones split
+# from it. Other dependencies (an initramfs maker) are not ours.
+kernel_packages() {
     local image
     image=$(apt_cache depends "$1=$2" | sed -n 's/^ *Depends: \(linux-image-[0-9].*\)$/\1/p')
     [[ -n $image ]] || die "$1 $2 names no kernel image"
     printf '%s\n' "$image"
+    apt_cache depends "$image=$2" | sed -nE 's/^ *Depends: (linux-(base|binary|modules)-[0-9].*)$/\1/p'
+}
+
+# Downloads packages "${@:2}" of version $1 without what they depend on, and prints the names of the files.
+download_exactly() {
+    local version=$1 name
+    shift
+    (cd "$cache/debs" && apt_get download "${@/%/=$version}")
+    for name; do
+        printf '%s\n' "${name}_${version//:/%3a}_amd64.deb"
+    done
 }
 
 # Ends a download: every package named in $1, one a line, must be there. The list appears only when all are, so half a
@@ -137,9 +149,9 @@ downloaded() {
     rm -rf "${cache:?}/apt"
 }
 
-# Unpacks every package of the list into the folder $1, and prints the kernel's release.
+# Unpacks every package of the list into the folder $1, and prints the kernel's release; the kernel is boot/vmlinuz-RELEASE.
 unpack_debs() {
-    local deb release
+    local deb release kernel
     # The usual merge of /lib and /usr/lib: packages ship to both.
     mkdir -p "$1/usr/"{bin,sbin,lib,lib64}
     ln -s usr/bin usr/sbin usr/lib usr/lib64 "$1/"
@@ -147,7 +159,14 @@ unpack_debs() {
         # dpkg -x would put a folder in the place of such a link.
         dpkg-deb --fsys-tarfile "$cache/debs/$deb" | tar -C "$1" -x --keep-directory-symlink --no-same-owner || die "cannot unpack $deb"
     done <"$list"
-    release=$(find "$1/boot" -name 'vmlinuz-*' -printf '%f\n')
-    [[ -n $release ]] || die "the kernel package holds no /boot/vmlinuz-*"
+    # Newer packages leave the kernel with its modules.
+    for kernel in "$1"/usr/lib/modules/*/vmlinuz; do
+        [[ -e $kernel ]] || continue
+        release=${kernel%/vmlinuz}
+        mkdir -p "$1/boot"
+        mv "$kernel" "$1/boot/vmlinuz-${release##*/}"
+    done
+    release=$(cd "$1" && find boot -name 'vmlinuz-*' -printf '%f\n') || true
+    [[ -n $release ]] || die "the kernel's packages hold no vmlinuz"
     printf '%s\n' "${release#vmlinuz-}"
 }

@@ -8,6 +8,7 @@
 pack_modules() {
     local -A packed=()
     local module
+    [[ -r $1/modules.builtin ]] || die "$1 does not say what kernel ${1##*/} has built in"
     for module in "${@:4}"; do
         add_module "$1" "$2" "$3" "$module"
     done

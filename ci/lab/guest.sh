@@ -1,4 +1,4 @@
-# shellcheck shell=bash
+# shellcheck shell=bash disable=SC2034,SC2154 # the parts share variables
 # Runs jobs in soft-RoCE guests: restores the saved state, hands over the job, passes the output on, brings files back.
 # Sourced, never run. For example `run_one /bin/true` sets status=0 about 2 s later, and `run_one /bin/false` sets status=1.
 #
@@ -12,6 +12,7 @@ readers=()
 run_one() {
     open_events
     start_guest one "$@"
+    [[ -z $shell ]] || connect_shell one
     await ended one
     stop_guests
     status=${ended[one]}
@@ -28,7 +29,12 @@ run_two() {
         shift
     done
     if (($#)); then b=("${@:2}"); else b=("${a[@]}"); fi
-    ((${#a[@]} && ${#b[@]})) || die "a program is needed on both sides of ':::'"
+    # A shell is on a, and b waits for its end.
+    [[ -z $shell ]] || {
+        ((${#b[@]})) || b=(sleep 1000000)
+        end_with=a
+    }
+    ((${#b[@]} && (${#a[@]} || ${#shell}))) || die "a program is needed on both sides of ':::'"
     open_events
     link=(-netdev "stream,id=link,server=on,addr.type=unix,addr.path=$work/link")
     start_guest a "${a[@]}"
@@ -37,9 +43,10 @@ run_two() {
         sleep 0.02
     done
     link=(-netdev "stream,id=link,server=off,addr.type=unix,addr.path=$work/link")
-    shell='' start_guest b "${b[@]}"
+    start_b "${b[@]}"
     await up a b
     let_run a
+    [[ -z $shell ]] || connect_shell a
     await started a
     [[ -z $b_when ]] || await said a
     [[ -z $b_when || -n ${said[a]:-} ]] || die "a ended with status ${ended[a]} and never printed '$b_when'"
@@ -64,6 +71,13 @@ run_two() {
         fetch_files "$other" "$out_dir/$other"
     done
 }
+start_b() {
+    local limit=$limit
+    # Nobody's time is limited while there is a shell.
+    [[ -z $shell ]] || limit=1000000
+    local shell=''
+    start_guest b "$@"
+}
 let_run() { echo run >"$work/$1/control.in"; }
 
 open_events() {
@@ -73,7 +87,7 @@ open_events() {
 
 # Starts guest $1 (one, a or b) with program "${@:2}" from the saved state, in $work/$1.
 start_guest() {
-    local name=$1 folder="$work/$1" console each
+    local name=$1 folder="$work/$1" console
     mkdir "$folder"
     shift
     pack_job "$folder" "$name" "$@"
@@ -81,7 +95,13 @@ start_guest() {
     "readers_of_$name" "$folder"
     if ((${#outs[@]})); then cat "$folder/files" >"$folder/files.tar" & else cat "$folder/files" >/dev/null & fi
     readers+=($!)
-    if [[ -n $shell ]]; then console=stdio,id=console,signal=off; else console="file,id=console,path=$folder/console"; fi
+    console="file,id=console,path=$folder/console"
+    [[ -z $shell ]] || {
+        mkfifo "$folder"/shell.{in,out}
+        cat "$folder/shell.out" >&3 &
+        readers+=($!)
+        console="pipe,id=console,path=$folder/shell"
+    }
     start_qemu "$folder" \
         -object "memory-backend-file,id=mem,size=$memory,mem-path=$state/ram,share=off,readonly=on,rom=off" \
         -chardev "$console" \
@@ -96,6 +116,16 @@ start_guest() {
     printf '%32s\ngo %s\n' '' "$(date +%s)" >"$folder/control.in"
     begun[$name]=$(now_ms)
 }
+
+# Gives our standard input to the shell in guest $1, not before it is there: what comes earlier is lost. At its end comes the guest's
+# end-of-file character.
+connect_shell() {
+    await started "$1"
+    [[ -z $terminal ]] || stty raw -echo <&5
+    { cat <&5 && printf '\4\4\4'; } >"$work/$1/shell.in" &
+    typist=$!
+}
+typist=''
 
 # One guest's output is passed on unmixed.
 readers_of_one() {
@@ -147,13 +177,18 @@ hear_events() {
         said) said[$name]=yes ;;
         exit) ended[$name]=$rest ;;
         late)
-            say "${name/one/the program} was ended after $limit s (--seconds)"
             late[$name]=yes
+            show_console "$name"
+            say "${name/one/the program} was ended after $limit s (--seconds); the guest's console above says where it was"
             ;;
-        left) say "${name/one/the program} left $rest processes running, which were ended" ;;
+        left) say "${name/one/the program} left processes running, which were ended: $rest" ;;
         missing)
             say "${name/one/the program} left no $rest"
             missing=yes
+            ;;
+        kernel)
+            show_console "$name"
+            say "the guest's kernel complained $rest"
             ;;
         failed) guest_lost "$name" "$rest" ;;
         *) guest_lost "$name" "it says '$word $rest'" ;;
@@ -180,14 +215,17 @@ missing=''
 
 # Guest $1 is gone or useless, for reason $2.
 guest_lost() {
-    [[ ! -s $work/$1/console ]] || tail -n 40 "$work/$1/console" | sed 's/^/guest: /' >&2
+    show_console "$1"
     sed 's/^/qemu: /' "$work/$1/qemu.log" >&2
-    if [[ -z ${started[$1]:-} ]]; then
+    if [[ -z ${started[$1]:-} && $2 == QEMU* ]]; then
         rm -rf "$state"
-        die "the soft-RoCE guest failed: $2. Its saved state is removed; the next run boots afresh"
+        die "the soft-RoCE guest did not start: $2. Its saved state is removed; run again, it boots afresh"
     fi
+    [[ -n ${started[$1]:-} ]] || die "the soft-RoCE guest did not start: $2"
     die "the soft-RoCE guest failed while the program ran: $2"
 }
+
+show_console() { [[ ! -s $work/$1/console ]] || tail -n 60 "$work/$1/console" | sed 's/^/guest: /' >&2; }
 
 # Ends QEMU everywhere; then the rest of the output comes out.
 stop_guests() {
@@ -197,6 +235,7 @@ stop_guests() {
         unset "pids[$name]"
         [[ -z ${late[$name]:-} ]] || ended[$name]=124
     done
+    [[ -z $typist ]] || kill "$typist" 2>/dev/null || true
     wait "${readers[@]}" || true
     readers=()
 }
@@ -218,6 +257,7 @@ fetch_files() {
 # For the end of the lab, however it comes.
 end_guests() {
     kill_qemu
-    ((${#pids[@]} == 0)) || kill -9 "${pids[@]}" 2>/dev/null || true
+    [[ -z $typist ]] || kill "$typist" 2>/dev/null || true
+    ((${#pids[@]} == 0)) || { kill -9 "${pids[@]}" && wait "${pids[@]}"; } 2>/dev/null || true
     ((${#readers[@]} == 0)) || kill "${readers[@]}" 2>/dev/null || true
 }

@@ -1,4 +1,4 @@
-# shellcheck shell=bash
+# shellcheck shell=bash disable=SC2034,SC2154 # the parts share variables
 # Packs a job for the soft-RoCE guest: a program of the host with the libraries that the guest lacks, files, environment.
 # Sourced, never run. For example `pack_job /tmp/w a target/debug/farbus devices` makes /tmp/w/job, the image of a disk with a tar
 # archive, in which the program has the path that it has on the host.
@@ -9,35 +9,36 @@
 pack_job() {
     local folder=$1 role=$2 stage="$1/stage" pair address=192.0.2.1 peer=192.0.2.1
     local -A shipped=()
-    local bytes
+    local bytes rows=24 columns=80
     local needs_glibc=0
     shift 2
     case $role in
     a) peer=192.0.2.2 ;;
     b) address=192.0.2.2 ;;
     esac
-    mkdir -p "$stage/run/farbus" "$stage$PWD"
+    mkdir -p "$stage/run/farbus"
     for pair in "${extra_files[@]}"; do
         ship "${pair%%:*}" "${pair#*:}"
     done
     # A name without a slash is a program of the guest.
-    if [[ $1 == */* ]]; then
+    if [[ ${1:-} == */* ]]; then
         [[ -f $1 && -x $1 ]] || die "$1 is no executable file; build it first, or give a program of the guest without a slash"
         set -- "$(absolute "$1")" "${@:2}"
         ship "$1" "$1"
     fi
     newer_glibc
+    [[ -z $terminal ]] || read -r rows columns < <(stty size <&5)
     {
         printf 'export PATH=/usr/bin:/usr/sbin HOME=/root USER=root LANG=C.UTF-8 TERM=%s\n' "$(quoted "${shell:+${TERM:-linux}}")"
         printf 'export FARBUS_RDMA_DEV=rxe0 FARBUS_LAB_HOST=%s FARBUS_LAB_ADDRESS=%s FARBUS_LAB_PEER=%s\n' "${role/one/a}" $address $peer
         [[ -z $library_path ]] || printf 'export LD_LIBRARY_PATH=%s\n' "$(quoted "$library_path")"
-        (($# == 0 || ${#environment[@]} == 0)) || printf 'export %s\n' "$(quoted_environment)"
-        printf 'cd %s\n' "$(quoted "$PWD")"
+        ((${#environment[@]} == 0)) || printf 'export %s\n' "$(quoted_environment)"
+        printf 'mkdir -p %s\ncd %s\n' "$(quoted "$PWD")" "$(quoted "$PWD")"
     } >"$stage/run/farbus/environment"
     printf '. /run/farbus/environment\nexec %s\n' "$(quoted "$@")" >"$stage/run/farbus/job"
     {
         printf 'role=%s limit=%s shell=%s ' "${role/one/}" "$limit" "$shell"
-        printf 'address=%s rows=%s columns=%s\n' $address "${LINES:-24}" "${COLUMNS:-80}"
+        printf 'address=%s rows=%s columns=%s\n' "$address" "$rows" "$columns"
     } >"$stage/run/farbus/settings"
     printf '%s\n' "${outs[@]}" | sed '/^$/d' >"$stage/run/farbus/outs"
     tar -C "$stage" -chf "$folder/job" --owner=0 --group=0 . || die "cannot pack the job"
@@ -67,9 +68,24 @@ ship() {
     [[ -r $host ]] || die "$host: no such file, or not readable"
     [[ $guest != /run/farbus/* && $guest != / ]] || die "the guest's $guest is the lab's own"
     shipped[$guest]=$host
-    mkdir -p "$stage${guest%/*}"
-    ln -s "$host" "$stage$guest"
+    if ! in_shipped_folder "$guest" "$host"; then
+        mkdir -p "$stage${guest%/*}"
+        [[ ! -e $stage$guest ]] || die "$guest is sent after files in it: give a folder before what goes into it"
+        ln -s "$host" "$stage$guest"
+    fi
     [[ ! -f $host ]] || ship_needs "$host"
+}
+
+# True if $1 lies in a folder that is sent, as the same file as $2 of the host. The stage has a link to that folder, and nothing may be
+# put there: it would land in the host's.
+in_shipped_folder() {
+    local parent=$1
+    while parent=${parent%/*} && [[ -n $parent ]]; do
+        [[ -L $stage$parent ]] || continue
+        [[ $stage$1 -ef $2 ]] || die "$1 lies in ${shipped[$parent]}, which is sent whole, and is not $2: send it to another place"
+        return 0
+    done
+    return 1
 }
 
 # Ships what file $1 needs to run: the libraries of an ELF file, the interpreter of a script.

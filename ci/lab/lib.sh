@@ -1,4 +1,4 @@
-# shellcheck shell=bash
+# shellcheck shell=bash disable=SC2034,SC2154 # the parts share variables
 # What the soft-RoCE lab's programs share: where its cache lies, how it fails, and how words are quoted for the guest.
 # Sourced, never run. For example `quoted "it's"` prints 'it'\''s', which every POSIX shell reads back as it's.
 

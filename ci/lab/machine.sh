@@ -1,4 +1,4 @@
-# shellcheck shell=bash
+# shellcheck shell=bash disable=SC2034,SC2154 # the parts share variables
 # The virtual machine of the soft-RoCE lab: the one list of QEMU's arguments with which a state is saved and restored.
 # Sourced, never run. For example `machine 1 1G` sets `machine_args`, and `boot_args` adds the kernel for the first start.
 
@@ -28,16 +28,20 @@ machine() {
 job_disk_bytes=$((4 << 30))
 
 # Starts QEMU in folder $1 with "${@:2}", in the background, as $qemu. The folder gets the FIFOs control.in and control.out
-# (the guest's second serial port), monitor.in and monitor.out (QMP), and qemu.log.
+# (the guest's second serial port), monitor.in and monitor.out (QMP), and qemu.log. QEMU dies with us.
 start_qemu() {
     local folder=$1 name
     shift
     for name in control monitor; do
         mkfifo "$folder/$name.in" "$folder/$name.out"
     done
-    "$FARBUS_QEMU" "${machine_args[@]}" \
-        -chardev "pipe,id=control,path=$folder/control" \
-        -chardev "pipe,id=monitor,path=$folder/monitor" -object monitor-qmp,id=qmp,chardev=monitor \
-        "$@" </dev/null >"$folder/qemu.log" 2>&1 &
+    (
+        # A lock that a killed lab held must not live on here.
+        [[ -z ${lock:-} ]] || exec {lock}>&-
+        exec setpriv --pdeathsig KILL "$FARBUS_QEMU" "${machine_args[@]}" \
+            -chardev "pipe,id=control,path=$folder/control" \
+            -chardev "pipe,id=monitor,path=$folder/monitor" -object monitor-qmp,id=qmp,chardev=monitor \
+            "$@"
+    ) </dev/null >"$folder/qemu.log" 2>&1 &
     qemu=$!
 }

@@ -1,10 +1,10 @@
-# shellcheck shell=bash
+# shellcheck shell=bash disable=SC2034,SC2154 # the parts share variables
 # The saved ready state of the soft-RoCE guest: made once by booting to "ready", then restored by every run. Sourced, never
 # run. For example `ready_state bookworm 1 1G ''` boots for 5 s the first time, and sets `state` to a folder with `ram`, the guest's
 # memory, and `devices`, all else; restoring takes a tenth of a second, because pages of `ram` are only copied when touched.
 
 # Sets `state` (a folder), and machine_args, for kernel $1, $2 hosts, $3 of memory and $4 on the kernel's command line.
-# The key has all that the state depends on, so one that is there is right; it appears whole or not at all.
+# Expects $work, a folder to be removed at the end. The key has all that the state depends on, so one that is there is right; it appears whole or not at all.
 ready_state() {
     local cache key paths lock
     cache=$(lab_cache)
@@ -22,7 +22,10 @@ ready_state() {
     if [[ ! -e $state/devices ]]; then
         mkdir -p "$cache"
         exec {lock}>"$cache/state.lock"
-        flock "$lock"
+        flock -n "$lock" || {
+            say "another run is booting a guest, waiting"
+            flock "$lock"
+        }
         # Another run may have made it while this one waited.
         [[ -e $state/devices ]] || save_state "$@"
         exec {lock}>&-
@@ -45,7 +48,7 @@ save_state() {
         truncate -s "$job_disk_bytes" "$new/job"
         # shellcheck disable=SC2054 # the commas are QEMU's
         link=()
-        [[ $2 == 1 ]] || link=(-netdev "stream,id=link,server=on,addr.type=unix,addr.path=$new/link")
+        [[ $2 == 1 ]] || link=(-netdev "stream,id=link,server=on,addr.type=unix,addr.path=$work/link.boot")
         start_qemu "$new" \
             -object "memory-backend-file,id=mem,size=$3,mem-path=$new/ram,share=on" \
             -chardev "file,id=console,path=$new/console" \
@@ -56,7 +59,7 @@ save_state() {
         exec {control}<>"$new/control.out"
         until hear "$control"; do
             kill -0 "$qemu" 2>/dev/null || guest_failed "$new" "QEMU ended"
-            (($(now_ms) - begin < 120000)) || guest_failed "$new" "nothing was heard from it in 120 s"
+            (($(now_ms) - begin < 300000)) || guest_failed "$new" "nothing was heard from it in 300 s"
         done
         [[ $line == ready ]] || guest_failed "$new" "$line"
         qmp_open "$new"
@@ -65,11 +68,14 @@ save_state() {
             [[ $answer != *'"status": "failed"'* ]] || die "QEMU cannot save the guest's state: $answer"
             sleep 0.05
         done
+        kill_qemu
+        # Not even a power failure may leave half a state that looks whole.
+        sync "$new/ram" "$new/devices.new"
+        rm -f "$new"/{job,initramfs,qemu.log,control.*,monitor.*}
+        mv "$new/devices.new" "$new/devices"
+        rm -rf "$state"
+        mv -T "$new" "$state"
     ) || exit
-    rm -f "$new"/{job,initramfs,link,qemu.log,control.*,monitor.*}
-    mv "$new/devices.new" "$new/devices"
-    rm -rf "$state"
-    mv -T "$new" "$state"
     say "saved after $(($(now_ms) - begin)) ms: $(du -sh "$state" | cut -f1) in $state"
 }
 
@@ -103,9 +109,15 @@ add_scripts() {
     rm -rf "$tree"
 }
 
-# Removes states that no run has used for two weeks, and what killed runs left. A guest that runs keeps its files open.
+# Removes what killed runs left, and all but the six states used last, if they are older than an hour: one that is about to
+# be restored is younger, and a guest that runs keeps its files open. The caller holds the lock.
 forget_states() {
-    find "$(lab_cache)" -maxdepth 1 -name 'state-*' \( -mtime +14 -o -name '*.new' -mmin +60 \) -exec rm -rf {} +
+    local cache old
+    cache=$(lab_cache)
+    rm -rf "$cache"/state-*.new
+    while read -r old; do
+        [[ -z $(find "$old" -maxdepth 0 -mmin +60) ]] || rm -rf "$old"
+    done < <(find "$cache" -maxdepth 1 -name 'state-*' -type d -printf '%T@ %p\n' | sort -rn | sed '1,6d; s/^[^ ]* //')
 }
 
 # Opens the QMP monitor in folder $1.

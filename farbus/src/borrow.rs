@@ -1,26 +1,29 @@
 //! `farbus borrow`: a lender's device, offered to an unmodified VMM at a vfio-user socket.
 //!
-//! One thread owns the link, the function and the socket; tokio waits for signals beside it. The command says why it ended: a signal, or a
-//! lender that is gone.
+//! One thread owns the link, the function and the socket; tokio waits for signals beside it. The command says why it ended: a signal, a lender
+//! that said goodbye, or (exit status 3) one that is gone without a word.
+
+use std::process::ExitCode;
 
 use anyhow::{Context, bail};
-use farbus_pci_shim::vfio_user::{ClientInterrupts, Ended, OnUnshared, Options, Server};
+use farbus_pci_shim::vfio_user::{BindError, ClientInterrupts, Ended, OnUnshared, Options, Server};
 use farbus_pci_shim::{Function, FunctionOptions, InterruptOwner};
-use farbus_remote_dma::DeviceDescription;
-use farbus_remote_dma::borrower::{BorrowerOptions, BorrowerSession};
-use farbus_transport::link::hello::{Hello, Role, SPOKEN};
-use farbus_transport::shm::{Connection, ListenError, ShmFabric, ShmOptions, connect};
+use farbus_remote_dma::borrower::BorrowerOptions;
+use farbus_transport::CloseReason;
 use serde_json::json;
 use tokio::sync::oneshot;
 
+use crate::attach::attach;
 use crate::cli::{BorrowArgs, Unshared};
-use crate::lend::FEATURE_BUSY;
-use crate::link_address::LinkAddress;
+use crate::failure::Advise;
 use crate::output::Events;
 use crate::signals::EndSignals;
 
-/// Borrows until the lender is gone or a signal comes.
-pub fn run(args: &BorrowArgs) -> anyhow::Result<()> {
+/// The exit status where the lender is gone without a goodbye or broke the protocol.
+const LENDER_LOST: u8 = 3;
+
+/// Borrows until the lender is gone or a signal comes; the exit status says which.
+pub fn run(args: &BorrowArgs) -> anyhow::Result<ExitCode> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().context("cannot start the control plane")?;
     let mut signals = {
         let _inside = runtime.enter();
@@ -28,12 +31,19 @@ pub fn run(args: &BorrowArgs) -> anyhow::Result<()> {
     };
     let events = Events::new(args.json);
     // Bound before the lender is asked, so that a device is not taken for a socket that cannot be served.
-    let mut server = Server::bind(&args.vfio_user).context("cannot serve there")?;
+    let mut server = Server::bind(&args.vfio_user).or_else(|error| {
+        let hint = match &error {
+            BindError::InUse(_) => "choose another path for --vfio-user, or end what uses this one",
+            BindError::NotASocket(_) => "choose another path for --vfio-user, or remove what is there",
+            BindError::Host { .. } => "choose a path for --vfio-user in a folder that is there and may be written to",
+        };
+        Err(error).advise("cannot serve a VMM there", hint)
+    })?;
     let options = BorrowerOptions { read_deadline: args.read_deadline, ..BorrowerOptions::default() };
-    let session = attach(&args.from, options)?;
-    let name = session_name(&session);
-    let interrupts = ClientInterrupts::new(farbus_remote_dma::Attachment::description(&session));
-    let mut function = Function::new(Box::new(session), interrupts, FunctionOptions { interrupts: InterruptOwner::Client })?;
+    let session = attach(&args.from, &args.security, &args.peer, options)?;
+    let name = session.description().name.clone();
+    let interrupts = ClientInterrupts::new(session.description());
+    let mut function = Function::new(session, interrupts, FunctionOptions { interrupts: InterruptOwner::Client })?;
     let socket = args.vfio_user.display().to_string();
     events.say(
         "serving",
@@ -52,7 +62,7 @@ pub fn run(args: &BorrowArgs) -> anyhow::Result<()> {
     let serving = std::thread::Builder::new().name("farbus-borrower".into()).spawn(move || {
         let _held = held;
         let ended = server.serve(&mut function, &options);
-        (ended, function.counters())
+        (ended, function.gone(), function.counters())
     })?;
     let signal = runtime.block_on(async {
         tokio::select! {
@@ -61,31 +71,23 @@ pub fn run(args: &BorrowArgs) -> anyhow::Result<()> {
         }
     });
     stop.stop();
-    let Ok((ended, counters)) = serving.join() else { bail!("the serving thread failed") };
+    let Ok((ended, gone, counters)) = serving.join() else { bail!("the serving thread failed") };
     tracing::info!(?counters, "the function's counts");
-    let reason = match ended? {
-        Ended::Stopped => signal.unwrap_or("stopped").to_owned(),
-        Ended::DeviceGone(reason) => format!("the lender: {reason}"),
+    let (reason, code) = match (ended?, gone) {
+        (Ended::Stopped, None) => (signal.unwrap_or("stopped").to_owned(), 0),
+        // A VMM was still there and saw a dead device.
+        (Ended::Stopped, Some(why)) => (format!("{}, after the lender: {why}", signal.unwrap_or("stopped")), 0),
+        (Ended::DeviceGone(why @ CloseReason::Device(_)), _) => (format!("here: {why}"), LENDER_LOST),
+        (Ended::DeviceGone(why), _) => (format!("the lender: {why}"), if is_goodbye(why) { 0 } else { LENDER_LOST }),
     };
-    events.say("ended", json!({ "reason": reason }), &format!("ended: {reason}"));
-    Ok(())
+    events.say("ended", json!({ "reason": reason, "status": code }), &format!("ended: {reason}"));
+    Ok(ExitCode::from(code))
 }
 
-/// Connects to a lender.
-pub fn attach(from: &LinkAddress, options: BorrowerOptions) -> anyhow::Result<BorrowerSession<ShmFabric>> {
-    let LinkAddress::Shm(path) = from;
-    let hello = Hello { versions: SPOKEN, role: Role::Borrower, features: FEATURE_BUSY, epoch: 0, description: Vec::new() };
-    let Connection { fabric, agreed } = match connect(path, &hello, ShmOptions::default()) {
-        Err(ListenError::Refused { agreed, .. }) if agreed.features & FEATURE_BUSY != 0 => {
-            bail!("the device at {from} is lent to another borrower: try again when that one has left")
-        }
-        connected => connected.with_context(|| format!("cannot borrow from {from}: is `farbus lend` running there?"))?,
-    };
-    let description = DeviceDescription::decode(&agreed.peer.description)
-        .with_context(|| format!("the lender at {from} is wrong about its device"))?;
-    BorrowerSession::new(fabric, description, options).context("cannot share memory with the lender")
-}
-
-fn session_name(session: &BorrowerSession<ShmFabric>) -> String {
-    farbus_remote_dma::Attachment::description(session).name.clone()
+/// Whether a lender that is gone has left in order.
+fn is_goodbye(reason: CloseReason) -> bool {
+    match reason {
+        CloseReason::PeerClosed | CloseReason::Local => true,
+        CloseReason::PeerGone | CloseReason::Device(_) | CloseReason::Protocol(_) => false,
+    }
 }

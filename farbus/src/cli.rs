@@ -6,13 +6,19 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use farbus_control::identity::Name;
 
 use crate::device_spec::DeviceSpec;
-use crate::link_address::LinkAddress;
+use crate::link_address::{LinkAddress, socket_path};
+use crate::security::{AllowArgs, PeerArgs, SecurityArgs};
 
 /// Lend a PCIe device to a virtual machine on another host, borrow it there.
 #[derive(Debug, Parser)]
-#[command(name = "farbus", version, about, long_about = None)]
+#[command(name = "farbus", version, about, long_about = None, after_help = "Exit status:
+  0  done; lend and borrow: ended by a signal or by a peer that said goodbye
+  1  failed: why is on standard error, and with --json also an object with \"error\", \"causes\" and \"hint\" on standard output
+  2  the arguments make no sense: why is on standard error, with --json too
+  3  borrow: the lender is gone without a goodbye, or broke the protocol")]
 pub struct Cli {
     /// What to do.
     #[command(subcommand)]
@@ -31,10 +37,38 @@ pub enum Command {
     Borrow(BorrowArgs),
     /// Lend an image from a second process, drive it remotely and natively, compare
     Demo(DemoArgs),
+    /// Make and show the certificates by which lenders and borrowers know each other
+    Cert(CertArgs),
     /// What can be lent here, and which fabrics work
     Devices(DevicesArgs),
     /// Run a benchmark suite
     Bench(BenchArgs),
+}
+
+/// What a command prints on standard output.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Json {
+    /// Text for people.
+    No,
+    /// A line for each event.
+    Events,
+    /// One object.
+    Object,
+}
+
+impl Command {
+    /// What it was asked to print.
+    pub fn json(&self) -> Json {
+        let (wanted, shape) = match self {
+            Self::Lend(args) => (args.json, Json::Events),
+            Self::Borrow(args) => (args.json, Json::Events),
+            Self::Demo(args) => (args.json, Json::Object),
+            Self::Cert(args) => (args.json(), Json::Object),
+            Self::Devices(args) => (args.json, Json::Object),
+            Self::Bench(args) => (args.json, Json::Object),
+        };
+        if wanted { shape } else { Json::No }
+    }
 }
 
 /// `farbus lend`
@@ -44,14 +78,20 @@ pub enum Command {
                 an NVMe 1.4 controller over an image file or a block device
   edu           the register file and DMA engine of QEMU's edu device
 
-Example:
-  farbus lend --device nvme:disk.img --listen shm:/tmp/farbus.link")]
+Examples:
+  farbus lend --device nvme:disk.img --listen shm:/tmp/farbus.link
+  farbus lend --device nvme:disk.img --listen rdma:0.0.0.0:7000,dev=mlx5_0 --tls lab/lender/nas --allow vm7")]
 pub struct LendArgs {
     /// What to lend
     #[arg(long, value_name = "SPEC")]
     pub device: DeviceSpec,
-    /// Where borrowers connect: shm:PATH
-    #[arg(long, value_name = "ADDR")]
+    /// Where borrowers connect.
+    #[arg(
+        long,
+        value_name = "ADDR",
+        help = "Where borrowers connect: shm:PATH, or rdma:HOST:PORT[,dev=NAME][,port=N][,gid=N] with an address of this host, a TCP port \
+                (0: any that is free) and the RDMA device to use"
+    )]
     pub listen: LinkAddress,
     /// End after the first borrower has left
     #[arg(long)]
@@ -62,12 +102,18 @@ pub struct LendArgs {
     /// Use guest memory that is not sealed against shrinking (memory-backend-file); whoever can shrink it can crash this process
     #[arg(long)]
     pub accept_unsealed: bool,
-    /// Run the session's thread on this core
+    /// Run the session's thread on this core, one that this process may use
     #[arg(long, value_name = "CORE")]
     pub core: Option<usize>,
     /// Print one JSON object a line
     #[arg(long)]
     pub json: bool,
+    /// How it is known to borrowers.
+    #[command(flatten)]
+    pub security: SecurityArgs,
+    /// Who may borrow.
+    #[command(flatten)]
+    pub allow: AllowArgs,
 }
 
 /// What to do with guest memory whose descriptor is not the guest's memory.
@@ -83,13 +129,22 @@ pub enum Unshared {
 #[derive(Debug, Args)]
 #[command(after_help = "Then start the VMM, for QEMU 10.1 or newer:
   qemu-system-x86_64 … -object memory-backend-memfd,id=mem,size=2G,share=on -machine q35,memory-backend=mem \\
-    -device '{\"driver\":\"vfio-user-pci\",\"socket\":{\"type\":\"unix\",\"path\":\"SOCKET\"}}'")]
+    -device '{\"driver\":\"vfio-user-pci\",\"socket\":{\"type\":\"unix\",\"path\":\"SOCKET\"}}'
+
+Do not migrate such a virtual machine: stock QEMU (11.1.3) moves it without the state of this device, and without a word.
+
+Exit status: 0 after a signal or the lender's goodbye, 3 where the lender is gone without one or broke the protocol.")]
 pub struct BorrowArgs {
-    /// The lender: shm:PATH
-    #[arg(long, value_name = "ADDR")]
+    /// The lender.
+    #[arg(
+        long,
+        value_name = "ADDR",
+        help = "The lender: shm:PATH, or rdma:HOST:PORT[,dev=NAME][,port=N][,gid=N] with the lender's host and TCP port, and the RDMA device \
+                of this host to use"
+    )]
     pub from: LinkAddress,
     /// The socket that the VMM connects to
-    #[arg(long, value_name = "SOCKET")]
+    #[arg(long, value_name = "SOCKET", value_parser = socket_path)]
     pub vfio_user: PathBuf,
     /// What to do where the VMM's memory is not shared (share=off)
     #[arg(long, value_enum, default_value = "messages")]
@@ -98,11 +153,17 @@ pub struct BorrowArgs {
     #[arg(long, value_name = "TIME", default_value = "20us", value_parser = parse_duration)]
     pub spin: Duration,
     /// How long the guest waits for a register read before it gets all ones
-    #[arg(long, value_name = "TIME", default_value = "2s", value_parser = parse_duration)]
+    #[arg(long, value_name = "TIME", default_value = "2s", value_parser = parse_wait)]
     pub read_deadline: Duration,
     /// Print one JSON object a line
     #[arg(long)]
     pub json: bool,
+    /// How it is known to the lender.
+    #[command(flatten)]
+    pub security: SecurityArgs,
+    /// Which lender it wants.
+    #[command(flatten)]
+    pub peer: PeerArgs,
 }
 
 /// `farbus demo`
@@ -117,9 +178,129 @@ pub struct DemoArgs {
     /// Seconds for each case and side
     #[arg(long, value_name = "SECONDS", default_value_t = 1.0)]
     pub seconds: f64,
+    /// Where the second process lends.
+    #[arg(
+        long,
+        value_name = "ADDR",
+        conflicts_with = "from",
+        help = "Where the second process lends: shm:PATH, or rdma:HOST:PORT[,dev=NAME][,port=N][,gid=N] with an address of this host; without \
+                it shared memory"
+    )]
+    pub link: Option<LinkAddress>,
+    /// Start no second process: drive the device that `farbus lend` lends there, on this host or another. It must be a copy of --image, and is
+    /// written to
+    #[arg(long, value_name = "ADDR", requires = "image")]
+    pub from: Option<LinkAddress>,
     /// Print one JSON object
     #[arg(long)]
     pub json: bool,
+    /// How it is known to the lender of --from.
+    #[command(flatten)]
+    pub security: SecurityArgs,
+    /// Which lender it wants.
+    #[command(flatten)]
+    pub peer: PeerArgs,
+}
+
+/// `farbus cert`
+#[derive(Debug, Args)]
+#[command(after_help = "A lab with one lender and one borrower:
+  farbus cert init lab
+  farbus cert issue lab --name nas --role lender --address nas.example.org --address 10.0.0.7
+  farbus cert issue lab --name vm7 --role borrower
+
+Then copy lab/lender/nas to the lender's host and lab/borrower/vm7 to the borrower's, each as it is, and keep lab/authority.key to yourself:
+whoever has it can make any certificate. On the hosts:
+  farbus lend --device nvme:disk.img --listen rdma:0.0.0.0:7000 --tls nas --allow vm7
+  farbus borrow --from rdma:nas.example.org:7000 --tls vm7 --vfio-user /tmp/farbus.vm")]
+pub struct CertArgs {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: CertCommand,
+}
+
+/// The commands of `farbus cert`.
+#[derive(Debug, Subcommand)]
+pub enum CertCommand {
+    /// Make an authority in a folder: authority.pem, and authority.key, which stays there
+    Init(CertInitArgs),
+    /// Make the certificate and key of a lender or borrower, in a folder below the authority's
+    Issue(CertIssueArgs),
+    /// Print whose a certificate is, for which role, and until when
+    Show(CertShowArgs),
+}
+
+impl CertArgs {
+    fn json(&self) -> bool {
+        match &self.command {
+            CertCommand::Init(args) => args.json,
+            CertCommand::Issue(args) => args.json,
+            CertCommand::Show(args) => args.json,
+        }
+    }
+}
+
+/// `farbus cert init`
+#[derive(Debug, Args)]
+pub struct CertInitArgs {
+    /// The authority's folder; it is made where it is missing
+    #[arg(value_name = "DIR")]
+    pub folder: PathBuf,
+    /// What the authority is called
+    #[arg(long, value_name = "NAME", default_value = "farbus")]
+    pub name: Name,
+    /// Days until it and all that it signed are worth nothing
+    #[arg(long, value_name = "N", default_value_t = 3650, value_parser = clap::value_parser!(u32).range(1..=36_500))]
+    pub days: u32,
+    /// Print one JSON object
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `farbus cert issue`
+#[derive(Debug, Args)]
+pub struct CertIssueArgs {
+    /// The authority's folder
+    #[arg(value_name = "DIR")]
+    pub folder: PathBuf,
+    /// What the lender or borrower is called: --allow and --peer name it so
+    #[arg(long, value_name = "NAME")]
+    pub name: Name,
+    /// What it may be
+    #[arg(long, value_enum)]
+    pub role: CertRole,
+    /// A DNS name or IP address by which borrowers reach the lender (repeatable); its name is one already
+    #[arg(long = "address", value_name = "HOST")]
+    pub addresses: Vec<String>,
+    /// Days until it is worth nothing; without it 365, or as long as the authority
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=36_500))]
+    pub days: Option<u32>,
+    /// Put a new one in the place of the one that is there
+    #[arg(long)]
+    pub replace: bool,
+    /// Print one JSON object
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `farbus cert show`
+#[derive(Debug, Args)]
+pub struct CertShowArgs {
+    /// A file of certificates in PEM form
+    #[arg(value_name = "FILE")]
+    pub file: PathBuf,
+    /// Print one JSON object
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// What a certificate's owner may be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum CertRole {
+    /// Lends devices
+    Lender,
+    /// Borrows them
+    Borrower,
 }
 
 /// `farbus devices`
@@ -178,6 +359,12 @@ pub fn parse_duration(text: &str) -> Result<Duration, String> {
     Duration::try_from_secs_f64(number * seconds).map_err(|_| format!("{text} is no length of time"))
 }
 
+/// A time that is not zero: who waits for nothing gets nothing.
+pub fn parse_wait(text: &str) -> Result<Duration, String> {
+    let wait = parse_duration(text)?;
+    if wait.is_zero() { Err("it must be longer than zero".to_owned()) } else { Ok(wait) }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -195,5 +382,6 @@ mod tests {
         for wrong in ["80", "us", "-1s", "1m", "1e400s", ""] {
             assert!(parse_duration(wrong).is_err(), "{wrong}");
         }
+        assert!(parse_wait("0us").is_err() && parse_wait("1us").is_ok());
     }
 }

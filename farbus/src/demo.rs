@@ -3,7 +3,10 @@
 //! It packs real files into an image, lends a copy from a second process, drives that through a borrowed function with the built-in NVMe
 //! driver, drives another copy natively in this process, compares every byte, and prints six cases side by side.
 
+mod far_side;
+mod files;
 mod lender;
+mod scratch;
 mod sides;
 
 use std::fs::File;
@@ -14,11 +17,13 @@ use std::time::Duration;
 use anyhow::{Context, bail};
 use farbus_bench::image::{DEMO_BYTES, pack, sources};
 use farbus_bench::measure::interleave;
-use farbus_bench::report::{CaseReport, DemoReport, Distribution, all_latencies, demo_table, latency_picture};
-use farbus_bench::workload::{Budget, CASES, Progress, UNIT_BYTES};
+use farbus_bench::report::{CaseReport, DemoReport, Distribution, Machine, all_latencies, demo_table, latency_picture};
+use farbus_bench::workload::{Budget, CASES, Progress};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
-use self::lender::LenderProcess;
+use self::far_side::FarSide;
+use self::files::{Given, check_picture};
+use self::scratch::Scratch;
 use self::sides::{Cores, DriverSide, native, remote};
 use crate::cli::DemoArgs;
 use crate::output::print_line;
@@ -31,23 +36,40 @@ pub fn run(args: &DemoArgs) -> anyhow::Result<()> {
     if !(0.0..=3600.0).contains(&args.seconds) {
         bail!("--seconds takes 0 to 3600");
     }
-    // The original, where it is packed here, and the two copies.
-    let (copies, length) = match &args.image {
-        Some(image) => (2_u64, image_bytes(image)?),
-        None => (3, DEMO_BYTES),
-    };
-    // Before half a minute of measuring, not after it.
-    File::create(&args.svg)
-        .with_context(|| format!("cannot leave the picture at {}: name another place with --svg", args.svg.display()))?;
-    let folder = scratch_folder(copies * length)?;
-    let original = original_image(args, folder.path())?;
-    let (native_copy, remote_copy) = (folder.path().join("native.img"), folder.path().join("remote.img"));
-    copy_with_progress(&original, &[&native_copy, &remote_copy])?;
+    far_side::check(args)?;
+    let given = args.image.as_deref().map(Given::look).transpose()?;
+    check_picture(&args.svg, given.as_ref())?;
+    let run = run_over(args, given.as_ref());
+    match &given {
+        Some(given) => given.blame(run),
+        None => run,
+    }
+}
 
+fn run_over(args: &DemoArgs, given: Option<&Given>) -> anyhow::Result<()> {
+    let machine = Machine::here();
+    // The original, where it is packed here; the native copy; and a remote one where the lender is ours.
+    let length = given.map_or(DEMO_BYTES, Given::bytes);
+    let scratch = Scratch::new((1 + u64::from(given.is_none()) + u64::from(args.from.is_none())) * length)?;
+    let original = match given {
+        Some(given) => given.path().to_owned(),
+        None => pack_original(scratch.path("original.img"))?,
+    };
+    let (native_copy, remote_copy) = (scratch.path("native.img"), scratch.path("remote.img"));
     let cores = Cores::new();
-    let lender = LenderProcess::start(&remote_copy, &folder.path().join("link"), cores.device())?;
-    let mut remote = remote(lender.address(), &original)?;
+    let far = match &args.from {
+        Some(from) => {
+            copy_with_progress(&original, &[&native_copy])?;
+            FarSide::elsewhere(from, args)
+        }
+        None => {
+            copy_with_progress(&original, &[&native_copy, &remote_copy])?;
+            FarSide::here(args, &remote_copy, &scratch, cores.device())?
+        }
+    };
+    let mut remote = remote(&far, &original)?;
     let mut native = native(&native_copy, &original, cores)?;
+    scratch.remove_names();
     let pinned = cores.drive()?;
     let mut bytes_verified = verify(&mut remote, "verifying every block, remote")?;
     bytes_verified += verify(&mut native, "verifying every block, native")?;
@@ -58,50 +80,28 @@ pub fn run(args: &DemoArgs) -> anyhow::Result<()> {
     drop(pinned);
     native.shut_down()?;
     remote.shut_down()?;
-    lender.end()?;
+    let (fabric, link) = (far.fabric(), far.link());
+    far.end()?;
 
     let (cases, distributions) = report;
-    let report = DemoReport { fabric: "shm".to_owned(), verified: true, bytes_verified, cases };
-    latency_picture(&args.svg, "NVMe latency, native and remote over shared memory", &distributions)?;
+    let report = DemoReport { fabric: fabric.to_owned(), verified: true, bytes_verified, cases, machine };
+    let title = format!("NVMe latency, native and remote over {link}");
+    let drawn = latency_picture(&args.svg, &title, &report.machine, &distributions);
+    // The figures are worth more than the picture, and are there.
     if args.json {
         print_line(&serde_json::to_string(&report)?);
     } else {
         print_line(&demo_table(&report));
-        print_line("native: the same device model on a thread of this process; remote: borrowed from a second process");
+        print_line("native: the same device model on a thread of this process; remote: borrowed over the link");
+    }
+    drawn?;
+    if !args.json {
         print_line(&format!("both latency distributions: {}", args.svg.display()));
     }
     Ok(())
 }
 
-/// A folder for `needed` bytes of images: in memory where there is room, so that the disk does not decide the comparison.
-fn scratch_folder(needed: u64) -> anyhow::Result<tempfile::TempDir> {
-    let in_memory = Path::new("/dev/shm");
-    let room = rustix::fs::statvfs(in_memory).map(|stat| stat.f_bavail * stat.f_frsize).unwrap_or(0);
-    let builder = |folder: &Path| tempfile::Builder::new().prefix("farbus-demo-").tempdir_in(folder);
-    if room >= needed
-        && let Ok(folder) = builder(in_memory)
-    {
-        return Ok(folder);
-    }
-    builder(&std::env::temp_dir()).with_context(|| {
-        format!("cannot make a folder for the images: set TMPDIR to one with {} MiB of room", needed.div_ceil(1 << 20))
-    })
-}
-
-/// The length of an image that the demo can use.
-fn image_bytes(image: &Path) -> anyhow::Result<u64> {
-    let length = std::fs::metadata(image).with_context(|| format!("cannot read {}", image.display()))?.len();
-    if length < 2 * 1024 * 1024 || length % UNIT_BYTES != 0 {
-        bail!("{} has {length} bytes: the demo needs a multiple of {UNIT_BYTES}, at least 2 MiB", image.display());
-    }
-    Ok(length)
-}
-
-fn original_image(args: &DemoArgs, folder: &Path) -> anyhow::Result<PathBuf> {
-    if let Some(image) = &args.image {
-        return Ok(image.clone());
-    }
-    let path = folder.join("original.img");
+fn pack_original(path: PathBuf) -> anyhow::Result<PathBuf> {
     let mut file = File::create_new(&path).context("cannot make the image")?;
     let bar = progress_bar("packing files of this machine");
     let packed = pack(&mut file, DEMO_BYTES, &sources(), |progress| show(&bar, progress))?;

@@ -37,7 +37,7 @@ pub enum SpecError {
     #[error("nvme: needs an image, as in nvme:disk.img")]
     NoImage,
     /// No such option.
-    #[error("{0:?} is no option of nvme: use ro, latency=TIME or serial=TEXT")]
+    #[error("{0:?} is no option of nvme: use ro, latency=TIME or serial=TEXT (an image's path may have no comma)")]
     Option(String),
     /// The option's value is wrong.
     #[error("{option}: {why}")]

@@ -1,159 +1,227 @@
 //! `farbus lend`: one device, one borrower after the other.
 //!
-//! tokio waits for connections and signals; a thread of its own carries each session, gives the device back when the borrower has left,
-//! fenced and reset, and a second borrower who comes meanwhile is told that the device is lent.
+//! tokio waits for connections and signals; a thread of its own carries each connection ([`visit`]): hello, claim, session. The first whose
+//! hello is complete gets the device, a second who comes meanwhile is told that it is lent, and whoever says nothing keeps nobody waiting.
+//! A device that does not end what it was doing for a borrower who has left (a disk that hangs) is lent to nobody until it does: what it still writes is of
+//! then.
 
+mod visit;
+
+use std::collections::VecDeque;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::{Context, anyhow};
-use farbus_bench::measure::pin_to;
-use farbus_remote_dma::Backend;
-use farbus_remote_dma::lender::{LenderSession, PollOptions};
 use farbus_remote_dma::wait::Waker;
-use farbus_transport::CloseReason;
 use farbus_transport::link::hello::{Hello, Role, SPOKEN};
-use farbus_transport::shm::{Listener, ShmOptions};
+use farbus_transport::link::verdict::Refusal;
+use farbus_transport::shm::ShmOptions;
 use serde_json::json;
-use tokio::net::UnixListener;
 use tokio::sync::mpsc;
 
+use self::visit::{Device, News, Terms, Visit, Visitor};
 use crate::cli::LendArgs;
-use crate::link_address::LinkAddress;
+use crate::cores::check_core;
+use crate::link::{Arrival, Door};
 use crate::output::Events;
 use crate::signals::EndSignals;
 
-/// Set in the hello of a lender whose device is lent to somebody else.
-pub const FEATURE_BUSY: u64 = 1;
+/// Connections whose hello is awaited at a time, each with a thread and 5 s. One more ends the oldest: whoever means it needs milliseconds.
+const MAX_GREETINGS: usize = 32;
 
-/// What a session's thread hands back.
-struct Returned {
-    backend: Box<dyn Backend>,
-    ended: Result<CloseReason, String>,
-}
+/// How long a device may take to end what it was doing, before that is said and, at the end of the command, given up.
+const QUIESCE_LIMIT: Duration = Duration::from_secs(10);
+/// How long a session's thread may take for all else at the end of the command.
+const GRACE: Duration = Duration::from_secs(2);
 
 /// Lends until a signal comes (or, with `--once`, until the first borrower has left).
 pub fn run(args: LendArgs) -> anyhow::Result<()> {
+    if let Some(core) = args.core {
+        check_core(core)?;
+    }
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().context("cannot start the control plane")?;
-    let backend = args.device.open()?;
-    runtime.block_on(lend(args, backend))
+    let device = args.device.open()?;
+    runtime.block_on(lend(args, device, QUIESCE_LIMIT))
 }
 
-async fn lend(args: LendArgs, backend: Box<dyn Backend>) -> anyhow::Result<()> {
+async fn lend(args: LendArgs, device: Device, quiesce: Duration) -> anyhow::Result<()> {
     let events = Events::new(args.json);
     let mut signals = EndSignals::new().context("cannot wait for signals")?;
-    let LinkAddress::Shm(path) = &args.listen;
-    let listener = Listener::bind(path).context("cannot lend there: choose another path or end the process that uses it")?;
-    let accepting = listener.nonblocking_socket().and_then(UnixListener::from_std).context("cannot wait for borrowers")?;
-    let listener = Arc::new(listener);
-    let name = backend.description().name.clone();
-    let address = args.listen.to_string();
+    let door = Door::open(&args.listen, &args.security, &args.allow).await?;
+    let name = device.description().name.clone();
+    let address = door.address();
     events.say("listening", json!({ "address": address, "device": name }), &format!("lending {name} at {address}"));
 
-    let description = backend.description().encode()?;
-    let (give_back, mut returned) = mpsc::unbounded_channel::<Returned>();
-    let mut idle = Some(backend);
-    let stop = Waker::new().context("cannot make a wake-up")?;
+    let terms = Arc::new(Terms {
+        hello: Hello { versions: SPOKEN, role: Role::Lender, features: 0, epoch: 0, description: device.description().encode()? },
+        stop: Waker::new().context("cannot make a wake-up")?,
+        spin: args.spin,
+        options: ShmOptions { accept_unsealed: args.accept_unsealed },
+        core: args.core,
+        quiesce,
+    });
+    let (news, mut heard) = mpsc::unbounded_channel();
+    let mut desk = Desk { idle: Some(device), wedged: None, greetings: VecDeque::new(), events };
+    let mut visitors = 0;
     let ended_by = loop {
         tokio::select! {
             signal = signals.next() => break signal,
-            accepted = accept(&accepting) => {
-                let stream = accepted.context("cannot accept a borrower")?;
-                match idle.take() {
-                    Some(backend) => {
-                        let hello = Hello { versions: SPOKEN, role: Role::Lender, features: 0, epoch: 0, description: description.clone() };
-                        let session = Session { listener: Arc::clone(&listener), hello, stop: stop.clone(), spin: args.spin,
-                            accept_unsealed: args.accept_unsealed, core: args.core, events };
-                        let give_back = give_back.clone();
-                        std::thread::Builder::new().name("farbus-lender".into()).spawn(move || {
-                            // The receiver lives as long as the command.
-                            if give_back.send(session.serve(stream, backend)).is_err() {
-                                tracing::debug!("a session ended after the command");
-                            }
-                        }).context("cannot start a session's thread")?;
-                    }
-                    None => refuse(Arc::clone(&listener), stream),
+            accepted = door.accept() => {
+                let arrival = accepted?;
+                visitors += 1;
+                let visit = Visit { visitor: Visitor(visitors), terms: Arc::clone(&terms), news: news.clone() };
+                if let Err(error) = desk.receive(arrival, visit) {
+                    tracing::warn!(%error, "a borrower was dropped: this process has no room for it");
                 }
             }
-            Some(back) = returned.recv() => {
-                let reason = match &back.ended {
-                    Ok(reason) => reason.to_string(),
-                    Err(why) => why.clone(),
-                };
-                let served = back.ended.is_ok();
-                events.say("returned", json!({ "reason": reason }), &format!("the device is back: {reason}"));
-                idle = Some(back.backend);
-                if args.once && served {
+            Some((visitor, news)) = heard.recv() => {
+                if desk.hear(visitor, news) == Some(Left::Borrower) && args.once {
                     break "the first borrower left";
                 }
             }
         }
     };
-    stop.set();
-    if idle.is_none() && returned.recv().await.is_none() {
-        return Err(anyhow!("the session ended without giving the device back"));
+    terms.stop.set();
+    // So that a thread that died with the device ends the wait for it.
+    drop(news);
+    if desk.idle.is_none() {
+        device_is_back(&mut heard, desk.wedged, quiesce).await?;
     }
     events.say("ended", json!({ "reason": ended_by }), &format!("ended: {ended_by}"));
     Ok(())
 }
 
-async fn accept(listener: &UnixListener) -> std::io::Result<UnixStream> {
-    loop {
-        match listener.accept().await {
-            Err(error) if error.kind() == std::io::ErrorKind::ConnectionAborted => {}
-            // The borrower that is served may have offered as much memory as there are descriptors: that must not end its session.
-            Err(error) if matches!(error.raw_os_error(), Some(libc::EMFILE | libc::ENFILE | libc::ENOBUFS | libc::ENOMEM)) => {
-                tracing::warn!(%error, "a borrower cannot be accepted yet");
-                tokio::time::sleep(std::time::Duration::from_millis(100)).await;
+/// Waits for the device, as long as it may take at most.
+async fn device_is_back(
+    heard: &mut mpsc::UnboundedReceiver<(Visitor, News)>,
+    mut wedged: Option<usize>,
+    quiesce: Duration,
+) -> anyhow::Result<()> {
+    // A device that is known to be wedged has had its time.
+    let limit = wedged.map_or(quiesce + GRACE, |_| GRACE);
+    let back = async {
+        loop {
+            match heard.recv().await {
+                Some((_, News::Returned(..))) => return Ok(()),
+                Some((_, News::Wedged(in_flight))) => {
+                    wedged = Some(in_flight);
+                    return Err(None);
+                }
+                Some(_) => {}
+                None => return Err(Some(anyhow!("the session ended without giving the device back"))),
             }
-            accepted => return accepted?.0.into_std(),
         }
+    };
+    match tokio::time::timeout(limit, back).await {
+        Ok(Ok(())) => Ok(()),
+        Ok(Err(Some(error))) => Err(error),
+        Ok(Err(None)) | Err(_) => Err(wedged.map_or_else(
+            || anyhow!("the session does not end"),
+            |in_flight| {
+                anyhow!(
+                    "the device does not end {in_flight} accesses of its last borrower: farbus ends without it; what they write may still \
+                     reach the image, which stays locked until they have ended"
+                )
+            },
+        )),
     }
 }
 
-/// Tells a second borrower that the device is lent, without letting it wait or learn more.
-fn refuse(listener: Arc<Listener>, stream: UnixStream) {
-    let refusal = std::thread::Builder::new().name("farbus-refusal".into()).spawn(move || {
-        let hello = Hello { versions: SPOKEN, role: Role::Lender, features: FEATURE_BUSY, epoch: 0, description: Vec::new() };
-        if let Err(error) = listener.refuse(stream, &hello) {
-            tracing::info!(%error, "a second borrower left before it was refused");
-        }
-    });
-    if let Err(error) = refusal {
-        tracing::warn!(%error, "a second borrower was dropped");
-    }
-}
-
-struct Session {
-    listener: Arc<Listener>,
-    hello: Hello,
-    stop: Waker,
-    spin: std::time::Duration,
-    accept_unsealed: bool,
-    core: Option<usize>,
+/// Where the device lies while it is not lent, and where visitors are received.
+struct Desk {
+    /// `None` while it is lent.
+    idle: Option<Device>,
+    /// Its last borrower has left, and it has not ended so many accesses.
+    wedged: Option<usize>,
+    /// Connections whose hello is awaited, the oldest first.
+    greetings: VecDeque<(Visitor, Option<UnixStream>)>,
     events: Events,
 }
 
-impl Session {
-    fn serve(self, stream: UnixStream, backend: Box<dyn Backend>) -> Returned {
-        // Held until the thread ends.
-        let _pinned = self.core.and_then(|core| {
-            let pinned = pin_to(core);
-            pinned.inspect_err(|error| tracing::warn!(%error, core, "the session's thread could not be pinned")).ok()
-        });
-        let options = ShmOptions { accept_unsealed: self.accept_unsealed };
-        let connection = match self.listener.establish(stream, &self.hello, options) {
-            Ok(connection) => connection,
-            Err(error) => return Returned { backend, ended: Err(format!("no borrower: {error}")) },
-        };
-        let mut session = match LenderSession::new(connection.fabric, backend) {
-            Ok(session) => session,
-            Err((error, backend)) => return Returned { backend, ended: Err(error.to_string()) },
-        };
-        self.events.say("lent", json!({}), "a borrower has the device");
-        let reason = session.run(PollOptions { spin: self.spin }, &self.stop);
-        let counters = session.counters();
-        tracing::info!(?counters, "the session's counts");
-        Returned { backend: session.end(), ended: Ok(reason) }
+/// Who brought the device back.
+#[derive(PartialEq, Eq)]
+enum Left {
+    Borrower,
+    /// One who had said hello and no more.
+    Nobody,
+}
+
+impl Desk {
+    /// Begins to wait for a connection's hello.
+    fn receive(&mut self, arrival: Arrival, visit: Visit) -> std::io::Result<()> {
+        let awaited = arrival.hold()?;
+        if awaited.is_some()
+            && self.greetings.len() >= MAX_GREETINGS
+            && let Some((_, Some(oldest))) = self.greetings.pop_front()
+        {
+            self.refused(None, &format!("it said nothing while {MAX_GREETINGS} others came"));
+            // Its thread hears the end of the stream; one that is at its end already is no loss.
+            let _over = oldest.shutdown(std::net::Shutdown::Both);
+        }
+        let visitor = visit.visitor;
+        std::thread::Builder::new().name("farbus-lender".into()).spawn(move || visit.run(arrival))?;
+        self.greetings.push_back((visitor, awaited));
+        Ok(())
+    }
+
+    /// Does what a visitor's thread needs, and says it.
+    fn hear(&mut self, visitor: Visitor, news: News) -> Option<Left> {
+        match news {
+            News::TurnedAway { from, why } => {
+                if self.greeted(visitor) {
+                    self.refused(from.as_deref(), &why);
+                }
+            }
+            // One that was given up already is not answered, which ends it.
+            News::Claims(_) if !self.greeted(visitor) => {}
+            News::Claims(answer) => {
+                let granted = self.idle.take().ok_or(self.wedged.map_or(Refusal::Lent, |_| Refusal::Wedged));
+                if let Err(refusal) = &granted {
+                    self.refused(None, &refusal.to_string());
+                }
+                // Its thread waits for this; a device that could not be handed over stays here.
+                if let Err(Ok(unclaimed)) = answer.send(granted) {
+                    self.idle = Some(unclaimed);
+                }
+            }
+            News::Lent(peer) => match peer {
+                Some(peer) => self.events.say("lent", json!({ "peer": peer }), &format!("{peer} has the device")),
+                None => self.events.say("lent", json!({}), "a borrower has the device"),
+            },
+            News::Wedged(in_flight) => {
+                self.wedged = Some(in_flight);
+                let what = format!(
+                    "the device does not end {in_flight} accesses of its last borrower: it is lent to nobody until they end"
+                );
+                self.events.say("wedged", json!({ "in_flight": in_flight }), &what);
+            }
+            News::Returned(device, ended) => {
+                self.wedged = None;
+                let reason = ended.as_ref().map_or_else(Clone::clone, ToString::to_string);
+                self.events.say("returned", json!({ "reason": reason }), &format!("the device is back: {reason}"));
+                self.idle = Some(device);
+                return Some(if ended.is_ok() { Left::Borrower } else { Left::Nobody });
+            }
+        }
+        None
+    }
+
+    /// Takes a visitor from those whose hello is awaited; false where it was given up.
+    fn greeted(&mut self, visitor: Visitor) -> bool {
+        let found = self.greetings.iter().position(|(awaited, _)| *awaited == visitor);
+        found.is_some_and(|at| self.greetings.remove(at).is_some())
+    }
+
+    fn refused(&self, from: Option<&str>, why: &str) {
+        match from {
+            Some(from) => {
+                self.events.say("refused", json!({ "reason": why, "from": from }), &format!("no link with {from}: {why}"))
+            }
+            None => self.events.say("refused", json!({ "reason": why }), &format!("no link: {why}")),
+        }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -3,22 +3,30 @@
 //! `farbus lend --device nvme:disk.img --listen shm:/run/nvme0` on one side, `farbus borrow --from shm:/run/nvme0 --vfio-user /run/vm.sock` on
 //! the other, and an unmodified QEMU finds the drive at /run/vm.sock. `farbus demo` does all of it by itself and prints native beside remote.
 
+mod advice;
+mod attach;
 mod bench;
 mod borrow;
+mod cert;
 mod cli;
+mod cores;
 mod demo;
 mod device_spec;
 mod devices;
+mod failure;
 mod lend;
+mod link;
 mod link_address;
 mod output;
+mod security;
 mod signals;
 
 use std::process::ExitCode;
 
 use clap::Parser;
 
-use crate::cli::{Cli, Command};
+use crate::cli::{Cli, Command, Json};
+use crate::output::Events;
 
 /// Counts allocations, so that the suites can show that the data path makes none.
 #[global_allocator]
@@ -27,29 +35,26 @@ static ALLOCATOR: farbus_bench::measure::CountingAllocator = farbus_bench::measu
 fn main() -> ExitCode {
     let cli = Cli::parse();
     output::start_log(cli.verbose);
+    let shape = cli.command.json();
     let result = match cli.command {
-        Command::Lend(args) => lend::run(args),
+        Command::Lend(args) => lend::run(args).map(|()| ExitCode::SUCCESS),
         Command::Borrow(args) => borrow::run(&args),
-        Command::Demo(args) => demo::run(&args),
-        Command::Devices(args) => devices::run(&args),
-        Command::Bench(args) => bench::run(&args),
+        Command::Demo(args) => demo::run(&args).map(|()| ExitCode::SUCCESS),
+        Command::Cert(args) => cert::run(&args).map(|()| ExitCode::SUCCESS),
+        Command::Devices(args) => devices::run(&args).map(|()| ExitCode::SUCCESS),
+        Command::Bench(args) => bench::run(&args).map(|()| ExitCode::SUCCESS),
     };
-    match result {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("farbus: {}", whole_story(&error));
-            ExitCode::FAILURE
+    let status = result.unwrap_or_else(|error| {
+        eprintln!("farbus: {}", failure::story(&error));
+        if let Some(hint) = failure::hint(&error) {
+            eprintln!("hint: {hint}");
         }
-    }
-}
-
-/// An error and its causes, each said once: many an error's own text ends with its cause.
-fn whole_story(error: &anyhow::Error) -> String {
-    let mut story = error.to_string();
-    for cause in error.chain().skip(1).map(ToString::to_string) {
-        if !story.ends_with(&cause) {
-            story = format!("{story}: {cause}");
+        match shape {
+            Json::No => {}
+            Json::Events => Events::new(true).say("error", failure::fields(&error), ""),
+            Json::Object => output::print_line(&failure::fields(&error).to_string()),
         }
-    }
-    story
+        ExitCode::FAILURE
+    });
+    if output::was_lost() && status == ExitCode::SUCCESS { ExitCode::FAILURE } else { status }
 }

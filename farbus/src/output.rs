@@ -3,7 +3,8 @@
 //! `events.say("listening", json!({"address": "shm:/tmp/link"}), "listening at shm:/tmp/link")` prints either, and flushes, because
 //! whoever started us may be waiting for exactly this line.
 
-use std::io::{IsTerminal, Write};
+use std::io::{ErrorKind, IsTerminal, Write};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use serde_json::{Value, json};
 use tracing_subscriber::EnvFilter;
@@ -35,12 +36,26 @@ impl Events {
     }
 }
 
-/// A line on standard output. Where nobody reads it (`farbus devices | head -0`) it is lost, and that is no failure.
+/// Whether a line could not be written to somebody who would have read it.
+static LOST: AtomicBool = AtomicBool::new(false);
+
+/// A line on standard output. Where nobody reads it (`farbus devices | head -0`) it is lost, and that is no failure; a full disk is one
+/// ([`was_lost`]).
 pub fn print_line(line: &str) {
     let mut out = std::io::stdout().lock();
-    if let Err(error) = writeln!(out, "{line}").and_then(|()| out.flush()) {
-        tracing::debug!(%error, "nobody reads standard output");
+    match writeln!(out, "{line}").and_then(|()| out.flush()) {
+        Ok(()) => {}
+        Err(error) if error.kind() == ErrorKind::BrokenPipe => tracing::debug!(%error, "nobody reads standard output"),
+        Err(error) => {
+            LOST.store(true, Ordering::Relaxed);
+            tracing::error!(%error, "a line could not be written to standard output");
+        }
     }
+}
+
+/// Whether what was printed did not arrive, so that the command has failed whatever else it did.
+pub fn was_lost() -> bool {
+    LOST.load(Ordering::Relaxed)
 }
 
 /// Starts the log on standard error; the environment variable RUST_LOG overrides `verbose`.

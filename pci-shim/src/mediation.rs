@@ -8,7 +8,7 @@ use std::collections::VecDeque;
 use farbus_remote_dma::{Iova, Mediation, MediationAnswer, Ticket};
 
 /// The most mediations that wait for the owner; more are answered with a fault, so that a peer cannot fill our memory.
-pub const MAX_MEDIATIONS: usize = 4096;
+pub const MAX_MEDIATIONS: usize = farbus_remote_dma::lender::MAX_MEDIATIONS;
 
 /// The longest mediation in bytes, which also lies inside one page of this size.
 const PAGE_BYTES: u64 = 4096;
@@ -207,14 +207,22 @@ impl Mediations {
     }
 
     fn withdraw_where(&mut self, mut touches: impl FnMut(&MediationRequest) -> bool) {
-        let (open, refused) = (&mut self.open, &mut self.refused);
+        let (mut withdrawn, refused) = (VecDeque::new(), &mut self.refused);
         self.queue.retain(|(sequence, request)| {
-            if !touches(request) {
-                return true;
+            let stays = !touches(request);
+            if !stays {
+                withdrawn.push_back(*sequence);
+                refused.push_back(request.ticket);
             }
-            open.retain(|entry| entry.sequence != *sequence);
-            refused.push_back(request.ticket);
-            false
+            stays
+        });
+        // Both are in order of their numbers.
+        self.open.retain(|entry| {
+            let stays = withdrawn.front() != Some(&entry.sequence);
+            if !stays {
+                withdrawn.pop_front();
+            }
+            stays
         });
     }
 }

@@ -160,6 +160,8 @@ impl Attachment for Scripted {
         self.note(Call::Write(at, width, value));
     }
 
+    fn flush(&mut self) {}
+
     fn map(&mut self, window: Window, _host: &mut dyn Host) -> Result<(), MapError> {
         let Window { iova, len, memory, .. } = window;
         let direct = matches!(memory, WindowMemory::Mapped { proven: true, .. });

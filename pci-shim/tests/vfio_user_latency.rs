@@ -34,6 +34,9 @@ struct Register {
 }
 
 impl Served for Register {
+    fn resets(&self) -> u64 {
+        0
+    }
     fn description(&self) -> &DeviceDescription {
         &self.description
     }
@@ -49,6 +52,8 @@ impl Served for Register {
     fn bar_write(&mut self, _: BarAddress, _: Width, _: u64) -> Result<(), AccessError> {
         Ok(())
     }
+
+    fn flush(&mut self) {}
     fn map(&mut self, _: Window) -> Result<(), MapError> {
         Ok(())
     }

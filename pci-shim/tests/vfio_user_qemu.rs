@@ -199,6 +199,40 @@ fn qemu_drives_a_function() {
 
 #[test]
 #[ignore = "needs QEMU 11.1.3 or newer in FARBUS_QEMU"]
+fn qemu_makes_no_access_while_it_waits_and_is_not_kept_waiting_for_one() {
+    run("off", |qemu, handle| {
+        let store = |round: u8| {
+            let before = handle.state().answers.len();
+            handle.play([Step::Store { iova: 0x100_1000, bytes: vec![round; 4], polled: false }]);
+            before
+        };
+        // Whether a store or the read is first is chance; where the store is, the read's answer waits for it in vain, but only once.
+        let flush_limit = Options::default().flush_limit;
+        let (mut waited, mut longest) = (0, Duration::ZERO);
+        for round in 1..=20 {
+            let before = store(round);
+            let start = Instant::now();
+            qemu.number(&format!("readl {:#x}", BAR0 + 0x1c));
+            waited += u32::from(start.elapsed() >= flush_limit);
+            longest = longest.max(start.elapsed());
+            handle.wait("qemu makes the access", |state| state.answers.len() == before + 1);
+            assert_eq!(qemu.number("readb 0x1001000"), u64::from(round));
+        }
+        println!("{waited} of 20 reads waited, the longest {longest:?}");
+        assert!(waited <= 1, "{waited} of 20 reads waited");
+        // A machine that is reset with a store on its way goes on, whatever it is told of the reset.
+        for round in 1..=3 {
+            let (before, resets) = (store(round), handle.state().resets);
+            qemu.say("outb 0xcf9 0x6");
+            handle.wait("the device is reset", |state| state.resets > resets);
+            assert_eq!(qemu.config(0), 0x0010_1b36);
+            handle.wait("the store is answered or given up", |state| state.answers.len() == before + 1);
+        }
+    });
+}
+
+#[test]
+#[ignore = "needs QEMU 11.1.3 or newer in FARBUS_QEMU"]
 fn qemu_that_does_not_share_its_memory_is_served_by_messages() {
     run("off", |qemu, handle| {
         assert!(

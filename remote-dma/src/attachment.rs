@@ -167,12 +167,16 @@ pub trait Attachment: Send {
     /// What the device is.
     fn description(&self) -> &DeviceDescription;
 
-    /// Reads a register: follows every earlier write; all ones where the device is gone or does not answer in time. `at` and `width` lie in
-    /// a BAR, naturally aligned (the function checked them).
+    /// Reads a register: follows every earlier write; all ones where the device is gone or does not answer in time. Every store of the device
+    /// before its answer was made, or the host was asked for it. `at` and `width` lie in a BAR, naturally aligned (the function checked them).
     fn bar_read(&mut self, at: BarAddress, width: Width, host: &mut dyn Host) -> u64;
 
-    /// Posts a register write: returns before the device has it; never reordered.
+    /// Posts a register write: returns before the device has it; never reordered. It may wait for others until [`Attachment::flush`], or the next
+    /// read, poll or sleep.
     fn bar_write(&mut self, at: BarAddress, width: Width, value: u64, host: &mut dyn Host);
+
+    /// Sends the writes that wait: one doorbell for a burst of them.
+    fn flush(&mut self);
 
     /// Lets the device use a range. Effective for every register access after it.
     ///
@@ -180,10 +184,11 @@ pub trait Attachment: Send {
     /// [`MapError`]; nothing was mapped.
     fn map(&mut self, window: Window, host: &mut dyn Host) -> Result<(), MapError>;
 
-    /// Takes away every window inside the range. When it returns, no DMA touches the range any more.
+    /// Takes away every window inside the range. When it returns, no DMA touches the range any more, also where the device is gone.
     ///
     /// # Errors
-    /// [`MapError::Overlap`] where a window is only partly inside: nothing was taken. A range without windows is no error.
+    /// [`MapError::Overlap`] where a window is only partly inside: nothing was taken. [`MapError::Attachment`] where the device's side is gone
+    /// or refuses, and may still touch the range. A range without windows is no error.
     fn unmap(&mut self, iova: Iova, len: u64, host: &mut dyn Host) -> Result<(), MapError>;
 
     /// The memory behind every window of `memory` is proven to be what the guest sees: it may be accessed directly from now on.
@@ -216,6 +221,7 @@ pub trait Attachment: Send {
     /// Why the device is gone, once it is.
     fn gone(&self) -> Option<CloseReason>;
 
-    /// The pages the device wrote in `memory`, complete up to this call; `None` where `memory` has no window.
+    /// The pages the device wrote in `memory`, complete up to this call; `None` where `memory` has no window and nothing is left to take of
+    /// one that it had. Where the link was cut and the other side cannot mark by itself, marks of what was under way may be missing.
     fn dirty_log(&mut self, memory: &Arc<Memory>, host: &mut dyn Host) -> Option<&DirtyLog>;
 }

@@ -10,12 +10,13 @@
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
-use farbus_transport::{Access, LocalRegion, LocalSpan, Mapped, Memory, Nanos, RegisterError};
+use farbus_transport::{Access, LocalRegion, LocalSpan, Memory, Nanos, RegisterError};
 use thiserror::Error;
 
 use crate::address::{BarAddress, Iova, Width};
 use crate::attachment::Activity;
 use crate::device::DeviceDescription;
+use crate::dma_buffer::DmaBuffer;
 
 /// Bytes of the longest [`Bus::dma_write_polled`].
 pub const MAX_POLLED_WRITE: usize = 32;
@@ -132,14 +133,12 @@ pub trait Bus {
     fn dma_write_polled(&mut self, tag: DmaTag, iova: Iova, bytes: &[u8]) -> Result<Progress, DmaFault>;
 
     /// The guest memory itself, where this session can map it, for system calls that fill or read it directly; `None` means: use a
-    /// buffer and `dma_write`. A range that is written this way must be named to [`Bus::written_directly`] before it is announced.
+    /// buffer and `dma_write`. The access lasts until the result is dropped, which is when what may have been written goes into the dirty
+    /// log: drop it before anything announces the bytes.
     ///
     /// # Errors
     /// [`DmaFault`].
-    fn map(&mut self, iova: Iova, len: u64, access: Access) -> Result<Option<Mapped>, DmaFault>;
-
-    /// Says that `len` bytes at `iova` were written through [`Bus::map`]: they go into the dirty log.
-    fn written_directly(&mut self, iova: Iova, len: u64);
+    fn map(&mut self, iova: Iova, len: u64, access: Access) -> Result<Option<DmaBuffer>, DmaFault>;
 
     /// Raises an MSI or MSI-X vector, after everything written before.
     fn interrupt(&mut self, vector: u16);

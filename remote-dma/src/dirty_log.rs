@@ -6,8 +6,8 @@
 //! A byte and not a bit, because a bit is set by a locked read-modify-write, which waits until all bytes of the DMA before it have left the
 //! store buffer: a quarter of what the copy of 4 KiB itself costs. A plain store of a byte waits for nothing.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::{Arc, Weak};
 
 use farbus_transport::{Memory, MemoryError};
 
@@ -100,6 +100,36 @@ impl DirtyLog {
     }
 }
 
+/// The logs of several memories. One outlives the windows of its memory until its marks are taken: whoever copies dirty pages may ask only
+/// after the device has let go of them.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct DirtyLogs(Vec<(Weak<Memory>, DirtyLog)>);
+
+impl DirtyLogs {
+    /// The log of a memory, where it has one.
+    pub(crate) fn of(&self, memory: &Arc<Memory>) -> Option<&DirtyLog> {
+        self.0.iter().find(|(known, _)| std::ptr::eq(known.as_ptr(), Arc::as_ptr(memory))).map(|(_, log)| log)
+    }
+
+    /// The log of a memory, made where it has none.
+    ///
+    /// # Errors
+    /// [`MemoryError`] where the marks cannot be allocated.
+    pub(crate) fn of_or_new(&mut self, memory: &Arc<Memory>) -> Result<DirtyLog, MemoryError> {
+        if let Some(log) = self.of(memory) {
+            return Ok(log.clone());
+        }
+        let log = DirtyLog::new(memory.len())?;
+        self.0.push((Arc::downgrade(memory), log.clone()));
+        Ok(log)
+    }
+
+    /// Forgets logs from which nothing will be taken: of memories that nobody has any more, and of those that are not `in_use` and have no mark.
+    pub(crate) fn prune(&mut self, in_use: impl Fn(&Arc<Memory>) -> bool) {
+        self.0.retain(|(memory, log)| memory.upgrade().is_some_and(|memory| in_use(&memory) || !log.is_clean()));
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -126,5 +156,25 @@ mod tests {
         log.mark(2 * PAGE_BYTES, u64::MAX);
         log.mark(u64::MAX, 5);
         assert_eq!(taken(&log), [2]);
+    }
+
+    #[test]
+    fn a_log_is_kept_until_its_marks_are_taken_or_its_memory_is_gone() {
+        let memories = [(); 3].map(|()| Memory::memfd("guest", PAGE_BYTES).unwrap());
+        let mut logs = DirtyLogs::default();
+        for memory in &memories {
+            logs.of_or_new(memory).unwrap();
+        }
+        logs.of_or_new(&memories[0]).unwrap().mark(0, 1);
+        logs.of_or_new(&memories[2]).unwrap().mark(0, 1);
+        let [marked, clean, gone] = memories;
+        drop(gone);
+        logs.prune(|_| true);
+        assert_eq!(logs.0.len(), 2);
+        logs.prune(|_| false);
+        assert!(logs.of(&clean).is_none());
+        assert_eq!(taken(logs.of(&marked).unwrap()), [0]);
+        logs.prune(|_| false);
+        assert!(logs.of(&marked).is_none());
     }
 }

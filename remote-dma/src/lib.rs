@@ -9,6 +9,7 @@ pub mod backend;
 pub mod borrower;
 pub mod device;
 pub mod dirty_log;
+pub mod dma_buffer;
 mod endpoint;
 pub mod guest_memory;
 pub mod iova_map;
@@ -24,4 +25,5 @@ pub use attachment::{
 };
 pub use backend::{AttachError, Backend, Bus, DmaFault, DmaTag, InterruptMode, Progress, ResetKind};
 pub use device::{BarDescription, BarKind, Constant, DeviceDescription, MsixLocation};
+pub use dma_buffer::DmaBuffer;
 pub use guest_memory::{GuestMemory, GuestMemoryError, GuestRegion};

@@ -64,7 +64,6 @@ fn file_reads(mappable: bool, depth: u64) -> u64 {
         }
         driver.ring_completion(1);
         driver.bus.interrupts.clear();
-        driver.bus.direct.clear();
     }
     start.elapsed().as_nanos() as u64 / (rounds * depth)
 }

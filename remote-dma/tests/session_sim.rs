@@ -9,7 +9,7 @@ mod common;
 mod sim_support;
 
 use farbus_transport::sim::Violation;
-use sim_support::{Plan, run};
+use sim_support::{Ending, Plan, run};
 
 /// Seeds of a normal run.
 const SEEDS: u64 = 200;
@@ -58,6 +58,8 @@ fn judgement(violation: Violation) -> Seen {
         | Violation::LoseDone
         | Violation::ReadPassesWrite
         | Violation::FlipBit
+        | Violation::HideFailure
+        | Violation::WriteAfterRevoke
         | Violation::LoseClose => Found,
         Violation::RepeatDone => Harmless("a completion of an earlier generation completes nothing"),
         Violation::DoneBeforeData => Harmless("who hears that a write is done hears it by a message behind its bytes"),
@@ -65,10 +67,10 @@ fn judgement(violation: Violation) -> Seen {
         Violation::CloseFirst => Harmless("an end is an end, and what else came with it is of no use"),
         Violation::CloseTwice => Harmless("the first end is the end"),
         Violation::CutLongMessage => Harmless("every message fits"),
-        Violation::WriteAfterRevoke => Harmless("a window's memory is revoked when no write is under way"),
         Violation::UseAfterRelease | Violation::UseAfterDeregister => Harmless("spans are made anew for each DMA"),
         Violation::IgnoreAccess | Violation::WidenExports | Violation::TrustGrants => Harmless("sessions ask for what they have"),
         Violation::IgnoreMismatch | Violation::IgnoreMaxOpLen => Harmless("both spans are cut to the same length within the limit"),
+        Violation::ForgetMappings => Harmless("the copy engine maps nothing"),
         Violation::ArmWithEvents | Violation::LoseWake | Violation::WakeForEver => Harmless("nobody sleeps in virtual time"),
     }
 }
@@ -80,6 +82,17 @@ fn a_link_that_breaks_a_rule_is_found_out() {
         let plan = |seed| {
             let mut plan = Plan::drawn(seed);
             plan.options.violate = Some(violation);
+            match violation {
+                // Where accesses are over at once, and in the middle of things one of them cannot be made.
+                Violation::HideFailure => (plan.options.immediate, plan.ending) = (true, Ending::Cut(plan.steps / 2)),
+                // Memory is taken back with writes under way.
+                Violation::WriteAfterRevoke => {
+                    (plan.options.immediate, plan.options.peer_mappable, plan.ending) = (false, false, Ending::Leave);
+                }
+                // What is over at once passes nothing.
+                Violation::ReadPassesWrite => (plan.options.immediate, plan.options.peer_mappable) = (false, false),
+                _ => {}
+            }
             plan
         };
         let judgement = judgement(violation);

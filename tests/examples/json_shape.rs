@@ -40,8 +40,15 @@ fn demo(object: &Map<String, Value>) -> Result<()> {
         }
         for ratio in ["iops_ratio", "p50_ratio"] {
             ensure!(number(case, ratio)? > 0.0, "{name}: {ratio} is {:?}", case[ratio]);
+            let spread = format!("{ratio}_spread");
+            ensure!(number(case, &spread)? >= 0.0, "{name}: {spread} is {:?}", case[&spread]);
         }
     }
+    let machine = object.get("machine").and_then(Value::as_object).context("no machine")?;
+    for key in ["date", "cpu", "kernel", "farbus"] {
+        ensure!(!text(machine, key)?.is_empty(), "machine.{key} is empty");
+    }
+    ensure!(number(machine, "cores")? > 0.0 && machine.contains_key("load_average"), "machine is {machine:?}");
     ensure!(cases.len() == CASES.len(), "{} cases instead of {}", cases.len(), CASES.len());
     Ok(())
 }

@@ -5,6 +5,7 @@
 
 pub mod fuzz_bodies;
 pub mod guest;
+pub mod place;
 pub mod process;
 pub mod program;
 

@@ -31,6 +31,11 @@ fn config_writes() {
 }
 
 #[test]
+fn control_frames() {
+    replay("control_frames");
+}
+
+#[test]
 fn link_hello() {
     replay("link_hello");
 }
@@ -48,6 +53,11 @@ fn prp_lists() {
 #[test]
 fn session_messages() {
     replay("session_messages");
+}
+
+#[test]
+fn verbs_wire() {
+    replay("verbs_wire");
 }
 
 #[test]

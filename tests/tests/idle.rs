@@ -144,7 +144,7 @@ fn an_idle_lender_uses_no_cpu_and_is_not_woken() {
         tell.send(rustix::thread::gettid().as_raw_nonzero().get()).unwrap();
         let mut session = LenderSession::new(lender, nvme).map_err(|(error, _)| error).unwrap();
         let reason = session.run(PollOptions::default(), &stopped);
-        session.end();
+        session.end().unwrap();
         reason
     });
     let thread = told.recv().unwrap();

@@ -117,7 +117,10 @@ fn a_lender_killed_mid_io_gives_the_guest_an_error_and_a_clean_power_off() {
 
     let reason = borrower.event("ended", AMPLE)["reason"].as_str().unwrap().to_owned();
     assert!(reason.contains("lender") && reason.contains("gone"), "who ended it? {reason:?}");
-    borrower.wait(AMPLE).assert_no_panic();
+    let end = borrower.wait(AMPLE);
+    // A device that was lost is a failure, of its own kind.
+    assert_eq!(end.code(), Some(3), "{end:?}");
+    end.assert_no_panic();
     lab.image.judge(false);
 }
 

@@ -10,14 +10,16 @@ use std::path::{Path, PathBuf};
 /// Which of our packages each may use, in any kind of dependency.
 const LAYERS: &[(&str, &[&str])] = &[
     ("transport", &[]),
+    ("control", &["transport"]),
     ("remote-dma", &["transport"]),
     ("pci-shim", &["transport", "remote-dma"]),
     ("machine-bank", &["transport"]),
-    ("bench", &["transport", "remote-dma", "pci-shim"]),
-    ("farbus", &["transport", "remote-dma", "pci-shim", "machine-bank", "bench"]),
-    ("tests", &["transport", "remote-dma", "pci-shim", "machine-bank", "bench"]),
+    ("bench", &["transport", "control", "remote-dma", "pci-shim"]),
+    ("farbus", &["transport", "control", "remote-dma", "pci-shim", "machine-bank", "bench"]),
+    ("tests", &["transport", "control", "remote-dma", "pci-shim", "machine-bank", "bench"]),
     // Outside the workspace.
     ("fuzz", &["tests"]),
+    ("tests/oracle", &["transport"]),
 ];
 
 /// Files and folders of the data path: no lock, because a thread that waits there waits with the guest's CPU.
@@ -29,6 +31,7 @@ const DATA_PATH: &[&str] = &[
     "transport/src/shm/",
     "transport/src/span.rs",
     "transport/src/table.rs",
+    "transport/src/verbs/",
     "remote-dma/src/borrower/",
     "remote-dma/src/dirty_log.rs",
     "remote-dma/src/endpoint.rs",
@@ -44,27 +47,33 @@ const UNSAFE: &[(&str, usize)] = &[
     ("bench/src/measure/syscalls.rs", 6),
     ("remote-dma/src/model/nvme/media/worker.rs", 2),
     ("remote-dma/tests/nvme_data_path.rs", 5),
+    ("tests/oracle/tests/peer/mod.rs", 2),
     ("tests/tests/idle.rs", 1),
     ("transport/src/barrier.rs", 1),
     ("transport/src/memory.rs", 12),
     ("transport/src/shm/lines.rs", 5),
+    ("transport/src/verbs/chain.rs", 2),
+    ("transport/src/verbs/context.rs", 23),
+    ("transport/src/verbs/device.rs", 1),
+    ("transport/src/verbs/library.rs", 7),
+    ("transport/src/verbs/objects.rs", 31),
+    ("transport/src/verbs/windows.rs", 3),
     ("transport/tests/loom_support/mod.rs", 2),
 ];
-const UNSAFE_IN_ALL: usize = 43;
+const UNSAFE_IN_ALL: usize = 112;
 
 /// Lines from which a file should have been split.
 const LONG: usize = 450;
 /// Files that are longer, with the length they may not grow beyond.
 const LONG_FILES: &[(&str, usize)] = &[
-    ("pci-shim/tests/vfio_user.rs", 641),
-    ("pci-shim/tests/vfio_user_support/mod.rs", 474),
-    ("remote-dma/src/borrower/mod.rs", 465),
-    ("remote-dma/src/lender/bus.rs", 534),
-    ("remote-dma/src/message.rs", 593),
+    ("pci-shim/tests/vfio_user.rs", 628),
+    ("remote-dma/src/message.rs", 497),
     ("remote-dma/tests/nvme.rs", 498),
     ("remote-dma/tests/nvme_storm.rs", 517),
-    ("tests/tests/command_line.rs", 459),
 ];
+
+/// Written by a program, from declarations alone; tests/oracle holds it against its source.
+const GENERATED: &str = "transport/src/verbs/sys.rs";
 
 /// What may not stand in code, and what to do instead.
 const UNFINISHED: &[(&str, &str)] = &[
@@ -75,9 +84,26 @@ const UNFINISHED: &[(&str, &str)] = &[
     ("TODO", "do it, or open an issue"),
 ];
 
-/// Files with ignored tests, which a step of ci/run runs by the name of the file.
-const IGNORED: &[&str] =
-    &["pci-shim/tests/vfio_user_latency.rs", "pci-shim/tests/vfio_user_qemu.rs", "remote-dma/tests/nvme_data_path.rs"];
+/// Files with ignored tests, and the test program that a step of ci/run, or the list of ci/lab/tests, runs them by.
+const IGNORED: &[(&str, &str)] = &[
+    ("bench/tests/verbs.rs", "verbs"),
+    ("bench/tests/verbs_counts.rs", "verbs_counts"),
+    ("pci-shim/tests/vfio_user_latency.rs", "vfio_user_latency"),
+    ("pci-shim/tests/vfio_user_qemu.rs", "vfio_user_qemu"),
+    ("remote-dma/tests/common/links.rs", "session"),
+    ("remote-dma/tests/nvme_data_path.rs", "nvme_data_path"),
+    ("remote-dma/tests/session_two_hosts.rs", "session_two_hosts"),
+    ("tests/oracle/tests/interop.rs", "interop"),
+    ("tests/tests/command_line_rdma.rs", "command_line_rdma"),
+    ("transport/src/verbs/tests.rs", "farbus_transport"),
+    ("transport/tests/broken_rules.rs", "broken_rules"),
+    ("transport/tests/conformance_verbs.rs", "conformance_verbs"),
+    ("transport/tests/verbs_absent.rs", "verbs_absent"),
+    ("transport/tests/verbs_bare_host.rs", "verbs_bare_host"),
+    ("transport/tests/verbs_hostile.rs", "verbs_hostile"),
+    ("transport/tests/verbs_life.rs", "verbs_life"),
+    ("transport/tests/verbs_two_hosts.rs", "verbs_two_hosts"),
+];
 
 /// Words and paths of one machine or workplace. A path counts where it begins a word.
 const FOREIGN: &[&str] = &["/work/", "/root/", "/tmp/wt", "/tmp/brief", "/tmp/claude", "anthropic", "subagent", "worktree"];
@@ -202,18 +228,24 @@ fn nothing_is_left_unfinished() {
 #[test]
 fn an_ignored_test_is_run_by_a_step_of_its_own() {
     let files = files();
-    let steps = &files["ci/run"];
+    let (steps, lab) = (&files["ci/run"], &files["ci/lab/tests"]);
     let mut complaints = vec![];
     for (path, text) in &files {
-        let ignores = path.ends_with(".rs") && path != THIS_FILE && text.contains("#[ignore");
-        let named = Path::new(path).file_stem().is_some_and(|stem| steps.contains(&format!("binary({})", stem.to_str().unwrap())));
-        match (ignores, IGNORED.contains(&path.as_str())) {
-            (true, true) if named => {}
+        // The last is how the conformance suite is told.
+        let forms = ["#[ignore]", "#[ignore = \"", " ignore = \""];
+        let ignores = path.ends_with(".rs") && path != THIS_FILE && forms.iter().any(|form| text.contains(form));
+        let listed = IGNORED.iter().find(|(known, _)| known == path);
+        let named = |program: &str| {
+            let by_a_step = [format!("binary({program})"), format!("--test {program} |")].iter().any(|step| steps.contains(step));
+            by_a_step || [format!("    {path}\n"), format!("/tests/{program}.rs\n")].iter().any(|line| lab.contains(line))
+        };
+        match (ignores, listed) {
+            (true, Some((_, program))) if named(program) => {}
             (true, _) => complaints.push(format!(
-                "{path}: an ignored test: make it fit the normal run, or have a step of ci/run run binary(…) of its name and list it in IGNORED"
+                "{path}: an ignored test: make it fit the normal run, or have a step of ci/run run binary(…) of its name, or ci/lab/tests list it, and list it in IGNORED"
             )),
-            (false, true) => complaints.push(format!("{path} ignores nothing any more: take it out of IGNORED")),
-            (false, false) => {}
+            (false, Some(_)) => complaints.push(format!("{path} ignores nothing any more: take it out of IGNORED")),
+            (false, None) => {}
         }
     }
     none(&complaints);
@@ -250,7 +282,7 @@ fn unsafe_code_stays_where_it_is_and_becomes_less() {
     for (path, text) in rust_files() {
         let forms = ["unsafe {", "unsafe fn", "unsafe impl", "unsafe extern", "unsafe trait"];
         let count = code(&text).flat_map(|(_, line)| forms.map(|form| line.matches(form).count())).sum::<usize>();
-        let count = if path == THIS_FILE { 0 } else { count };
+        let count = if path == THIS_FILE || path == GENERATED { 0 } else { count };
         in_all += count;
         match (allowed.get(path.as_str()), count) {
             (None, 0) => {}
@@ -281,7 +313,7 @@ fn long_files_do_not_grow() {
     for (path, text) in rust_files() {
         let lines = text.lines().count();
         let most = listed.get(path.as_str()).copied().unwrap_or(LONG);
-        if lines > most {
+        if lines > most && path != GENERATED {
             complaints.push(format!("{path}: {lines} lines, at most {most}: split it where its header says \"and\""));
         }
         if lines <= LONG && listed.contains_key(path.as_str()) {

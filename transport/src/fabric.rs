@@ -24,7 +24,8 @@ pub struct Limits {
     pub max_op_len: u32,
     /// Operations that may be posted and not yet completed.
     pub queue_depth: u32,
-    /// Writes and reads are done when `post` returns: their buffers are free again at once and no completion needs to be awaited.
+    /// Writes and reads are done when `post` returns: their buffers are free again at once and no completion needs to be awaited. Of one that
+    /// is not signalled and failed `post` itself says so, so that nobody takes it for done.
     pub immediate: bool,
     /// The peer's memory can be mapped here ([`Regions::map_remote`]): loads, stores and system calls reach it without a copy of ours.
     pub peer_mappable: bool,
@@ -65,7 +66,8 @@ pub enum Op<'a> {
         /// What the peer is told.
         notify: u32,
     },
-    /// The peer's bytes into local memory; both spans have one length. Sees every earlier write of this side.
+    /// The peer's bytes into local memory; both spans have one length. Sees every earlier write of this side. What is posted after it may reach the peer
+    /// before the bytes are read: whoever tells the peer that it may change them waits for [`Event::Done`] first.
     Read {
         /// What to fetch.
         from: RemoteSpan,
@@ -78,11 +80,6 @@ pub enum Op<'a> {
         message: &'a [u8],
     },
 }
-
-/// The queue is full: poll, then try again. Nothing was queued.
-#[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
-#[error("the send queue is full")]
-pub struct Full;
 
 /// Why an operation failed. The peer's memory and ours are as if it had not been tried, or, for a write, partly written.
 #[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
@@ -112,6 +109,17 @@ pub enum OpError {
     /// The link ended first.
     #[error("the link is closed")]
     Closed,
+}
+
+/// Why an operation is not under way. Without the reason of a failure, because what `post` may have to say costs the posts that succeed.
+#[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
+pub enum PostError {
+    /// The queue is full: poll, then try again. Nothing was queued.
+    #[error("the send queue is full")]
+    Full,
+    /// It was carried out at once and failed: [`Event::Failed`] will say why.
+    #[error("the operation failed at once")]
+    Failed,
 }
 
 /// Why a link ended.
@@ -255,6 +263,20 @@ pub enum RegisterError {
     Memory(#[from] MemoryError),
 }
 
+/// Why memory may still be in use by the peer.
+#[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
+pub enum RevokeError {
+    /// The peer is there and did not let go of it in time: it may touch the memory until it is gone.
+    #[error("the peer did not let go of memory that was taken back within {limit_ms} ms")]
+    InUse {
+        /// The time allowed.
+        limit_ms: u64,
+    },
+    /// The host cannot order our revocation before the peer's accesses.
+    #[error("the host does not let memory be taken back")]
+    Host,
+}
+
 /// Why a grant could not be made or taken.
 #[derive(Debug, Error)]
 pub enum GrantError {
@@ -331,8 +353,12 @@ pub trait Regions {
         self.register(memory, access)
     }
 
-    /// Ends the use of local memory; grants of it are revoked first.
-    fn deregister(&mut self, region: LocalRegion);
+    /// Ends the use of local memory; grants of it are revoked first. When it returns, the peer is outside of the memory: of every operation,
+    /// polled store and mapping ([`Regions::map_remote`]), and begins no other. May block for a bounded time; not for the data path.
+    ///
+    /// # Errors
+    /// [`RevokeError`]: the region is gone all the same, and its memory must be kept until the peer is gone. The link is closed.
+    fn deregister(&mut self, region: LocalRegion) -> Result<(), RevokeError>;
 
     /// The memory behind a region of ours; `None` once it is deregistered.
     fn local_memory(&self, region: &LocalRegion) -> Option<Arc<Memory>>;
@@ -355,7 +381,9 @@ pub trait Regions {
     /// Gives a grant of the peer's back; operations on it fail with [`OpError::Revoked`] from now on.
     fn release(&mut self, region: RemoteRegion);
 
-    /// The peer's bytes as mapped memory, where [`Limits::peer_mappable`]; `None` elsewhere and for released regions.
+    /// The peer's bytes as mapped memory, where [`Limits::peer_mappable`]; `None` elsewhere and for released or revoked regions. It counts as
+    /// one access that lasts until it is dropped, on whatever thread: its owner's [`Regions::deregister`] waits for that, so it is for accesses
+    /// in flight, not for keeping.
     fn map_remote(&self, span: RemoteSpan) -> Option<Mapped>;
 }
 
@@ -367,8 +395,16 @@ pub trait Fabric: Regions + Send {
     /// Queues an operation; the peer may see it before `flush`, and sees it soon after.
     ///
     /// # Errors
-    /// [`Full`] where the queue has no room: nothing was queued.
-    fn post(&mut self, signal: Signal, op: Op<'_>) -> Result<(), Full>;
+    /// [`PostError::Full`] where the queue has no room. [`PostError::Failed`] only for an unsignalled [`Op::Write`] or [`Op::Read`] of a
+    /// fabric that is [`Limits::immediate`], and then always where it failed.
+    fn post(&mut self, signal: Signal, op: Op<'_>) -> Result<(), PostError>;
+
+    /// Stores bytes that the peer may be polling, by a CPU, after every earlier write of this side, the last 32-bit word last. Only where
+    /// [`Limits::peer_mappable`]. `bytes` are at least 4 and a multiple of 4, and so is where they go.
+    ///
+    /// # Errors
+    /// [`OpError`]: nothing was stored. [`OpError::Denied`] also where the peer's memory is not mapped or the bytes are not aligned.
+    fn store_polled(&mut self, to: RemoteSpan, bytes: &[u8]) -> Result<(), OpError>;
 
     /// Puts what is queued on the wire: one doorbell for the batch.
     fn flush(&mut self);

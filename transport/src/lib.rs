@@ -10,6 +10,7 @@ pub mod barrier;
 #[cfg(feature = "conformance")]
 pub mod conformance;
 pub mod fabric;
+mod hold;
 pub mod link;
 pub mod local;
 pub mod memory;
@@ -24,7 +25,8 @@ pub mod verbs;
 pub mod wrap;
 
 pub use fabric::{
-    CloseReason, Event, Events, Fabric, Full, Grant, GrantError, Limits, Message, Op, OpError, OpId, Regions, RegisterError, Signal,
+    CloseReason, Event, Events, Fabric, Grant, GrantError, Limits, Message, Op, OpError, OpId, PostError, Regions, RegisterError,
+    RevokeError, Signal,
 };
 pub use memory::{Mapped, Memory, MemoryError};
 pub use span::{Access, LocalRegion, LocalSpan, RemoteRegion, RemoteSpan, SpanError};

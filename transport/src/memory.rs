@@ -13,6 +13,8 @@ use rustix::fs::{MemfdFlags, SealFlags};
 use rustix::mm::{MapFlags, ProtFlags};
 use thiserror::Error;
 
+use crate::hold::Hold;
+
 /// Why memory could not be made, mapped or touched.
 #[derive(Debug, Error)]
 pub enum MemoryError {
@@ -188,10 +190,15 @@ impl Memory {
     /// # Errors
     /// [`MemoryError::OutOfBounds`], [`MemoryError::ReadOnly`].
     pub fn write(&self, offset: u64, from: &[u8]) -> Result<(), MemoryError> {
-        let to = self.at_for_writing(offset, from.len() as u64)?;
-        // SAFETY: `at_for_writing` checked that the range is mapped writable; `from` is ours, so the two do not overlap.
+        if self.try_write(offset, from) { Ok(()) } else { self.at_for_writing(offset, from.len() as u64).map(|_| ()) }
+    }
+
+    #[inline]
+    fn try_write(&self, offset: u64, from: &[u8]) -> bool {
+        let (Some(to), true) = (self.find(offset, from.len() as u64), self.writable) else { return false };
+        // SAFETY: the range was just checked to be mapped writable; `from` is ours, so the two do not overlap.
         unsafe { std::ptr::copy_nonoverlapping(from.as_ptr(), to.as_ptr(), from.len()) };
-        Ok(())
+        true
     }
 
     /// Copies `len` bytes from `source` at `source_offset` to `offset` here: the one copy of a DMA. The two may overlap.
@@ -261,13 +268,28 @@ impl Memory {
     /// # Errors
     /// As [`Memory::atomic_u32`]; [`MemoryError::Misaligned`] also for a length that is no multiple of 4.
     pub fn store_last_word_last(&self, offset: u64, bytes: &[u8]) -> Result<(), MemoryError> {
-        let Some((head, last)) = bytes.split_last_chunk::<4>().filter(|_| bytes.len().is_multiple_of(4)) else {
+        if self.try_store_last_word_last(offset, bytes) {
+            return Ok(());
+        }
+        if bytes.is_empty() || !bytes.len().is_multiple_of(4) {
             return Err(MemoryError::Misaligned { offset: bytes.len() as u64, align: 4 });
+        }
+        self.at_for_writing(offset, bytes.len() as u64)?;
+        Err(MemoryError::Misaligned { offset, align: 4 })
+    }
+
+    /// As [`Memory::store_last_word_last`]; false, without a reason, where it refuses.
+    #[inline]
+    pub(crate) fn try_store_last_word_last(&self, offset: u64, bytes: &[u8]) -> bool {
+        let Some((head, last)) = bytes.split_last_chunk::<4>().filter(|_| bytes.len().is_multiple_of(4)) else {
+            return false;
         };
-        let flag = self.atomic_u32(offset.saturating_add(head.len() as u64))?;
-        self.write(offset, head)?;
-        flag.store(u32::from_ne_bytes(*last), Ordering::Release);
-        Ok(())
+        let Ok(flag) = self.atomic_u32(offset.saturating_add(head.len() as u64)) else { return false };
+        let written = self.try_write(offset, head);
+        if written {
+            flag.store(u32::from_ne_bytes(*last), Ordering::Release);
+        }
+        written
     }
 
     /// The address of a checked range, for a system call that fills or reads guest memory directly.
@@ -322,14 +344,14 @@ impl std::fmt::Debug for Memory {
     }
 }
 
-/// A checked piece of memory that keeps its mapping alive: what a worker thread holds while the kernel reads or fills guest memory.
-#[derive(Clone, Debug)]
+/// A checked piece of memory that keeps its mapping alive: what a worker thread holds while the kernel reads or fills guest memory. Where the
+/// memory is a peer's, the peer that takes it back waits until this is dropped.
+#[derive(Debug)]
 pub struct Mapped {
     memory: Arc<Memory>,
     offset: u64,
     len: u64,
-    /// Held only for its count, which whoever waits for all such accesses to end watches.
-    _guard: Option<Arc<()>>,
+    _hold: Option<Hold>,
 }
 
 impl Mapped {
@@ -339,13 +361,12 @@ impl Mapped {
     /// [`MemoryError::OutOfBounds`].
     pub fn new(memory: Arc<Memory>, offset: u64, len: u64) -> Result<Self, MemoryError> {
         memory.at(offset, len)?;
-        Ok(Self { memory, offset, len, _guard: None })
+        Ok(Self { memory, offset, len, _hold: None })
     }
 
-    /// The same piece, holding `guard` until the last clone is dropped.
-    #[must_use]
-    pub fn guarded(self, guard: Arc<()>) -> Self {
-        Self { _guard: Some(guard), ..self }
+    /// The same piece, for which its owner waits.
+    pub(crate) fn held(self, hold: Hold) -> Self {
+        Self { _hold: Some(hold), ..self }
     }
 
     /// Length in bytes.
@@ -364,7 +385,7 @@ impl Mapped {
         self.memory.at(self.offset, self.len).map_or(std::ptr::null_mut(), NonNull::as_ptr)
     }
 
-    /// The memory and the offset of the first byte in it.
+    /// The memory and the offset of the first byte in it. Who keeps the memory longer than this value keeps it mapped, but is not waited for.
     pub fn parts(&self) -> (&Arc<Memory>, u64) {
         (&self.memory, self.offset)
     }

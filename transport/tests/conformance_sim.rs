@@ -46,6 +46,19 @@ impl Provider for Sleeping {
     }
 }
 
+/// Links drawn from the seed whose writes and reads are carried out when they are posted; with `true` the peer's memory can be mapped, too.
+struct Immediate(bool);
+
+impl Provider for Immediate {
+    fn connect(&self, seed: u64) -> Result<Pair, String> {
+        Ok(virtual_pair(seed, SimOptions { immediate: true, peer_mappable: self.0, ..SimOptions::drawn(&mut Seed::new(seed)) }))
+    }
+
+    fn seeds(&self) -> u64 {
+        4
+    }
+}
+
 /// A link that breaks one rule.
 struct Broken(Violation, bool);
 
@@ -55,6 +68,8 @@ impl Provider for Broken {
             violate: Some(self.0),
             // Few places, so that a crowd is seen soon.
             receive_depth: 32,
+            immediate: self.0 == Violation::HideFailure,
+            peer_mappable: self.0 == Violation::ForgetMappings,
             ..SimOptions::default()
         };
         Ok(if self.1 { awake_pair(seed, Some(self.0)) } else { virtual_pair(seed, options) })
@@ -72,6 +87,16 @@ impl Provider for Broken {
 mod drawn {
     use super::Drawn;
     farbus_transport::conformance_suite!(Drawn);
+}
+
+mod immediate {
+    use super::Immediate;
+    farbus_transport::conformance_suite!(Immediate(false));
+}
+
+mod mapped {
+    use super::Immediate;
+    farbus_transport::conformance_suite!(Immediate(true));
 }
 
 mod sleeping {
@@ -99,6 +124,8 @@ const fn twin(violation: Violation) -> &'static str {
         TrustGrants | WidenExports => "a_widened_grant_reaches_nothing_more",
         IgnoreMismatch => "spans_of_two_lengths_are_refused",
         IgnoreMaxOpLen => "the_longest_operation_passes_and_a_longer_one_is_refused",
+        HideFailure => "an_unsignalled_operation_that_fails_is_told_once",
+        ForgetMappings => "a_mapping_in_use_makes_its_owner_wait",
         CloseTwice | CloseFirst | LoseClose => "a_close_is_seen_once_and_last",
         ArmWithEvents => "arm_refuses_while_events_are_there",
         LoseWake => "no_wake_up_is_lost",
@@ -143,5 +170,5 @@ fn a_whole_run_is_counted() {
     }
     let report = conformance::run_all(&Nowhere);
     assert_eq!((report.passed(), report.failed(), report.not_run()), (0, 0, conformance::CASES.len()));
-    assert!(report.to_string().ends_with("28 not run"), "{report}");
+    assert!(report.to_string().ends_with("33 not run"), "{report}");
 }

@@ -3,11 +3,13 @@
 //! `{"fabric":"shm","verified":true,…,"cases":[{"name":"randread-4k-qd1","native":{"iops":…},"remote":{…},"p50_ratio":1.21}]}` is one demo;
 //! a suite is `{"suite":"shm","rows":[…]}`, each row with its reference and whether it meets its target.
 
+mod machine;
 mod picture;
 mod table;
 
 use serde::Serialize;
 
+pub use machine::Machine;
 pub use picture::{Distribution, PictureError, latency_picture};
 pub use table::{demo_table, duration, suite_table};
 
@@ -38,6 +40,19 @@ pub struct CaseReport {
     pub iops_ratio: f64,
     /// Remote over native, of the medians above.
     pub p50_ratio: f64,
+    /// How far the rounds' own ratios lie apart ([`Series::spread`]), or `iops_ratio` from their median, whichever is more.
+    pub iops_ratio_spread: f64,
+    /// The same for `p50_ratio`.
+    pub p50_ratio_spread: f64,
+}
+
+/// The spread of the rounds' ratios above which their middle says nothing: half of the rounds lie further apart than 15 % of it. With seven
+/// rounds the middle is then known to a tenth or so at best, and a ratio of 1.1 cannot be told from none.
+pub const NOISE_BOUND: f64 = 0.15;
+
+/// Whether a ratio means nothing, because the rounds' own ratios lie too far apart.
+pub fn is_noise(spread: f64) -> bool {
+    spread.is_nan() || spread > NOISE_BOUND
 }
 
 /// One demo.
@@ -51,6 +66,8 @@ pub struct DemoReport {
     pub bytes_verified: u64,
     /// The cases, in the order they ran.
     pub cases: Vec<CaseReport>,
+    /// Where and when.
+    pub machine: Machine,
 }
 
 /// What a row is held against.
@@ -120,14 +137,26 @@ impl CaseReport {
             p50_ns: p50.round() as u64,
             p99_ns: p99.round() as u64,
         };
+        let iops_ratio = remote_iops.median() / native_iops.median();
+        let p50_ratio = remote_p50.median() / native_p50.median();
         Self {
             name: case.name.to_owned(),
             native: side(native_iops.median(), native_p50.median(), native_p99.median()),
             remote: side(remote_iops.median(), remote_p50.median(), remote_p99.median()),
-            iops_ratio: round_to(remote_iops.median() / native_iops.median(), 3),
-            p50_ratio: round_to(remote_p50.median() / native_p50.median(), 3),
+            iops_ratio: round_to(iops_ratio, 3),
+            p50_ratio: round_to(p50_ratio, 3),
+            iops_ratio_spread: round_to(spread(iops_ratio, &pairs.ratios(iops, iops)), 3),
+            p50_ratio_spread: round_to(spread(p50_ratio, &pairs.ratios(p50, p50)), 3),
         }
     }
+}
+
+/// A ratio of medians that lies outside of the rounds' own ratios is as doubtful as rounds that disagree: it compares one side's good rounds
+/// with the other's bad ones.
+fn spread(ratio: f64, of_rounds: &Series) -> f64 {
+    let aside = (ratio / of_rounds.median() - 1.0).abs();
+    let apart = of_rounds.spread();
+    if aside.is_nan() || apart.is_nan() { f64::NAN } else { aside.max(apart) }
 }
 
 /// All rounds' latencies together, for the picture.
@@ -249,12 +278,39 @@ mod tests {
             verified: true,
             bytes_verified: 4096,
             cases: vec![CaseReport::new(crate::workload::CASES[0], &pairs)],
+            machine: Machine {
+                date: "2026-11-14 09:30 UTC".to_owned(),
+                cpu: "AMD EPYC".to_owned(),
+                cores: 2,
+                kernel: "Linux 6.18.44".to_owned(),
+                farbus: "0.1.0".to_owned(),
+                load_average: Some(0.5),
+            },
         };
         let json = serde_json::to_string(&report).unwrap();
         assert_eq!(
             json,
-            r#"{"fabric":"shm","verified":true,"bytes_verified":4096,"cases":[{"name":"randread-4k-qd1","native":{"iops":1000.0,"p50_ns":500,"p99_ns":500},"remote":{"iops":900.0,"p50_ns":600,"p99_ns":600},"iops_ratio":0.9,"p50_ratio":1.2}]}"#
+            r#"{"fabric":"shm","verified":true,"bytes_verified":4096,"cases":[{"name":"randread-4k-qd1","native":{"iops":1000.0,"p50_ns":500,"p99_ns":500},"remote":{"iops":900.0,"p50_ns":600,"p99_ns":600},"iops_ratio":0.9,"p50_ratio":1.2,"iops_ratio_spread":0.0,"p50_ratio_spread":0.0}],"machine":{"date":"2026-11-14 09:30 UTC","cpu":"AMD EPYC","cores":2,"kernel":"Linux 6.18.44","farbus":"0.1.0","load_average":0.5}}"#
         );
+    }
+
+    #[test]
+    fn rounds_that_disagree_are_noise_and_one_disturbed_round_is_not() {
+        let case = |seconds: [u64; 7]| {
+            let second = seconds.map(|ns| run(1_000_000 / ns, ns)).to_vec();
+            CaseReport::new(crate::workload::CASES[0], &Pairs { first: vec![run(2000, 500); 7], second })
+        };
+        let quiet = case([600, 606, 5000, 594, 600, 603, 600]);
+        assert!(!is_noise(quiet.p50_ratio_spread) && !is_noise(quiet.iops_ratio_spread), "{quiet:?}");
+        let noisy = case([500, 900, 600, 1200, 500, 1000, 700]);
+        assert!(is_noise(noisy.p50_ratio_spread) && is_noise(noisy.iops_ratio_spread), "{noisy:?}");
+        // Each side fast in half of the rounds, and its middle one on another side of the gap.
+        let rounds = |ns: [u64; 7]| ns.map(|ns| run(1_000_000 / ns, ns)).to_vec();
+        let first = rounds([1000, 1000, 1000, 1000, 500, 500, 500]);
+        let second = rounds([1000, 1000, 1000, 500, 500, 500, 500]);
+        let two_speeds = CaseReport::new(crate::workload::CASES[0], &Pairs { first, second });
+        assert!((two_speeds.p50_ratio - 0.5).abs() < 0.01 && is_noise(two_speeds.p50_ratio_spread), "{two_speeds:?}");
+        assert!(is_noise(f64::NAN) && is_noise(0.151) && !is_noise(NOISE_BOUND));
     }
 
     #[test]

@@ -10,6 +10,7 @@ use plotters::prelude::*;
 use plotters::style::text_anchor::{HPos, Pos, VPos};
 use thiserror::Error;
 
+use super::machine::Machine;
 use super::table::duration;
 use crate::measure::Latencies;
 
@@ -41,7 +42,9 @@ pub enum PictureError {
 }
 
 const PANEL: (u32, u32) = (460, 300);
-const TITLE_HEIGHT: u32 = 64;
+const TITLE_HEIGHT: u32 = 84;
+/// Where the line of the legend is.
+const LEGEND: i32 = 68;
 const COLUMNS: usize = 2;
 const NATIVE: RGBColor = RGBColor(0x1b, 0x6c, 0xa8);
 const REMOTE: RGBColor = RGBColor(0xd9, 0x5f, 0x0e);
@@ -53,17 +56,17 @@ const TICKS: [f64; 6] = [0.0, 50.0, 90.0, 99.0, 99.9, 99.99];
 
 type Panel<'a> = DrawingArea<SVGBackend<'a>, Shift>;
 
-/// Draws all `distributions` (those with latencies on both sides) into an SVG file.
+/// Draws all `distributions` (those with latencies on both sides) into an SVG file, under a title and the machine they are of.
 ///
 /// # Errors
 /// [`PictureError`].
-pub fn latency_picture(path: &Path, title: &str, distributions: &[Distribution]) -> Result<(), PictureError> {
+pub fn latency_picture(path: &Path, title: &str, machine: &Machine, distributions: &[Distribution]) -> Result<(), PictureError> {
     let mut svg = String::new();
-    draw(&mut svg, title, distributions).map_err(PictureError::Draw)?;
+    draw(&mut svg, title, machine, distributions).map_err(PictureError::Draw)?;
     std::fs::write(path, svg).map_err(|source| PictureError::Write { path: path.display().to_string(), source })
 }
 
-fn draw(svg: &mut String, title: &str, distributions: &[Distribution]) -> Result<(), String> {
+fn draw(svg: &mut String, title: &str, machine: &Machine, distributions: &[Distribution]) -> Result<(), String> {
     let shown: Vec<_> =
         distributions.iter().filter(|distribution| distribution.native.count() > 0 && distribution.remote.count() > 0).collect();
     let rows = shown.len().div_ceil(COLUMNS).max(1);
@@ -71,25 +74,25 @@ fn draw(svg: &mut String, title: &str, distributions: &[Distribution]) -> Result
     let root = SVGBackend::with_string(svg, size).into_drawing_area();
     root.fill(&WHITE).map_err(text)?;
     let (head, body) = root.split_vertically(TITLE_HEIGHT);
-    draw_head(&head, title)?;
+    draw_head(&head, title, machine)?;
     for (panel, distribution) in body.split_evenly((rows, COLUMNS)).iter().zip(&shown) {
         draw_panel(panel, distribution)?;
     }
     root.present().map_err(text)
 }
 
-fn draw_head(head: &Panel<'_>, title: &str) -> Result<(), String> {
+fn draw_head(head: &Panel<'_>, title: &str, machine: &Machine) -> Result<(), String> {
     let style = (FONT, 20).into_font().color(&TEXT);
     head.draw(&Text::new(title.to_owned(), (16, 10), style)).map_err(text)?;
+    let centered = |size| (FONT, size).into_font().color(&TEXT).pos(Pos::new(HPos::Left, VPos::Center));
+    head.draw(&Text::new(machine.to_string(), (16, 44), centered(12))).map_err(text)?;
     for (at, (name, color)) in [("native", NATIVE), ("remote", REMOTE)].into_iter().enumerate() {
         let x = 16 + 110 * at as i32;
-        head.draw(&PathElement::new(vec![(x, 48), (x + 28, 48)], color.stroke_width(3))).map_err(text)?;
-        let style = (FONT, 14).into_font().color(&TEXT).pos(Pos::new(HPos::Left, VPos::Center));
-        head.draw(&Text::new(name, (x + 36, 48), style)).map_err(text)?;
+        head.draw(&PathElement::new(vec![(x, LEGEND), (x + 28, LEGEND)], color.stroke_width(3))).map_err(text)?;
+        head.draw(&Text::new(name, (x + 36, LEGEND), centered(14))).map_err(text)?;
     }
-    let style = (FONT, 12).into_font().color(&TEXT).pos(Pos::new(HPos::Left, VPos::Center));
     let legend = "across: percentile of commands; up: latency (both axes logarithmic)";
-    head.draw(&Text::new(legend, (240, 48), style)).map_err(text)
+    head.draw(&Text::new(legend, (240, LEGEND), centered(12))).map_err(text)
 }
 
 fn draw_panel(panel: &Panel<'_>, distribution: &Distribution) -> Result<(), String> {
@@ -204,7 +207,8 @@ mod tests {
             .collect();
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("latency.svg");
-        latency_picture(&path, "farbus over shm: latency", &distributions).unwrap();
+        let machine = Machine::here();
+        latency_picture(&path, "farbus over shm: latency", &machine, &distributions).unwrap();
         let svg = std::fs::read_to_string(&path).unwrap();
         // To be looked at: FARBUS_KEEP_PICTURE=/some/where.svg.
         if let Some(keep) = std::env::var_os("FARBUS_KEEP_PICTURE") {
@@ -213,9 +217,12 @@ mod tests {
         for words in ["native", "remote", "randread-4k-qd1", "write-128k", "99.9", "1.0 us", "farbus over shm"] {
             assert!(svg.contains(words), "{words}");
         }
+        for words in [&machine.date, &machine.cpu, &machine.kernel, &format!("farbus {}", machine.farbus)] {
+            assert!(svg.contains(words), "{words}");
+        }
         assert!(svg.len() < 1 << 20);
         let nowhere = Path::new("/nonexistent/latency.svg");
-        assert!(matches!(latency_picture(nowhere, "", &[]), Err(PictureError::Write { .. })));
+        assert!(matches!(latency_picture(nowhere, "", &machine, &[]), Err(PictureError::Write { .. })));
     }
 
     #[test]

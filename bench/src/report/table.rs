@@ -1,27 +1,44 @@
 //! Reports as text: columns that line up, latencies in the unit that reads best.
 //!
-//! `randread-4k-qd1   412.3k   2.1 us   3.0 us │ 388.0k   2.5 us   3.9 us │ 0.94   1.19` is one case, native and remote.
+//! `randread-4k-qd1   412.3k   2.1 us   3.0 us   388.0k   2.5 us   3.9 us   0.94   1.19   4 %` is one case, native and remote.
 
-use super::{DemoReport, SideReport, SuiteReport, Target};
+use super::{DemoReport, NOISE_BOUND, SideReport, SuiteReport, Target, is_noise};
 
-/// A demo, one line a case.
+/// A demo, one line a case. A ratio that is only noise is not printed.
 pub fn demo_table(report: &DemoReport) -> String {
     let mut rows = vec![
-        ["", "native", "", "", "remote", "", "", "remote/native", ""].map(str::to_owned).to_vec(),
-        ["case", "IOPS", "p50", "p99", "IOPS", "p50", "p99", "IOPS", "p50"].map(str::to_owned).to_vec(),
+        ["", "native", "", "", "remote", "", "", "remote/native", "", "rounds"].map(str::to_owned).to_vec(),
+        ["case", "IOPS", "p50", "p99", "IOPS", "p50", "p99", "IOPS", "p50", "differ by"].map(str::to_owned).to_vec(),
     ];
+    let mut noisy = false;
     for case in &report.cases {
         let side = |side: &SideReport| [count(side.iops), duration(side.p50_ns as f64), duration(side.p99_ns as f64)];
+        let ratio = |ratio: f64, spread: f64| if is_noise(spread) { "?".to_owned() } else { format!("{ratio:.2}") };
+        // What cannot be said of a spread is the worst.
+        let worst = [case.iops_ratio_spread, case.p50_ratio_spread].into_iter().max_by(f64::total_cmp).unwrap_or(f64::NAN);
+        noisy |= is_noise(worst);
         let mut row = vec![case.name.clone()];
         row.extend(side(&case.native));
         row.extend(side(&case.remote));
-        row.push(format!("{:.2}", case.iops_ratio));
-        row.push(format!("{:.2}", case.p50_ratio));
+        row.push(ratio(case.iops_ratio, case.iops_ratio_spread));
+        row.push(ratio(case.p50_ratio, case.p50_ratio_spread));
+        row.push(format!("{:.0} %", 100.0 * worst));
         rows.push(row);
     }
     let verdict = if report.verified { "equal to the file" } else { "NOT VERIFIED" };
     let mib = report.bytes_verified as f64 / f64::from(1 << 20);
-    format!("{}\nfabric {}: {mib:.0} MiB read back, every byte {verdict}\n", align(&rows), report.fabric)
+    let mut text = format!("{}\nfabric {}: {mib:.0} MiB read back, every byte {verdict}\n", align(&rows), report.fabric);
+    if noisy {
+        let bound = 100.0 * NOISE_BOUND;
+        text += &format!(
+            "?: too noisy to say, the rounds differ by more than {bound:.0} %: a quieter machine or more --seconds would tell\n"
+        );
+    }
+    if report.machine.is_busy() {
+        let load = report.machine.load_average.unwrap_or(f64::NAN);
+        text += &format!("the machine was busy: a load average of {load:.1} on {} cores when it began\n", report.machine.cores);
+    }
+    text
 }
 
 /// A suite, one line a row.
@@ -102,7 +119,7 @@ fn align(rows: &[Vec<String>]) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::report::{CaseReport, Row};
+    use crate::report::{CaseReport, Machine, Row};
 
     #[test]
     fn columns_line_up_and_a_missing_row_gives_its_reason() {
@@ -113,12 +130,15 @@ mod tests {
             remote: side(9_999.0, 21_000),
             iops_ratio: 0.955,
             p50_ratio: 1.2,
+            iops_ratio_spread: 0.02,
+            p50_ratio_spread: 0.04,
         };
         let report = DemoReport {
             fabric: "shm".to_owned(),
             verified: true,
             bytes_verified: 256 << 20,
             cases: vec![case("randread-4k-qd1"), case("read-128k")],
+            machine: Machine::here(),
         };
         let text = demo_table(&report);
         let lines: Vec<_> = text.lines().collect();
@@ -128,6 +148,36 @@ mod tests {
         let rows = vec![Row::missing("a", "ns", "b", Target::AtMost(1.3), "one core only".to_owned())];
         let text = suite_table(&SuiteReport { suite: "shm".to_owned(), rows });
         assert!(text.contains("not measured: one core only"), "{text}");
+    }
+
+    #[test]
+    fn a_ratio_that_is_noise_is_not_printed_and_a_busy_machine_is_named() {
+        let side = SideReport { iops: 1000.0, p50_ns: 900, p99_ns: 2000 };
+        let case = |iops_ratio_spread, p50_ratio_spread| CaseReport {
+            name: "read-128k".to_owned(),
+            native: side,
+            remote: side,
+            iops_ratio: 0.87,
+            p50_ratio: 1.93,
+            iops_ratio_spread,
+            p50_ratio_spread,
+        };
+        let machine = |load| Machine { cores: 2, load_average: Some(load), ..Machine::here() };
+        let report = |case, load| DemoReport {
+            fabric: "shm".to_owned(),
+            verified: true,
+            bytes_verified: 1 << 20,
+            cases: vec![case],
+            machine: machine(load),
+        };
+        let quiet = demo_table(&report(case(0.03, 0.15), 1.9));
+        assert!(quiet.contains("0.87") && quiet.contains("1.93") && quiet.contains(" 15 %"), "{quiet}");
+        assert!(!quiet.contains("too noisy") && !quiet.contains("busy"), "{quiet}");
+        let noisy = demo_table(&report(case(0.03, 0.62), 5.26));
+        assert!(noisy.contains("0.87") && !noisy.contains("1.93") && noisy.contains(" 62 %"), "{noisy}");
+        assert!(noisy.contains("?: too noisy to say") && noisy.contains("a load average of 5.3 on 2 cores"), "{noisy}");
+        let unknown = demo_table(&report(case(f64::NAN, 0.1), 0.0));
+        assert!(!unknown.contains("0.87") && unknown.contains("too noisy to say"), "{unknown}");
     }
 
     #[test]

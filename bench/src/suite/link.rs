@@ -7,7 +7,7 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, anyhow};
 use farbus_remote_dma::Backend;
 use farbus_remote_dma::borrower::{BorrowerOptions, BorrowerSession};
 use farbus_remote_dma::lender::{LenderSession, PollOptions};
@@ -70,7 +70,7 @@ impl Lender {
             let _pinned = pin_to(there)?;
             let mut session = LenderSession::new(theirs, backend).map_err(|(error, _)| error)?;
             let served = serve(&mut session, &stopped);
-            session.end();
+            session.end().map_err(|wedged| anyhow!("the device does not end its work: {wedged:?}"))?;
             served
         })?;
         let options = BorrowerOptions {
@@ -86,7 +86,7 @@ impl Lender {
     pub(super) fn end(mut self) -> Result<()> {
         self.stop.set();
         let thread = self.thread.take();
-        thread.map_or(Ok(()), |thread| thread.join().unwrap_or_else(|_| Err(anyhow::anyhow!("the lender's thread failed"))))
+        thread.map_or(Ok(()), |thread| thread.join().unwrap_or_else(|_| Err(anyhow!("the lender's thread failed"))))
     }
 }
 

@@ -2,11 +2,13 @@
 //!
 //! It is ready when it has printed `{"event":"listening",…}`; it is ended by SIGTERM, and killed if this process fails before.
 
+use std::ffi::OsString;
 use std::io::{BufRead, BufReader};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 
 use anyhow::{Context, anyhow, bail};
+use serde_json::Value;
 
 use crate::link_address::LinkAddress;
 
@@ -20,26 +22,16 @@ pub struct LenderProcess {
 }
 
 impl LenderProcess {
-    /// Lends `image` at `socket`, from `core` where one is given; returns when it listens.
-    pub fn start(image: &Path, socket: &Path, core: Option<usize>) -> anyhow::Result<Self> {
+    /// Lends `image` at `at` with more `options`, from `core` where one is given; returns when it listens.
+    pub fn start(image: &Path, at: &LinkAddress, options: &[OsString], core: Option<usize>) -> anyhow::Result<Self> {
         let image = image
             .to_str()
             .filter(|path| !path.contains(','))
             .ok_or_else(|| anyhow!("a scratch folder with a comma or odd letters in its name"))?;
-        let address = LinkAddress::Shm(socket.to_path_buf());
         let program = std::env::current_exe().context("cannot find this program to start it again")?;
         let mut child = Command::new(program)
-            .args([
-                "lend",
-                "--once",
-                "--json",
-                "--spin",
-                SPIN,
-                "--device",
-                &format!("nvme:{image}"),
-                "--listen",
-                &address.to_string(),
-            ])
+            .args(["lend", "--once", "--json", "--spin", SPIN, "--device", &format!("nvme:{image}"), "--listen", &at.to_string()])
+            .args(options)
             .args(core.map(|core| format!("--core={core}")))
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
@@ -49,9 +41,13 @@ impl LenderProcess {
         if let Some(stdout) = child.stdout.as_mut() {
             BufReader::new(stdout).read_line(&mut line).context("cannot hear the lender")?;
         }
-        let lender = Self { child, address };
-        if !line.contains("\"listening\"") {
-            bail!("the lender did not start; it said {line:?}");
+        let mut lender = Self { child, address: at.clone() };
+        let said: Value = serde_json::from_str(&line).unwrap_or_default();
+        match (said["event"].as_str(), said["error"].as_str(), said["address"].as_str()) {
+            // Its port may have been chosen by the kernel.
+            (Some("listening"), _, Some(address)) => lender.address = address.parse().context("the lender's address")?,
+            (_, Some(error), _) => bail!("the lender did not start: {error}"),
+            _ => bail!("the lender did not start; it said {line:?}"),
         }
         Ok(lender)
     }

@@ -20,8 +20,8 @@ use farbus_remote_dma::native::Native;
 use farbus_remote_dma::{Attachment, Iova};
 use farbus_transport::Memory;
 
-use crate::borrow::attach;
-use crate::link_address::LinkAddress;
+use super::far_side::FarSide;
+use crate::attach::attach;
 
 /// Bytes of the driver's memory: queues, and buffers for every case.
 const DRIVER_BYTES: u64 = 16 << 20;
@@ -62,10 +62,10 @@ pub struct DriverSide {
     workload: Workload,
 }
 
-/// The device at `from`.
-pub fn remote(from: &LinkAddress, original: &Path) -> anyhow::Result<DriverSide> {
+/// The device that is lent at `far`.
+pub fn remote(far: &FarSide, original: &Path) -> anyhow::Result<DriverSide> {
     let options = BorrowerOptions { spin: SPIN, ..BorrowerOptions::default() };
-    DriverSide::new(Box::new(attach(from, options)?), original).context("the borrowed device")
+    DriverSide::new(attach(&far.address, &far.security, &far.peer, options)?, original).context("the borrowed device")
 }
 
 /// A device of this process over `image`.

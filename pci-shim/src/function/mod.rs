@@ -34,8 +34,9 @@ use crate::routes::{Route, Routes};
 use front::Front;
 pub use options::{Counters, FunctionError, FunctionOptions, InterruptOwner};
 
-/// A PCI function whose device is behind an [`Attachment`]. One thread at a time uses it; no method blocks for longer than the attachment's
-/// deadline for a register read.
+/// A PCI function whose device is behind an [`Attachment`]. One thread at a time uses it; a register access blocks
+/// for no longer than the attachment's deadline for a register read (2 s unless chosen otherwise); `map`, `unmap`, `reset` and the dirty log ask the
+/// device's side one or several questions, each with the deadline for such (10 s).
 pub struct Function<S: IrqSink> {
     attachment: Box<dyn Attachment>,
     description: DeviceDescription,
@@ -147,8 +148,9 @@ impl<S: IrqSink> Function<S> {
     }
 
     /// Reads a register. All ones where the device is gone or late, and, where the function decodes, while the BAR is not decoded. Stores
-    /// that are still to be taken by [`Function::next_mediation`] come before the answer: make them before the guest's CPU runs on. What
-    /// is answered here (MSI-X, constants, what the profile knows) waits for nothing: only a read that reaches the device flushes writes.
+    /// that are still to be taken by [`Function::next_mediation`] come before the answer: make them before the guest's CPU runs on. All that
+    /// the device made before it answered are among them. What is answered here (MSI-X, constants, what the profile knows) waits for nothing:
+    /// only a read that reaches the device flushes writes.
     ///
     /// # Errors
     /// Any [`AccessError`] but that of configuration space.
@@ -167,11 +169,26 @@ impl<S: IrqSink> Function<S> {
         Ok(value)
     }
 
+    /// Sends what [`Function::post_write`] posted.
+    pub fn flush(&mut self) {
+        self.attachment.flush();
+    }
+
     /// Writes a register: posted, in order, and not seen by the device when this returns.
     ///
     /// # Errors
     /// Any [`AccessError`] but that of configuration space.
     pub fn bar_write(&mut self, at: BarAddress, width: Width, value: u64) -> Result<(), AccessError> {
+        let written = self.post_write(at, width, value);
+        self.flush();
+        written
+    }
+
+    /// As [`Function::bar_write`], as one of several: they may wait for each other until [`Function::flush`].
+    ///
+    /// # Errors
+    /// As [`Function::bar_write`].
+    pub fn post_write(&mut self, at: BarAddress, width: Width, value: u64) -> Result<(), AccessError> {
         self.refusable(|function| function.routes.check(at, width))?;
         let value = width.truncate(value);
         if !self.decodes(at.bar) {
@@ -261,6 +278,7 @@ impl<S: IrqSink> Function<S> {
     /// # Errors
     /// [`AttachmentError`].
     pub fn reset(&mut self, kind: ResetKind) -> Result<(), AttachmentError> {
+        self.front.counters.resets += 1;
         self.front.fence();
         if std::mem::take(&mut self.bus_master) {
             self.attachment.set_bus_master(false, &mut self.front);
@@ -303,7 +321,8 @@ impl<S: IrqSink> Function<S> {
         self.attachment.gone()
     }
 
-    /// The pages that the device wrote in `memory`, complete up to this call; `None` where `memory` has no window.
+    /// The pages that the device wrote in `memory`, complete up to this call; `None` where `memory` has no window and nothing is left to take
+    /// of one that it had.
     pub fn dirty_log(&mut self, memory: &Arc<Memory>) -> Option<&DirtyLog> {
         self.attachment.dirty_log(memory, &mut self.front)
     }

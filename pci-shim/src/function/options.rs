@@ -63,4 +63,6 @@ pub struct Counters {
     pub pin_changes: u64,
     /// Mediations handed to the owner.
     pub mediations: u64,
+    /// Resets of the function, of any kind.
+    pub resets: u64,
 }

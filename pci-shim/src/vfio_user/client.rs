@@ -17,10 +17,12 @@ use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
 use thiserror::Error;
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
+pub use super::client_memory::ClientMemory;
+use super::client_memory::answer_from;
 use super::socket::{Incoming, Input, Received};
 use super::wire::{
-    Command, DeviceInfo, DmaAccess, DmaMap, DmaUnmap, FLAG_ERROR, FLAG_NO_REPLY, Header, IrqInfo, IrqSet, MAX_MESSAGE_FDS,
-    RegionAccess, RegionInfo,
+    Command, DeviceInfo, DmaMap, DmaUnmap, FLAG_ERROR, FLAG_NO_REPLY, Header, IrqInfo, IrqSet, MAX_MESSAGE_FDS, RegionAccess,
+    RegionInfo,
 };
 
 /// Why a request failed.
@@ -68,21 +70,6 @@ impl ClientError {
             _ => None,
         }
     }
-}
-
-/// The guest memory that a client answers `DMA_READ` and `DMA_WRITE` from.
-pub trait ClientMemory {
-    /// Fills `into` from `iova`.
-    ///
-    /// # Errors
-    /// The errno for the server.
-    fn read(&mut self, iova: u64, into: &mut [u8]) -> Result<(), Errno>;
-
-    /// Stores `bytes` at `iova`.
-    ///
-    /// # Errors
-    /// The errno for the server.
-    fn write(&mut self, iova: u64, bytes: &[u8]) -> Result<(), Errno>;
 }
 
 /// A connection to a server.
@@ -261,6 +248,24 @@ impl Client {
         let header = Header::command(self.fresh_id(), command, body.len());
         self.send(&header, body, fds)?;
         let answered = self.reply_to(&header)?;
+        self.checked(command, &answered)
+    }
+
+    /// As [`Client::request`], making the accesses that the server asks for until the reply is there.
+    ///
+    /// # Errors
+    /// [`ClientError`].
+    pub fn request_serving(&mut self, command: Command, body: &[u8], memory: &mut dyn ClientMemory) -> Result<&[u8], ClientError> {
+        let header = Header::command(self.fresh_id(), command, body.len());
+        self.send(&header, body, &[])?;
+        while let Some((asked, body)) = self.requests.pop_front() {
+            self.answer(&asked, &body, memory)?;
+        }
+        let answered = self.await_reply(&header, Some(memory))?;
+        self.checked(command, &answered)
+    }
+
+    fn checked(&self, command: Command, answered: &Header) -> Result<&[u8], ClientError> {
         if answered.flags & FLAG_ERROR != 0 {
             return Err(ClientError::Refused {
                 command: command.number(),
@@ -306,6 +311,10 @@ impl Client {
     /// # Errors
     /// [`ClientError`].
     pub fn reply_to(&mut self, sent: &Header) -> Result<Header, ClientError> {
+        self.await_reply(sent, None)
+    }
+
+    fn await_reply(&mut self, sent: &Header, mut memory: Option<&mut dyn ClientMemory>) -> Result<Header, ClientError> {
         let start = Instant::now();
         loop {
             while let Some(incoming) = self.input.next_message() {
@@ -313,7 +322,11 @@ impl Client {
                     return Err(ClientError::Reply { command: sent.command });
                 };
                 if !header.is_reply() {
-                    self.requests.push_back((header, body.to_vec()));
+                    let body = body.to_vec();
+                    match &mut memory {
+                        Some(memory) => self.answer(&header, &body, *memory)?,
+                        None => self.requests.push_back((header, body)),
+                    }
                 } else if header.message_id == sent.message_id && header.command == sent.command {
                     self.reply.clear();
                     self.reply.extend_from_slice(body);
@@ -426,19 +439,4 @@ impl Client {
 
 fn access(region: u32, offset: u64, len: usize) -> RegionAccess {
     RegionAccess { offset, region, count: u32::try_from(len).unwrap_or(u32::MAX) }
-}
-
-fn answer_from(header: &Header, body: &[u8], memory: &mut dyn ClientMemory) -> Result<Vec<u8>, Errno> {
-    let (asked, data) = DmaAccess::read_from_prefix(body).map_err(|_| Errno::INVAL)?;
-    let mut reply = asked.as_bytes().to_vec();
-    match Command::from_number(header.command) {
-        Some(Command::DmaRead) if data.is_empty() && asked.count <= u64::from(super::wire::MAX_DATA_BYTES) => {
-            let begin = reply.len();
-            reply.resize(begin + asked.count as usize, 0);
-            memory.read(asked.address, reply.get_mut(begin..).unwrap_or_default())?;
-        }
-        Some(Command::DmaWrite) if data.len() as u64 == asked.count => memory.write(asked.address, data)?,
-        _ => return Err(Errno::INVAL),
-    }
-    Ok(reply)
 }

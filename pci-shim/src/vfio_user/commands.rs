@@ -9,6 +9,7 @@ use farbus_remote_dma::{BarAddress, ResetKind, Width};
 use rustix::io::Errno;
 use zerocopy::IntoBytes;
 
+use super::held::Until;
 use super::message::Request;
 use super::options::ClientEnd;
 use super::served::Served;
@@ -19,21 +20,35 @@ use super::wire::{
     REGION_WRITE, REGIONS, RegionAccess, RegionInfo, RegionIoFds,
 };
 
+/// What a reply says about guest memory, and so must wait for.
+pub(super) struct Promise {
+    pub(super) until: Until,
+    /// What is said where it cannot be kept; `None` for the reply all the same.
+    pub(super) otherwise: Option<Errno>,
+}
+
 impl<D: Served> Session<'_, D> {
-    /// Does what a request says; the reply's body is in `self.reply` afterwards.
+    /// Does what a request says; the reply's body is in `self.reply` afterwards, to be sent when its promise holds.
     ///
     /// # Errors
     /// The errno for the client.
-    pub(super) fn dispatch(&mut self, request: &Request<'_>, fds: Vec<OwnedFd>) -> Result<(), Errno> {
+    pub(super) fn dispatch(&mut self, request: &Request<'_>, fds: Vec<OwnedFd>) -> Result<Option<Promise>, Errno> {
         match *request {
-            Request::RegionRead(access) => self.region_read(access),
+            Request::RegionRead(access) => {
+                self.region_read(access)?;
+                // An answer from a device follows its stores.
+                self.mediator.collect(self.device);
+                let flushed = Promise { until: Until::Stored(self.mediator.stores().0), otherwise: None };
+                return Ok((access.region < BAR_REGIONS).then_some(flushed));
+            }
             Request::RegionWrite(access, data) => {
+                let resets = self.device.resets();
                 self.region_write(access, data)?;
                 self.reply.extend_from_slice(access.as_bytes());
-                Ok(())
+                return Ok(self.after_resets(resets));
             }
             Request::RegionWriteMulti(writes) => {
-                let mut done = 0_u64;
+                let (mut done, resets) = (0_u64, self.device.resets());
                 for (access, data) in writes.iter() {
                     let written =
                         data.get(..access.count as usize).ok_or(Errno::INVAL).and_then(|data| self.region_write(access, data));
@@ -44,11 +59,11 @@ impl<D: Served> Session<'_, D> {
                     }
                 }
                 self.reply.extend_from_slice(done.as_bytes());
-                Ok(())
+                return Ok(self.after_resets(resets));
             }
             Request::Version { major, minor, data } => self.version(major, minor, data),
             Request::DmaMap(map) => self.maps.map(self.device, &map, fds),
-            Request::DmaUnmap(unmap) => self.unmap(&unmap),
+            Request::DmaUnmap(unmap) => return self.unmap(&unmap).map(Some),
             Request::DeviceInfo => {
                 let info = DeviceInfo {
                     argsz: size_of::<DeviceInfo>() as u32,
@@ -101,11 +116,23 @@ impl<D: Served> Session<'_, D> {
                 outcome.map_err(|error| {
                     tracing::warn!(%error, "the device cannot be reset");
                     Errno::IO
-                })
+                })?;
+                return Ok(Some(Promise { until: Until::Quiet, otherwise: Some(Errno::TIMEDOUT) }));
             }
             // As the kernel answers for a feature that a device does not have: no migration, no dirty logging by IOVA.
             Request::DeviceFeature { .. } | Request::MigrationData => Err(Errno::NOTTY),
         }
+        .map(|()| None)
+    }
+
+    /// After writes that may have been a function level reset: what was asked of the client before is given up. A guest may use the function
+    /// 100 ms after it asked for the reset (PCIe 5.0, section 6.6.2), so the reply promises no more than it can.
+    fn after_resets(&mut self, before: u64) -> Option<Promise> {
+        if self.device.resets() == before {
+            return None;
+        }
+        self.mediator.fault_all(self.device);
+        Some(Promise { until: Until::Quiet, otherwise: None })
     }
 
     fn version(&mut self, major: u16, minor: u16, data: &[u8]) -> Result<(), Errno> {
@@ -116,20 +143,29 @@ impl<D: Served> Session<'_, D> {
         let (agreement, text) = agreed.inspect_err(|_| self.end = Some(ClientEnd::Misbehaved("no version could be agreed on")))?;
         self.agreed = true;
         tracing::info!(minor = agreement.minor, "a client is served");
+        // Here and not where migration begins: QEMU (11.1.3) never asks for DEVICE_FEATURE, so that we do not hear of it.
+        self.no_migration.call_once(|| {
+            tracing::warn!(
+                "do not migrate the virtual machine: stock QEMU (11.1.3) moves it without the state of this device, and without a word"
+            );
+        });
         self.mediator.set_max_data(agreement.client_max_data);
         self.reply.extend_from_slice([major, agreement.minor].as_bytes());
         self.reply.extend_from_slice(&text);
         Ok(())
     }
 
-    fn unmap(&mut self, unmap: &DmaUnmap) -> Result<(), Errno> {
+    fn unmap(&mut self, unmap: &DmaUnmap) -> Result<Promise, Errno> {
         let windows = self.maps.range_to_unmap(unmap)?;
+        let unmapped = self.maps.unmap(self.device, &windows);
+        // What the device asked for until then is given up, also where it does not let go of all.
+        self.mediator.collect(self.device);
         for (iova, len) in &windows {
             self.mediator.fault_range(self.device, *iova, *len);
         }
-        self.maps.unmap(self.device, &windows)?;
+        unmapped?;
         self.reply.extend_from_slice(unmap.as_bytes());
-        Ok(())
+        Ok(Promise { until: Until::QuietIn(windows), otherwise: Some(Errno::TIMEDOUT) })
     }
 
     fn region_size(&self, index: u32) -> Result<u64, Errno> {

@@ -4,9 +4,8 @@
 //! which the device sees as a fault. Nothing waits for the reply but the device: a guest's register read is answered meanwhile.
 //!
 //! A client may handle such messages in any order, so order is kept here: a polled store goes out once all earlier stores are answered,
-//! its last word after the rest; an access that overlaps an earlier store waits for it; interrupts wait for the stores before them.
-//! What this cannot keep: a register read is answered although earlier stores are not (clients hold a lock that their own answer needs), and
-//! a store that is on its way when the device is reset or its deadline passes may still arrive at the guest.
+//! its last word after the rest; an access that overlaps an earlier store waits for it; interrupts, and replies to register reads, resets and
+//! unmaps (`held.rs`), wait for the stores before them. A store that was sent can land until its answer is here, whatever became of who asked.
 
 use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::io;
@@ -17,6 +16,7 @@ use farbus_remote_dma::{Iova, MediationAnswer, Ticket};
 use farbus_transport::Nanos;
 use zerocopy::IntoBytes;
 
+use super::held::Until;
 use super::maps::{FileKey, Maps};
 use super::message::{dma_read_reply, dma_write_reply_fits};
 use super::served::Served;
@@ -89,6 +89,15 @@ struct Outstanding {
     sample: Option<Sample>,
     deadline: Nanos,
     abandoned: bool,
+    /// Where a store goes, whatever became of its operation.
+    stores_at: Option<Iova>,
+}
+
+impl Outstanding {
+    fn may_land_in(&self, iova: u64, len: u64) -> bool {
+        let end = |at: Iova| at.0.saturating_add(self.part as u64);
+        self.stores_at.is_some_and(|at| at.0 < iova.saturating_add(len) && iova < end(at))
+    }
 }
 
 /// What an answer led to.
@@ -134,6 +143,16 @@ impl Mediator {
     /// The last store that the device asked for, and the first that is not answered.
     pub(super) fn stores(&self) -> (u64, Option<u64>) {
         (self.newest_store, self.unanswered_stores.first().copied())
+    }
+
+    /// Whether what a reply waits for has come.
+    pub(super) fn has_ended(&self, until: &Until) -> bool {
+        let mut sent = self.outstanding.values();
+        match until {
+            Until::Stored(number) => self.unanswered_stores.first().is_none_or(|first| first > number),
+            Until::Quiet => !sent.any(|message| message.stores_at.is_some()),
+            Until::QuietIn(ranges) => !sent.any(|message| ranges.iter().any(|(iova, len)| message.may_land_in(*iova, *len))),
+        }
     }
 
     /// Whether nothing waits and nothing is outstanding.
@@ -333,7 +352,8 @@ impl Mediator {
         };
         let header = Header::command(id, command_of(&operation.kind), size_of::<DmaAccess>() + data.len());
         output.send(socket, &header, [access.as_bytes(), data])?;
-        let message = Outstanding { operation, part, sample, deadline: now + self.deadline, abandoned: false };
+        let stores_at = matches!(operation.kind, Kind::Store { .. }).then_some(at);
+        let message = Outstanding { operation, part, sample, deadline: now + self.deadline, abandoned: false, stores_at };
         self.outstanding.insert(id, message);
         Ok(())
     }

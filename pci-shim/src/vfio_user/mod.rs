@@ -10,7 +10,10 @@
 //! ```
 
 pub mod client;
+mod client_memory;
 mod commands;
+mod door;
+mod held;
 mod irqs;
 mod maps;
 mod mediation;

@@ -28,6 +28,9 @@ pub struct Options {
     pub spin: Duration,
     /// How long a client may take to answer one `DMA_READ` or `DMA_WRITE`.
     pub dma_deadline: Duration,
+    /// How long a reply waits for stores of the device before it, with a client that is not known to make accesses while it waits. A client
+    /// that does gets `dma_deadline`.
+    pub flush_limit: Duration,
     /// How long a client may take from connecting to `VERSION`.
     pub version_deadline: Duration,
     /// Where a map's file is not the guest's memory.
@@ -41,6 +44,7 @@ impl Default for Options {
         Self {
             spin: Duration::from_micros(50),
             dma_deadline: Duration::from_secs(5),
+            flush_limit: Duration::from_millis(250),
             version_deadline: Duration::from_secs(10),
             on_unshared: OnUnshared::default(),
             on_gone: OnGone::default(),

@@ -15,8 +15,8 @@ use farbus_transport::{CloseReason, Memory, Nanos};
 use super::irqs::ClientInterrupts;
 use crate::{AccessError, Function, IrqSink, MediationRequest, MessageInterrupt};
 
-/// A PCI function as a server sees it; the methods mean what those of `Function` of the same names mean. None blocks for longer than a
-/// register access.
+/// A PCI function as a server sees it; the methods mean what those of `Function` of the same names mean. A register access
+/// blocks for no longer than a register read of the attachment may; maps, resets and the dirty log for as long as its questions may.
 pub trait Served {
     /// What the device is.
     fn description(&self) -> &DeviceDescription;
@@ -39,11 +39,14 @@ pub trait Served {
     /// [`AccessError`] for an address outside the BARs, or misaligned.
     fn bar_read(&mut self, at: BarAddress, width: Width) -> Result<u64, AccessError>;
 
-    /// Posts a register write.
+    /// Posts a register write; it may wait until [`Served::flush`].
     ///
     /// # Errors
     /// As [`Served::bar_read`].
     fn bar_write(&mut self, at: BarAddress, width: Width, value: u64) -> Result<(), AccessError>;
+
+    /// Sends the writes that wait.
+    fn flush(&mut self);
 
     /// Lets the device use a range.
     ///
@@ -74,6 +77,9 @@ pub trait Served {
     /// # Errors
     /// [`AttachmentError`].
     fn reset(&mut self, kind: ResetKind) -> Result<(), AttachmentError>;
+
+    /// How often the function was reset, by whatever asked for it.
+    fn resets(&self) -> u64;
 
     /// Takes what has happened.
     fn poll(&mut self, now: Nanos) -> Activity;
@@ -115,7 +121,11 @@ impl Served for Function<ClientInterrupts> {
     }
 
     fn bar_write(&mut self, at: BarAddress, width: Width, value: u64) -> Result<(), AccessError> {
-        self.bar_write(at, width, value)
+        self.post_write(at, width, value)
+    }
+
+    fn flush(&mut self) {
+        self.flush();
     }
 
     fn map(&mut self, window: Window) -> Result<(), MapError> {
@@ -144,6 +154,10 @@ impl Served for Function<ClientInterrupts> {
 
     fn reset(&mut self, kind: ResetKind) -> Result<(), AttachmentError> {
         self.reset(kind)
+    }
+
+    fn resets(&self) -> u64 {
+        self.counters().resets
     }
 
     fn poll(&mut self, now: Nanos) -> Activity {

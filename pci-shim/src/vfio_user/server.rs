@@ -9,17 +9,17 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Once};
 use std::thread;
 
 use farbus_remote_dma::Activity;
 use farbus_transport::{CloseReason, Nanos};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd};
 use rustix::io::Errno;
-use rustix::net::SocketFlags;
 use thiserror::Error;
 
+use super::door::Door;
 use super::options::{ClientEnd, Options, ServeError, host};
 use super::served::Served;
 use super::session::serve_client;
@@ -31,7 +31,7 @@ pub enum BindError {
     #[error("{0} is in use: another server listens there")]
     InUse(PathBuf),
     /// Something else has that name.
-    #[error("{0} exists and is not a socket: choose another path or remove it")]
+    #[error("{0} exists and is not a socket")]
     NotASocket(PathBuf),
     /// The kernel refused.
     #[error("cannot listen on {path}: {source}")]
@@ -95,6 +95,8 @@ pub struct Server {
     /// Device number and inode of the socket file, so that only our own is removed.
     identity: Option<(u64, u64)>,
     stop: StopHandle,
+    /// Done when the first client was served, whose user is told what a migration would do.
+    no_migration: Once,
 }
 
 impl Server {
@@ -115,7 +117,7 @@ impl Server {
         listener.set_nonblocking(true).map_err(failed)?;
         let identity = fs::symlink_metadata(&path).ok().map(|data| (data.dev(), data.ino()));
         let stop = StopHandle::new().map_err(failed)?;
-        Ok(Self { listener, path, identity, stop })
+        Ok(Self { listener, path, identity, stop, no_migration: Once::new() })
     }
 
     /// Where it listens.
@@ -128,11 +130,20 @@ impl Server {
         self.stop.clone()
     }
 
-    /// Serves one client after the other with `device`. The device is reset between two.
+    /// Serves one client after the other with `device`. The device is reset between two. One that comes while another is served is refused with
+    /// `EBUSY`, by a thread that sleeps otherwise; one that comes when the last has hung up waits for the reset.
     ///
     /// # Errors
     /// [`ServeError`] where the kernel does not let us wait or accept; no client can cause one.
     pub fn serve<D: Served>(&mut self, device: &mut D, options: &Options) -> Result<Ended, ServeError> {
+        thread::scope(|scope| {
+            let door = Door::open(scope, &self.listener, options.version_deadline)
+                .map_err(|source| ServeError::Host { what: "start the thread that accepts clients", source })?;
+            self.serve_at(&door, device, options)
+        })
+    }
+
+    fn serve_at<D: Served>(&self, door: &Door, device: &mut D, options: &Options) -> Result<Ended, ServeError> {
         loop {
             let client = loop {
                 let activity = device.poll(Nanos::now());
@@ -147,18 +158,15 @@ impl Server {
                 if let Some(reason) = device.gone() {
                     return Ok(Ended::DeviceGone(reason));
                 }
-                match rustix::net::accept_with(&self.listener, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK) {
-                    Ok(client) => break client,
-                    Err(Errno::AGAIN) => self.wait(device, activity)?,
-                    Err(Errno::INTR | Errno::CONNABORTED) => {}
-                    Err(Errno::MFILE | Errno::NFILE | Errno::NOBUFS | Errno::NOMEM) => {
-                        tracing::warn!("no descriptors or memory left to accept a client: trying again in 100 ms");
-                        thread::sleep(std::time::Duration::from_millis(100));
-                    }
-                    Err(errno) => return Err(host("accept a client")(errno)),
+                match door.visitor().map_err(host("accept a client"))? {
+                    Some(client) => break client,
+                    None => self.wait(door, device, activity)?,
                 }
             };
-            match serve_client(device, options, client.as_fd(), &self.stop)? {
+            let end = serve_client(device, options, client.as_fd(), &self.stop, &self.no_migration)?;
+            drop(client);
+            door.left();
+            match end {
                 ClientEnd::Stopped => return Ok(Ended::Stopped),
                 ClientEnd::Misbehaved(why) => tracing::warn!(why, "a client was sent away"),
                 end => tracing::info!(?end, "a client's session ended"),
@@ -166,7 +174,7 @@ impl Server {
         }
     }
 
-    fn wait<D: Served>(&self, device: &mut D, activity: Activity) -> Result<(), ServeError> {
+    fn wait<D: Served>(&self, door: &Door, device: &mut D, activity: Activity) -> Result<(), ServeError> {
         let limit = match activity {
             Activity::Busy => return Ok(()),
             Activity::Idle(limit) => limit,
@@ -181,7 +189,7 @@ impl Server {
             tv_nsec: i64::from(limit.subsec_nanos()),
         });
         let mut fds = Vec::with_capacity(3);
-        fds.push(PollFd::new(&self.listener, PollFlags::IN));
+        fds.push(PollFd::from_borrowed_fd(door.fd(), PollFlags::IN));
         fds.push(PollFd::from_borrowed_fd(self.stop.fd(), PollFlags::IN));
         fds.extend(device.wake_fd().map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN)));
         match rustix::event::poll(&mut fds, timeout.as_ref()) {

@@ -1,17 +1,22 @@
 //! One client, from its `VERSION` to its end: commands in order, each answered exactly once unless it wants no answer.
 //!
-//! Message 9 asks for 4 bytes of region 0 at 0x1c: the function reads BAR0 + 0x1c, and 36 bytes go back with the same message number. A
-//! message that makes no sense is answered with an errno and the next one is read; only a stream that cannot be followed ends the client.
+//! Message 9 asks for 4 bytes of region 0 at 0x1c: the function reads BAR0 + 0x1c, and 36 bytes go back with the same message number, behind
+//! the stores that the device made before. A message that makes no sense is answered with an errno and the next one is read; only a stream
+//! that cannot be followed ends the client.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Once;
 use std::time::Duration;
 
 use farbus_remote_dma::{Activity, InterruptMode, ResetKind};
 use farbus_transport::Nanos;
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::io::Errno;
+use rustix::net::Shutdown;
 
+use super::commands::Promise;
+use super::held::Waiting;
 use super::maps::Maps;
 use super::mediation::{Finding, Mediator};
 use super::message::parse;
@@ -30,15 +35,20 @@ const BUSY_POLLS: u32 = 16;
 /// One client's connection and all that it set up.
 pub(super) struct Session<'a, D> {
     pub(super) device: &'a mut D,
-    options: &'a Options,
+    pub(super) options: &'a Options,
     socket: BorrowedFd<'a>,
+    /// Whether somebody was told what happens in a migration.
+    pub(super) no_migration: &'a Once,
     output: Output,
     pub(super) maps: Maps,
     pub(super) mediator: Mediator,
     /// The body of the reply that is being made.
     pub(super) reply: Vec<u8>,
+    pub(super) waiting: Waiting,
     pub(super) agreed: bool,
     proof_due: bool,
+    /// Whether it was said that the device is gone.
+    mourned: bool,
     pub(super) mode: InterruptMode,
     pub(super) end: Option<ClientEnd>,
 }
@@ -52,6 +62,7 @@ pub(super) fn serve_client<D: Served>(
     options: &Options,
     socket: BorrowedFd<'_>,
     stop: &StopHandle,
+    no_migration: &Once,
 ) -> Result<ClientEnd, ServeError> {
     let mut session = Session {
         mode: InterruptMode::Pin,
@@ -59,14 +70,21 @@ pub(super) fn serve_client<D: Served>(
         device,
         options,
         socket,
+        no_migration,
         output: Output::default(),
         maps: Maps::default(),
         reply: Vec::with_capacity(4096),
+        waiting: Waiting::default(),
         agreed: false,
         proof_due: false,
+        mourned: false,
         end: None,
     };
     let end = session.run(stop);
+    // Before the reset, which may take its time: who was sent away hears it now, and who comes now waits for the reset and is not refused.
+    if let Err(errno) = rustix::net::shutdown(socket, Shutdown::Both) {
+        tracing::debug!(%errno, "a client was gone already");
+    }
     session.close();
     end
 }
@@ -84,6 +102,7 @@ impl<D: Served> Session<'_, D> {
             if !std::mem::take(&mut readable) {
                 activity = self.device.poll(Nanos::now());
                 self.settle();
+                self.release();
                 if activity == Activity::Busy && busy_polls < BUSY_POLLS && self.end.is_none() && !stop.is_stopped() {
                     busy_polls += 1;
                     continue;
@@ -100,8 +119,14 @@ impl<D: Served> Session<'_, D> {
                 return Ok(ClientEnd::Stopped);
             }
             let now = Nanos::now();
-            if self.options.on_gone == OnGone::End && self.device.gone().is_some() {
-                return Ok(ClientEnd::DeviceGone);
+            if !self.mourned
+                && let Some(reason) = self.device.gone()
+            {
+                if self.options.on_gone == OnGone::End {
+                    return Ok(ClientEnd::DeviceGone);
+                }
+                self.mourned = true;
+                tracing::warn!(%reason, "the device is gone: its client reads all ones until it leaves");
             }
             if activity == Activity::Busy {
                 awake_until = now + self.options.spin;
@@ -115,7 +140,8 @@ impl<D: Served> Session<'_, D> {
                 std::hint::spin_loop();
                 continue;
             }
-            let until = version_deadline.into_iter().chain(self.mediator.next_deadline()).map(|deadline| deadline.since(now)).min();
+            let deadlines = [version_deadline, self.mediator.next_deadline(), self.waiting.deadline()];
+            let until = deadlines.into_iter().flatten().map(|deadline| deadline.since(now)).min();
             readable = self.sleep(activity, until, stop)?;
         }
     }
@@ -135,7 +161,7 @@ impl<D: Served> Session<'_, D> {
         let timeout = until.into_iter().chain(own).chain(unarmed).min().map(timespec);
         let backlog = self.output.backlog();
         let mut events = PollFlags::empty();
-        if backlog < MAX_BACKLOG {
+        if backlog < MAX_BACKLOG && !self.waiting.is_full() {
             events |= PollFlags::IN;
         }
         if backlog > 0 {
@@ -171,6 +197,9 @@ impl<D: Served> Session<'_, D> {
             self.flush();
             return false;
         }
+        if self.waiting.is_full() {
+            return false;
+        }
         match input.receive(self.socket, false) {
             Ok(Received::Bytes) => {}
             Ok(Received::Nothing) => return false,
@@ -185,7 +214,9 @@ impl<D: Served> Session<'_, D> {
         }
         while self.end.is_none() {
             match input.next_message() {
-                Some(Incoming::Message { header, body, fds, excess_fds }) => self.message(&header, body, fds, excess_fds),
+                Some(Incoming::Message { header, body, fds, excess_fds, last }) => {
+                    self.message(&header, body, fds, excess_fds, last)
+                }
                 Some(Incoming::TooLong(header)) => self.refuse(&header, Errno::TOOBIG),
                 Some(Incoming::Broken(header)) => {
                     self.refuse(&header, Errno::INVAL);
@@ -194,33 +225,56 @@ impl<D: Served> Session<'_, D> {
                 None => break,
             }
         }
+        self.device.flush();
         true
     }
 
-    fn message(&mut self, header: &Header, body: &[u8], fds: Vec<OwnedFd>, excess_fds: bool) {
+    fn message(&mut self, header: &Header, body: &[u8], fds: Vec<OwnedFd>, excess_fds: bool, last: bool) {
         if header.is_reply() {
             self.client_reply(header, body);
-        } else if !header.is_command() || excess_fds {
+        } else if self.waiting.is_held() {
+            self.waiting.defer(header, body, fds, excess_fds);
+        } else {
+            self.command(header, body, fds, excess_fds, last);
+        }
+        self.settle();
+        self.release();
+    }
+
+    pub(super) fn command(&mut self, header: &Header, body: &[u8], fds: Vec<OwnedFd>, excess_fds: bool, last: bool) {
+        if !header.is_command() || excess_fds {
             self.refuse(header, Errno::INVAL);
         } else if !self.agreed && header.command != Command::Version.number() {
             self.refuse(header, Errno::INVAL);
             self.end = Some(ClientEnd::Misbehaved("its first message was not VERSION"));
         } else {
             self.reply.clear();
-            match parse(header.command, body).and_then(|request| self.dispatch(&request, fds)) {
-                Ok(()) => self.acknowledge(header),
+            let outcome = parse(header.command, body).and_then(|request| self.dispatch(&request, fds));
+            if last {
+                // A doorbell is on its way before the client is told that it was taken; a burst goes together.
+                self.device.flush();
+            }
+            match outcome {
+                Ok(Some(Promise { until, otherwise })) if !self.mediator.has_ended(&until) => {
+                    // What is waited for must be on its way.
+                    self.settle();
+                    if !self.hold(header, until, otherwise) {
+                        self.acknowledge(header);
+                    }
+                }
+                Ok(_) => self.acknowledge(header),
                 Err(errno) => {
                     tracing::debug!(command = header.command, %errno, "a command was refused");
                     self.refuse(header, errno);
                 }
             }
         }
-        self.settle();
     }
 
     fn client_reply(&mut self, header: &Header, body: &[u8]) {
         let now = Nanos::now();
         let finding = self.mediator.reply(header, body, self.device, &mut self.maps, self.socket, &mut self.output, now);
+        self.client_serves();
         match finding {
             Ok(Finding::Nothing) => self.proof_due = self.maps.files_mut().any(|file| file.trust == Trust::Seen),
             Ok(Finding::NotShared) => match self.options.on_unshared {
@@ -241,7 +295,7 @@ impl<D: Served> Session<'_, D> {
     }
 
     /// After every call of the device: what it asks of the client goes out, then the interrupts that may.
-    fn settle(&mut self) {
+    pub(super) fn settle(&mut self) {
         self.mediator.collect(self.device);
         if !self.mediator.is_idle() {
             let now = Nanos::now();
@@ -270,7 +324,7 @@ impl<D: Served> Session<'_, D> {
         }
     }
 
-    fn acknowledge(&mut self, header: &Header) {
+    pub(super) fn acknowledge(&mut self, header: &Header) {
         if !header.no_reply()
             && let Err(error) = self.output.send(self.socket, &header.reply(self.reply.len()), [&self.reply, &[]])
         {
@@ -278,7 +332,7 @@ impl<D: Served> Session<'_, D> {
         }
     }
 
-    fn refuse(&mut self, header: &Header, errno: Errno) {
+    pub(super) fn refuse(&mut self, header: &Header, errno: Errno) {
         if !header.no_reply()
             && let Err(error) = self.output.send(self.socket, &header.refusal(errno), [&[], &[]])
         {
@@ -321,6 +375,7 @@ impl<D: Served> Session<'_, D> {
     }
 }
 
-fn timespec(duration: Duration) -> Timespec {
+/// A time to sleep as poll(2) takes it.
+pub(super) fn timespec(duration: Duration) -> Timespec {
     Timespec { tv_sec: i64::try_from(duration.as_secs()).unwrap_or(i64::MAX), tv_nsec: i64::from(duration.subsec_nanos()) }
 }

@@ -44,6 +44,8 @@ pub enum Incoming<'a> {
         fds: Vec<OwnedFd>,
         /// More descriptors came than a message may carry; those beyond were closed.
         excess_fds: bool,
+        /// Nothing that was received follows it.
+        last: bool,
     },
     /// A message that is too long to be held. Its body will be skipped.
     TooLong(Header),
@@ -160,8 +162,9 @@ impl Input {
                     let (fds, excess) = self.take(size);
                     (fds, excess, begin)
                 };
+                let last = self.start == self.end;
                 let body = self.buffer.get(begin + HEADER_BYTES..begin + size)?;
-                Some(Incoming::Message { header, body, fds, excess_fds })
+                Some(Incoming::Message { header, body, fds, excess_fds, last })
             }
         }
     }
@@ -274,7 +277,7 @@ mod tests {
         while input.receive(socket.as_fd(), false).unwrap() == Received::Bytes {
             while let Some(incoming) = input.next_message() {
                 match incoming {
-                    Incoming::Message { header, body, fds, excess_fds } => {
+                    Incoming::Message { header, body, fds, excess_fds, .. } => {
                         assert!(body.iter().enumerate().all(|(i, b)| *b == i as u8 ^ header.message_id as u8));
                         seen.push((header.message_id, body.len(), fds.len(), excess_fds));
                     }

@@ -2,7 +2,7 @@
 //!
 //! `device.play([Step::Store { .. }, Step::Raise(3)])` has the device ask for a store and raise vector 3 in its next poll, in that order; the
 //! test then sees, as a client, when each arrives.
-#![allow(dead_code, reason = "each test program uses a part")]
+#![allow(dead_code, unused_imports, reason = "each test program uses a part")]
 #![allow(clippy::unwrap_used, reason = "a panic is how a test fails")]
 
 use std::collections::VecDeque;
@@ -12,7 +12,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use farbus_pci_shim::vfio_user::client::{Client, ClientMemory};
+use farbus_pci_shim::vfio_user::client::Client;
 use farbus_pci_shim::vfio_user::{ClientInterrupts, Ended, Options, Served, Server, StopHandle};
 use farbus_pci_shim::{AccessError, MediationKind, MediationRequest};
 use farbus_remote_dma::dirty_log::DirtyLog;
@@ -22,7 +22,9 @@ use farbus_remote_dma::{
 };
 use farbus_transport::{CloseReason, Memory, Nanos};
 use rustix::event::{EventfdFlags, eventfd};
-use rustix::io::Errno;
+
+mod memory;
+pub use memory::{Guest, SharedGuest};
 
 pub const DEADLINE: Duration = Duration::from_secs(5);
 
@@ -194,6 +196,8 @@ impl Served for Scripted {
         Ok(())
     }
 
+    fn flush(&mut self) {}
+
     fn map(&mut self, window: Window) -> Result<(), MapError> {
         let mut state = self.state.lock().unwrap();
         if state.refuses_files && matches!(window.memory, WindowMemory::Mapped { .. }) {
@@ -251,6 +255,10 @@ impl Served for Scripted {
         state.resets += 1;
         state.bar0.fill(0);
         Ok(())
+    }
+
+    fn resets(&self) -> u64 {
+        self.state.lock().unwrap().resets as u64
     }
 
     fn poll(&mut self, _: Nanos) -> Activity {
@@ -328,55 +336,6 @@ impl Drop for Running {
     }
 }
 
-/// Guest memory of one range of addresses.
-pub struct Guest {
-    pub base: u64,
-    pub bytes: Vec<u8>,
-    pub writes: Vec<(u64, usize)>,
-}
-
-impl Guest {
-    pub fn new(base: u64, len: usize) -> Self {
-        Self { base, bytes: vec![0; len], writes: vec![] }
-    }
-
-    fn range(&self, iova: u64, len: usize) -> Result<std::ops::Range<usize>, Errno> {
-        let from = iova.checked_sub(self.base).ok_or(Errno::NODEV)? as usize;
-        let end = from.checked_add(len).filter(|end| *end <= self.bytes.len()).ok_or(Errno::NODEV)?;
-        Ok(from..end)
-    }
-}
-
-impl ClientMemory for Guest {
-    fn read(&mut self, iova: u64, into: &mut [u8]) -> Result<(), Errno> {
-        into.copy_from_slice(&self.bytes[self.range(iova, into.len())?]);
-        Ok(())
-    }
-
-    fn write(&mut self, iova: u64, bytes: &[u8]) -> Result<(), Errno> {
-        let range = self.range(iova, bytes.len())?;
-        self.bytes[range].copy_from_slice(bytes);
-        self.writes.push((iova, bytes.len()));
-        Ok(())
-    }
-}
-
-/// Guest memory in a memfd that the server maps too.
-pub struct SharedGuest {
-    pub base: u64,
-    pub memory: Arc<Memory>,
-}
-
-impl ClientMemory for SharedGuest {
-    fn read(&mut self, iova: u64, into: &mut [u8]) -> Result<(), Errno> {
-        self.memory.read(iova - self.base, into).map_err(|_| Errno::NODEV)
-    }
-
-    fn write(&mut self, iova: u64, bytes: &[u8]) -> Result<(), Errno> {
-        self.memory.write(iova - self.base, bytes).map_err(|_| Errno::NODEV)
-    }
-}
-
 pub fn eventfds(count: usize) -> Vec<OwnedFd> {
     (0..count).map(|_| eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC).unwrap()).collect()
 }
@@ -423,6 +382,10 @@ impl Attachment for Lent {
     }
     fn bar_write(&mut self, at: BarAddress, width: Width, value: u64, _: &mut dyn Host) {
         Served::bar_write(&mut self.0, at, width, value).unwrap();
+    }
+
+    fn flush(&mut self) {
+        self.0.flush();
     }
     fn map(&mut self, window: Window, _: &mut dyn Host) -> Result<(), MapError> {
         Served::map(&mut self.0, window)

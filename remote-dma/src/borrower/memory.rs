@@ -1,15 +1,15 @@
 //! The borrower's books: which memory was offered to the lender, under which key, with which dirty log, and which windows lead to it.
 //!
 //! Mapping 64 MiB at 0 and 448 MiB at 0x1_0000_0000 of one memfd offers it once, as key 1; unmapping the second leaves the offer, unmapping
-//! both withdraws it.
+//! both withdraws it, and what the device wrote can still be taken from its log.
 
 use std::sync::Arc;
 
-use farbus_transport::{Access, Fabric, Grant, GrantError, LocalRegion, Memory};
+use farbus_transport::{Access, Fabric, Grant, GrantError, LocalRegion, Memory, RevokeError};
 
 use crate::address::Iova;
 use crate::attachment::{MapError, Window, WindowMemory};
-use crate::dirty_log::DirtyLog;
+use crate::dirty_log::{DirtyLog, DirtyLogs};
 use crate::iova_map::IovaMap;
 
 struct Offered {
@@ -37,6 +37,7 @@ pub(super) struct Offer {
 pub(super) struct Memories {
     windows: IovaMap<Target>,
     offered: Vec<Offered>,
+    logs: DirtyLogs,
 }
 
 impl Memories {
@@ -59,23 +60,26 @@ impl Memories {
     }
 
     pub(super) fn log_of(&self, memory: &Arc<Memory>) -> Option<&DirtyLog> {
-        self.find(memory).map(|offered| &offered.log)
+        self.logs.of(memory)
     }
 
     /// Registers and grants memory that no window used so far.
     pub(super) fn offer<F: Fabric>(&mut self, fabric: &mut F, memory: &Arc<Memory>, proven: bool) -> Result<Offer, MapError> {
-        let log = DirtyLog::new(memory.len()).map_err(GrantError::from)?;
+        self.prune_logs();
+        // Where it had windows before, marks of then may wait to be taken.
+        let log = self.logs.of_or_new(memory).map_err(GrantError::from)?;
         let access = if memory.writable() { Access::READ_WRITE } else { Access::READ };
         let not_registered = |_| GrantError::TooMany { limit: u32::MAX };
-        let region = fabric.register(Arc::clone(memory), access).map_err(not_registered)?;
-        let result = fabric.register(Arc::clone(log.marks()), Access::READ_WRITE).map_err(not_registered).and_then(|log_region| {
-            let grants =
-                fabric.export(&region, access).and_then(|memory| Ok((memory, fabric.export(&log_region, Access::READ_WRITE)?)));
-            if grants.is_err() {
-                fabric.deregister(log_region);
-            }
-            grants.map(|grants| (log_region, grants))
-        });
+        let region = fabric.register_for_peer(Arc::clone(memory), access).map_err(not_registered)?;
+        let result =
+            fabric.register_for_peer(Arc::clone(log.marks()), Access::READ_WRITE).map_err(not_registered).and_then(|log_region| {
+                let grants =
+                    fabric.export(&region, access).and_then(|memory| Ok((memory, fabric.export(&log_region, Access::READ_WRITE)?)));
+                if grants.is_err() {
+                    take_back(fabric, log_region);
+                }
+                grants.map(|grants| (log_region, grants))
+            });
         match result {
             Ok((log_region, (granted, dirty))) => {
                 let regions = [region, log_region];
@@ -83,7 +87,7 @@ impl Memories {
                 Ok(Offer { memory: granted, dirty })
             }
             Err(error) => {
-                fabric.deregister(region);
+                take_back(fabric, region);
                 Err(error.into())
             }
         }
@@ -116,12 +120,37 @@ impl Memories {
         Ok(unused)
     }
 
-    pub(super) fn forget<F: Fabric>(&mut self, fabric: &mut F, key: u64) {
-        if let Some(at) = self.offered.iter().position(|offered| offered.key == key) {
-            for region in self.offered.swap_remove(at).regions {
-                fabric.deregister(region);
-            }
+    /// Takes an offer back.
+    ///
+    /// # Errors
+    /// [`RevokeError`]: the lender may still be in it.
+    pub(super) fn forget<F: Fabric>(&mut self, fabric: &mut F, key: u64) -> Result<(), RevokeError> {
+        let Some(at) = self.offered.iter().position(|offered| offered.key == key) else {
+            return Ok(());
+        };
+        let [memory, log] = self.offered.swap_remove(at).regions;
+        let revoked = fabric.deregister(memory);
+        take_back(fabric, log);
+        self.prune_logs();
+        revoked
+    }
+
+    /// Takes all offers back, because the link is given up. Windows stay in the books, and what was written can still be taken.
+    ///
+    /// # Errors
+    /// [`RevokeError`]: the lender may still be in one of them.
+    pub(super) fn revoke_all<F: Fabric>(&mut self, fabric: &mut F) -> Result<(), RevokeError> {
+        let mut revoked = Ok(());
+        for Offered { regions: [memory, log], .. } in self.offered.drain(..) {
+            revoked = revoked.and(fabric.deregister(memory));
+            take_back(fabric, log);
         }
+        revoked
+    }
+
+    fn prune_logs(&mut self) {
+        let offered = &self.offered;
+        self.logs.prune(|memory| offered.iter().any(|offered| Arc::ptr_eq(&offered.memory, memory)));
     }
 
     /// The key of memory that was not proven before.
@@ -165,5 +194,12 @@ impl Memories {
 
     fn by_key(&self, key: Option<u64>) -> Option<&Offered> {
         self.offered.iter().find(|offered| Some(offered.key) == key)
+    }
+}
+
+/// Takes back memory that no guest uses: who is still in it harms nobody.
+fn take_back<F: Fabric>(fabric: &mut F, region: LocalRegion) {
+    if let Err(error) = fabric.deregister(region) {
+        tracing::warn!(%error, "the lender keeps memory that it was given for its own use");
     }
 }

@@ -3,24 +3,18 @@
 //! A store of 17 to BAR0 + 0x1018 is posted and forgotten; a load follows it on the same link and waits, taking interrupts that come before
 //! its answer in their order, and at the deadline answers all ones. Nothing here polls guest memory, and nothing here blocks without a limit.
 
+mod attachment;
 mod memory;
 mod staging;
 
-use std::os::fd::BorrowedFd;
-use std::sync::Arc;
 use std::time::Duration;
 
-use farbus_transport::{CloseReason, Event, Events, Fabric, GrantError, Memory, Nanos, OpError};
+use farbus_transport::{CloseReason, Event, Events, Fabric, GrantError, Nanos, OpError};
 
 use self::memory::Memories;
 use self::staging::Staging;
-use crate::address::{BarAddress, Iova, Width};
-use crate::attachment::{
-    Activity, Attachment, AttachmentError, Host, MapError, Mediation, MediationAnswer, Ticket, Window, WindowMemory,
-};
-use crate::backend::{InterruptMode, ResetKind};
+use crate::attachment::{AttachmentError, Host, MapError, Mediation};
 use crate::device::DeviceDescription;
-use crate::dirty_log::DirtyLog;
 use crate::endpoint::Endpoint;
 use crate::message::{Outcome, Sequence, ToBorrower, ToLender};
 use crate::wait::{Patience, SpinThenSleep, sleep_until_readable};
@@ -76,7 +70,13 @@ pub struct BorrowerSession<F: Fabric> {
     events: Events,
     sequence: Sequence,
     answer: Option<(Sequence, Answer)>,
+    /// A register read waits: stores that come before its answer must not wait for it.
+    flushing: bool,
     gone: Option<CloseReason>,
+    /// A register write was posted and not flushed.
+    unflushed: bool,
+    /// The link was given up, and the lender may nevertheless be in the guest's memory: it did not come out in time.
+    in_doubt: bool,
     counters: Counters,
 }
 
@@ -110,7 +110,10 @@ impl<F: Fabric> BorrowerSession<F> {
             events: Events::new(),
             sequence: 0,
             answer: None,
+            flushing: false,
             gone: None,
+            unflushed: false,
+            in_doubt: false,
             counters: Counters::default(),
         };
         session.send(ToLender::Staging(session.staging.store_grant()));
@@ -135,11 +138,17 @@ impl<F: Fabric> BorrowerSession<F> {
         self.sequence
     }
 
+    /// Gives the link up, and takes the guest's memory back: whatever the reason, the lender is outside of it when this returns, or in doubt.
     fn close(&mut self, reason: CloseReason) {
-        if self.gone.is_none() {
-            tracing::debug!(%reason, "the link to the lender ended");
-            self.gone = Some(reason);
-            self.link.close();
+        if self.gone.is_some() {
+            return;
+        }
+        tracing::debug!(%reason, "the link to the lender ended");
+        self.gone = Some(reason);
+        self.link.close();
+        if let Err(error) = self.memories.revoke_all(&mut self.link.fabric) {
+            tracing::error!(%error, "the lender may still write guest memory: it must not be used for anything else while the lender runs");
+            self.in_doubt = true;
         }
     }
 
@@ -151,6 +160,10 @@ impl<F: Fabric> BorrowerSession<F> {
         self.link.poll(now, &mut events);
         let count = events.as_slice().len();
         for event in events.as_slice() {
+            // What comes behind the end, or behind a fault, is not obeyed: each message could cost a wait.
+            if self.gone.is_some() {
+                break;
+            }
             self.handle(event, host);
         }
         self.events = events;
@@ -160,9 +173,24 @@ impl<F: Fabric> BorrowerSession<F> {
         count > 0
     }
 
+    /// Gives back the slots of stores that the guest's side has and has not made: while it waits for an answer it makes none, and the answer
+    /// comes behind all of them.
+    fn give_slots_back(&mut self) {
+        let Some(mut ticket) = self.staging.take() else { return };
+        loop {
+            self.send(ToLender::Taken { ticket });
+            match self.staging.take() {
+                Some(next) => ticket = next,
+                None => break,
+            }
+        }
+        self.link.flush();
+    }
+
     /// Waits for the answer to `sequence`; `None` at the deadline or when the link is gone.
     #[inline]
     fn wait_for(&mut self, sequence: Sequence, limit: Duration, host: &mut dyn Host) -> Option<Answer> {
+        self.unflushed = false;
         self.link.flush();
         let started = self.patience.begin();
         let mut now = started;
@@ -208,10 +236,21 @@ impl<F: Fabric> BorrowerSession<F> {
     #[inline]
     fn handle(&mut self, event: &Event, host: &mut dyn Host) {
         match *event {
-            Event::Message(ref message) => match ToBorrower::parse(message.bytes()) {
-                Ok(message) => self.obey(message, host),
-                Err(error) => self.close(CloseReason::Protocol(error.text())),
-            },
+            Event::Message(ref message) => {
+                let mut bytes = message.bytes();
+                loop {
+                    match ToBorrower::parse(bytes) {
+                        Ok((message, rest)) => {
+                            self.obey(message, host);
+                            bytes = rest;
+                        }
+                        Err(error) => self.close(CloseReason::Protocol(error.text())),
+                    }
+                    if bytes.is_empty() || self.gone.is_some() {
+                        break;
+                    }
+                }
+            }
             Event::Closed(reason) => self.close(reason),
             // The link ended with it under way; why is said by the event that follows.
             Event::Failed(_, OpError::Closed) => {}
@@ -249,12 +288,15 @@ impl<F: Fabric> BorrowerSession<F> {
                     Err(what) => self.close(CloseReason::Protocol(what)),
                 }
             }
-            ToBorrower::Store { ticket, iova, len, polled } => {
+            ToBorrower::Store { ticket, slot, iova, len, polled } => {
                 self.counters.mediations += 1;
                 let mut bytes = [0; staging::SLOT_BYTES as usize];
-                match self.staging.begin_store(ticket, iova, len, &mut bytes) {
+                match self.staging.begin_store((ticket, slot), iova, len, &mut bytes) {
                     Ok(bytes) => host.mediate(ticket, Mediation::Store { iova, bytes, polled }),
-                    Err(what) => self.close(CloseReason::Protocol(what)),
+                    Err(what) => return self.close(CloseReason::Protocol(what)),
+                }
+                if self.flushing {
+                    self.give_slots_back();
                 }
             }
             ToBorrower::Staging(grant) => {
@@ -268,17 +310,33 @@ impl<F: Fabric> BorrowerSession<F> {
 
     /// Takes back an offer that no window uses.
     fn withdraw(&mut self, key: u64, host: &mut dyn Host) -> Result<(), MapError> {
-        if self.gone.is_none() {
-            let sequence = self.next_sequence();
-            self.ask(sequence, ToLender::Withdraw { sequence, key }, host)?;
-        }
-        self.memories.forget(&mut self.link.fabric, key);
-        Ok(())
+        let sequence = self.next_sequence();
+        let asked = self.ask(sequence, ToLender::Withdraw { sequence, key }, host);
+        self.out_of_it(asked)?;
+        self.forget(key)
     }
 
-    /// Whether the device's side can no longer touch guest memory because nobody is there.
-    fn nobody_is_there(&self) -> bool {
-        matches!(self.gone, Some(CloseReason::PeerGone | CloseReason::PeerClosed))
+    /// The answer to a question that takes memory away. Where the link is given up there is none, but the memory was taken back.
+    fn out_of_it(&self, asked: Result<(), MapError>) -> Result<(), MapError> {
+        match self.gone {
+            None => asked,
+            Some(_) if !self.in_doubt => Ok(()),
+            Some(reason) => Err(AttachmentError::Gone(reason).into()),
+        }
+    }
+
+    fn forget(&mut self, key: u64) -> Result<(), MapError> {
+        self.memories.forget(&mut self.link.fabric, key).map_err(|error| {
+            tracing::error!(%error, "the lender gave memory back that it is still in");
+            AttachmentError::Refused("it does not let go of memory that was taken back").into()
+        })
+    }
+}
+
+impl<F: Fabric> Drop for BorrowerSession<F> {
+    /// Who drops the session may use the guest's memory for something else.
+    fn drop(&mut self) {
+        self.close(CloseReason::Local);
     }
 }
 
@@ -290,176 +348,5 @@ fn refusal(outcome: Outcome) -> &'static str {
         Outcome::TooMany => "too many windows",
         Outcome::Grant => "the memory cannot be used there: it must be sealed against shrinking, or the lender told to accept it",
         Outcome::UnknownKey => "the memory was not offered",
-    }
-}
-
-impl<F: Fabric> Attachment for BorrowerSession<F> {
-    fn description(&self) -> &DeviceDescription {
-        &self.description
-    }
-
-    fn bar_read(&mut self, at: BarAddress, width: Width, host: &mut dyn Host) -> u64 {
-        if self.gone.is_some() {
-            return width.all_ones();
-        }
-        self.counters.bar_reads += 1;
-        let sequence = self.next_sequence();
-        self.send(ToLender::BarRead { sequence, at, width });
-        match self.wait_for(sequence, self.options.read_deadline, host) {
-            Some(Answer::Value(value)) => width.truncate(value),
-            Some(Answer::Outcome(_)) => {
-                self.close(CloseReason::Protocol("an acknowledgement where a value was due"));
-                width.all_ones()
-            }
-            None => {
-                self.counters.reads_timed_out += 1;
-                width.all_ones()
-            }
-        }
-    }
-
-    fn bar_write(&mut self, at: BarAddress, width: Width, value: u64, _host: &mut dyn Host) {
-        if self.gone.is_some() {
-            return;
-        }
-        self.counters.bar_writes += 1;
-        self.send(ToLender::BarWrite { at, width, value });
-        self.link.flush();
-    }
-
-    fn map(&mut self, window: Window, host: &mut dyn Host) -> Result<(), MapError> {
-        self.memories.check_map(&window)?;
-        let Window { iova, len, access, .. } = window;
-        let (key, offset) = match &window.memory {
-            WindowMemory::Mediated => (None, 0),
-            WindowMemory::Mapped { memory, offset, proven } => {
-                let known = self.memories.key_of(memory);
-                let key = match known {
-                    Some(key) => key,
-                    None => {
-                        let offer = self.memories.offer(&mut self.link.fabric, memory, *proven)?;
-                        let sequence = self.next_sequence();
-                        let asked = self.ask(
-                            sequence,
-                            ToLender::Offer { sequence, memory: offer.memory, dirty: offer.dirty, proven: *proven },
-                            host,
-                        );
-                        if let Err(error) = asked {
-                            self.memories.forget(&mut self.link.fabric, offer.memory.key);
-                            return Err(error);
-                        }
-                        offer.memory.key
-                    }
-                };
-                if *proven && known.is_some() {
-                    self.prove(memory, host);
-                }
-                (Some(key), *offset)
-            }
-        };
-        let sequence = self.next_sequence();
-        let mapped = self.ask(sequence, ToLender::Map { sequence, iova, len, memory: key, offset, access }, host);
-        let mapped = mapped.and_then(|()| self.memories.insert(window, key));
-        // Where the link is gone as well, whether the lender uses it cannot be known: it stays until the session is dropped.
-        if mapped.is_err()
-            && self.gone.is_none()
-            && let Some(key) = key.filter(|key| self.memories.is_unused(*key))
-            && let Err(error) = self.withdraw(key, host)
-        {
-            tracing::warn!(%error, key, "memory that no window uses could not be withdrawn");
-        }
-        mapped
-    }
-
-    fn unmap(&mut self, iova: Iova, len: u64, host: &mut dyn Host) -> Result<(), MapError> {
-        if self.memories.check_unmap(iova, len)? == 0 {
-            return Ok(());
-        }
-        if !self.nobody_is_there() {
-            let sequence = self.next_sequence();
-            self.ask(sequence, ToLender::Unmap { sequence, iova, len }, host)?;
-        }
-        for key in self.memories.remove(iova, len)? {
-            self.withdraw(key, host)?;
-        }
-        Ok(())
-    }
-
-    fn prove(&mut self, memory: &Arc<Memory>, _host: &mut dyn Host) {
-        if self.gone.is_none()
-            && let Some(key) = self.memories.prove(memory)
-        {
-            self.send(ToLender::Prove { key });
-            self.link.flush();
-        }
-    }
-
-    fn answer(&mut self, ticket: Ticket, answer: MediationAnswer<'_>, _host: &mut dyn Host) {
-        if self.gone.is_some() {
-            return;
-        }
-        match self.staging.end(ticket, answer) {
-            Ok((write, message)) => {
-                if let Some(op) = write {
-                    self.link.post(farbus_transport::Signal::No, op);
-                }
-                self.send(message);
-                self.link.flush();
-            }
-            Err(what) => tracing::debug!(?ticket, what, "a mediation was answered that nobody waits for"),
-        }
-    }
-
-    fn set_interrupt_mode(&mut self, mode: InterruptMode, _host: &mut dyn Host) {
-        if self.gone.is_none() {
-            self.send(ToLender::InterruptMode(mode));
-            self.link.flush();
-        }
-    }
-
-    fn set_bus_master(&mut self, enabled: bool, _host: &mut dyn Host) {
-        if self.gone.is_none() {
-            self.send(ToLender::BusMaster(enabled));
-            self.link.flush();
-        }
-    }
-
-    fn reset(&mut self, kind: ResetKind, host: &mut dyn Host) -> Result<(), AttachmentError> {
-        let sequence = self.next_sequence();
-        self.ask(sequence, ToLender::Reset { sequence, kind }, host).map_err(|error| match error {
-            MapError::Attachment(error) => error,
-            _ => AttachmentError::Refused("a reset"),
-        })
-    }
-
-    fn poll(&mut self, now: Nanos, host: &mut dyn Host) -> Activity {
-        if self.gone.is_some() {
-            return Activity::Idle(None);
-        }
-        if self.take_events(now, host) { Activity::Busy } else { Activity::Idle(None) }
-    }
-
-    fn arm(&mut self) -> bool {
-        self.gone.is_some() || self.link.arm()
-    }
-
-    fn wake_fd(&self) -> Option<BorrowedFd<'_>> {
-        if self.gone.is_some() { None } else { self.link.wake_fd() }
-    }
-
-    fn gone(&self) -> Option<CloseReason> {
-        self.gone
-    }
-
-    fn dirty_log(&mut self, memory: &Arc<Memory>, host: &mut dyn Host) -> Option<&DirtyLog> {
-        if self.gone.is_none() {
-            // What the device wrote before this question is marked when it is answered. A lender that does not answer is closed by `ask`,
-            // and then nothing more is written; the log is complete either way.
-            let sequence = self.next_sequence();
-            if let Err(error) = self.ask(sequence, ToLender::Fence { sequence }, host) {
-                tracing::warn!(%error, "the dirty log was taken from a lender that is gone");
-            }
-        }
-        self.memories.log_of(memory)
     }
 }

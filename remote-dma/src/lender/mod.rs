@@ -6,6 +6,8 @@
 //! One thread owns a session. [`LenderSession::run`] polls, and sleeps after a bounded time without work.
 
 mod bus;
+mod dma;
+mod ending;
 mod mediation;
 mod windows;
 
@@ -23,10 +25,9 @@ use crate::message::{Outcome, Sequence, ToBorrower, ToLender};
 use crate::wait::{Waker, relax, sleep_until_readable};
 
 pub use self::bus::Counters;
-pub(crate) use self::mediation::{SLOT_BYTES, SLOTS, STAGING_BYTES};
-
-/// How long the device may take to end what is in flight before its borrower's memory is let go of regardless of an answer.
-const QUIESCE_LIMIT: Duration = Duration::from_secs(10);
+pub use self::ending::Wedged;
+pub use self::mediation::MAX_MEDIATIONS;
+pub(crate) use self::mediation::{FIRST_STORE, MAX_STORES, SLOT_BYTES, SLOTS, STAGING_BYTES};
 
 /// Questions that may wait for DMA to end; a borrower waits for each answer before it asks the next.
 const MAX_WAITING: usize = 16;
@@ -52,8 +53,9 @@ enum Waiting {
 
 /// One borrower's use of one device.
 pub struct LenderSession<F: Fabric> {
-    bus: LenderBus<F>,
+    /// Dropped before the bus: the device waits for its own threads, and only then the borrower may hear that nothing is left of them.
     backend: Box<dyn Backend>,
+    bus: LenderBus<F>,
     events: Events,
     waiting: VecDeque<Waiting>,
     closed: Option<CloseReason>,
@@ -178,38 +180,6 @@ impl<F: Fabric> LenderSession<F> {
         self.bus.counters()
     }
 
-    /// Ends the session: no DMA of the device touches the borrower's memory when this returns, and the device is as after power-on.
-    pub fn end(mut self) -> Box<dyn Backend> {
-        self.backend.fence();
-        let deadline = Nanos::now() + QUIESCE_LIMIT;
-        loop {
-            self.bus.set_now(Nanos::now());
-            self.bus.fail_pending(self.closed.is_some());
-            self.tell_finished();
-            if self.backend.in_flight() == 0 && !self.bus.has_pending() {
-                break;
-            }
-            if Nanos::now() > deadline {
-                tracing::error!(
-                    in_flight = self.backend.in_flight(),
-                    "the device did not quiesce; it is reset with work in flight"
-                );
-                break;
-            }
-            if self.closed.is_none() {
-                self.pump(Nanos::now());
-            }
-            if self.backend.poll(&mut self.bus) != Activity::Busy {
-                std::thread::sleep(Duration::from_micros(100));
-            }
-        }
-        self.backend.reset(ResetKind::Conventional, &mut self.bus);
-        self.backend.detach();
-        // Said last, whatever ended the session: a borrower that hears it may reuse its memory.
-        self.bus.close();
-        self.backend
-    }
-
     /// Tells the device which of its DMAs ended; true where one did.
     #[inline]
     fn tell_finished(&mut self) -> bool {
@@ -232,10 +202,21 @@ impl<F: Fabric> LenderSession<F> {
     #[inline]
     fn handle(&mut self, event: &Event) {
         match *event {
-            Event::Message(ref message) => match ToLender::parse(message.bytes()) {
-                Ok(message) => self.obey(message),
-                Err(error) => self.close(CloseReason::Protocol(error.text())),
-            },
+            Event::Message(ref message) => {
+                let mut bytes = message.bytes();
+                loop {
+                    match ToLender::parse(bytes) {
+                        Ok((message, rest)) => {
+                            self.obey(message);
+                            bytes = rest;
+                        }
+                        Err(error) => self.close(CloseReason::Protocol(error.text())),
+                    }
+                    if bytes.is_empty() || self.closed.is_some() {
+                        break;
+                    }
+                }
+            }
             Event::Done(id) => self.bus.operation_done(id, Ok(())),
             Event::Failed(Some(id), error) => {
                 tracing::warn!(%error, "an operation on the borrower's memory failed");
@@ -270,7 +251,7 @@ impl<F: Fabric> LenderSession<F> {
                 }
                 self.bus.counters.bar_reads += 1;
                 let value = if self.resetting() { width.all_ones() } else { self.backend.bar_read(at, width, &mut self.bus) };
-                self.bus.send_answer(ToBorrower::BarValue { sequence, value: width.truncate(value) });
+                self.bus.send_in_order(ToBorrower::BarValue { sequence, value: width.truncate(value) });
                 self.bus.flush();
             }
             ToLender::InterruptMode(mode) => self.backend.set_interrupt_mode(mode, &mut self.bus),
@@ -301,6 +282,7 @@ impl<F: Fabric> LenderSession<F> {
             ToLender::Fetched { ticket, ok } => self.bus.fetched(ticket, ok),
             ToLender::Stored { ticket, ok } => self.bus.stored(ticket, ok),
             ToLender::Staging(grant) => self.bus.set_store_staging(&grant),
+            ToLender::Taken { ticket } => self.bus.taken(ticket),
         }
     }
 

@@ -6,7 +6,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use farbus_transport::{Access, Fabric, Grant, GrantError, Mapped, RemoteRegion};
+use farbus_transport::{Access, Fabric, Grant, GrantError, RemoteRegion};
 
 use super::InUse;
 use crate::address::Iova;
@@ -18,12 +18,12 @@ use crate::message::Outcome;
 /// Memories that one borrower may offer.
 const MAX_OFFERED: usize = 1024;
 
-/// Offered memory as it is used: through the fabric, or mapped.
+/// Offered memory as it is used: through the fabric, access by access, so that its owner can take it back between two of them.
 #[derive(Clone, Debug)]
 pub(super) struct Direct {
     pub(super) region: RemoteRegion,
-    /// Where the peer's memory is mapped here, its log is too, and we mark it; elsewhere the borrower is told of each write.
-    pub(super) mapped: Option<Mapped>,
+    /// Where the peer's memory can be mapped here, so is its log, and we mark it; elsewhere the borrower is told of each write. The log is no
+    /// guest memory and stays mapped: a mark that comes after its revocation harms nobody.
     pub(super) dirty: Option<DirtyLog>,
 }
 
@@ -88,17 +88,14 @@ impl Windows {
                 return Ok(Outcome::Grant);
             }
         };
-        let (mapped, log) = if fabric.limits().peer_mappable {
-            (map_whole(fabric, &region), dirty_log(fabric, &dirty_region, memory.len))
-        } else {
-            (None, None)
-        };
-        if fabric.limits().peer_mappable && (mapped.is_none() || log.is_none()) {
+        let mappable = fabric.limits().peer_mappable;
+        let log = if mappable { dirty_log(fabric, &dirty_region, memory.len) } else { None };
+        if mappable && log.is_none() {
             fabric.release(region);
             fabric.release(dirty_region);
             return Ok(Outcome::Grant);
         }
-        self.offered.insert(memory.key, Offered { direct: Direct { region, mapped, dirty: log }, dirty_region, proven });
+        self.offered.insert(memory.key, Offered { direct: Direct { region, dirty: log }, dirty_region, proven });
         Ok(Outcome::Done)
     }
 
@@ -155,16 +152,10 @@ impl Windows {
     }
 }
 
-fn map_whole<F: Fabric>(fabric: &F, region: &RemoteRegion) -> Option<Mapped> {
-    // A span is at most 4 GiB, so the memory itself is taken from one of no bytes.
+/// The log of `len` bytes in a region; its memory is taken from a mapping of no bytes, because a span is at most 4 GiB.
+fn dirty_log<F: Fabric>(fabric: &F, region: &RemoteRegion, len: u64) -> Option<DirtyLog> {
     let empty = fabric.map_remote(region.span(0, 0, Access::NONE).ok()?)?;
     let (memory, start) = empty.parts();
-    Mapped::new(Arc::clone(memory), start, region.len()).ok()
-}
-
-fn dirty_log<F: Fabric>(fabric: &F, region: &RemoteRegion, len: u64) -> Option<DirtyLog> {
-    let mapped = map_whole(fabric, region)?;
-    let (memory, start) = mapped.parts();
     (start == 0).then(|| DirtyLog::over(Arc::clone(memory), len).ok()).flatten()
 }
 

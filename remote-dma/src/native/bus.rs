@@ -11,7 +11,8 @@ use farbus_transport::{Access, LocalRegion, LocalSpan, Mapped, Memory, MemoryErr
 use crate::address::Iova;
 use crate::attachment::{AttachmentError, MapError, Window, WindowMemory};
 use crate::backend::{Bus, DmaFault, DmaTag, MAX_POLLED_WRITE, Progress};
-use crate::dirty_log::DirtyLog;
+use crate::dirty_log::{DirtyLog, DirtyLogs};
+use crate::dma_buffer::DmaBuffer;
 use crate::iova_map::IovaMap;
 
 /// What the device raised.
@@ -30,13 +31,13 @@ pub(super) struct Target {
 }
 
 /// Logs by memory, shared with the function's side.
-pub(super) type Logs = Arc<Mutex<Vec<(Arc<Memory>, DirtyLog)>>>;
+pub(super) type Logs = Arc<Mutex<DirtyLogs>>;
 
 #[derive(Default)]
 pub(super) struct DirectBus {
     locals: LocalRegions,
     windows: IovaMap<Target>,
-    logs: Vec<(Arc<Memory>, DirtyLog)>,
+    logs: DirtyLogs,
     raised: VecDeque<Raised>,
     bus_master: bool,
     now: Nanos,
@@ -71,26 +72,23 @@ impl DirectBus {
         if offset.checked_add(len).is_none_or(|end| end > memory.len()) {
             return Err(MapError::Range { iova, len });
         }
-        let log = match self.log_of(memory) {
-            Some(log) => log.clone(),
-            None => {
-                let log = DirtyLog::new(memory.len()).map_err(farbus_transport::GrantError::from)?;
-                self.logs.push((Arc::clone(memory), log.clone()));
-                log
-            }
-        };
+        let log = self.logs.of_or_new(memory).map_err(farbus_transport::GrantError::from)?;
         self.windows.insert(iova, len, access, Target { memory: Arc::clone(memory), offset: *offset, log })
     }
 
     pub(super) fn unmap(&mut self, iova: Iova, len: u64) -> Result<(), MapError> {
         self.windows.remove(iova, len)?;
-        let windows = &self.windows;
-        self.logs.retain(|(memory, _)| windows.targets().any(|target| Arc::ptr_eq(&target.memory, memory)));
         Ok(())
     }
 
+    /// Forgets logs from which nothing will be taken. Only with nothing in flight, which could still mark.
+    pub(super) fn prune_logs(&mut self) {
+        let windows = &self.windows;
+        self.logs.prune(|memory| windows.targets().any(|target| Arc::ptr_eq(&target.memory, memory)));
+    }
+
     pub(super) fn log_of(&self, memory: &Arc<Memory>) -> Option<&DirtyLog> {
-        self.logs.iter().find(|(known, _)| Arc::ptr_eq(known, memory)).map(|(_, log)| log)
+        self.logs.of(memory)
     }
 
     /// Publishes the logs where the function's side can find them.
@@ -172,24 +170,21 @@ impl Bus for DirectBus {
         Ok(Progress::Done)
     }
 
-    fn map(&mut self, iova: Iova, len: u64, access: Access) -> Result<Option<Mapped>, DmaFault> {
+    fn map(&mut self, iova: Iova, len: u64, access: Access) -> Result<Option<DmaBuffer>, DmaFault> {
         let mut found = None;
         self.walk(iova, len, access, |target, offset, _, part| {
-            found = (part == len).then(|| Mapped::new(Arc::clone(&target.memory), offset, len)).transpose()?;
+            if part < len {
+                return Ok(());
+            }
+            let mapped = Mapped::new(Arc::clone(&target.memory), offset, len)?;
+            found = Some(if access.write {
+                DmaBuffer::written(mapped, target.log.clone(), offset, None)
+            } else {
+                DmaBuffer::read(mapped, None)
+            });
             Ok(())
         })?;
         Ok(found)
-    }
-
-    fn written_directly(&mut self, iova: Iova, len: u64) {
-        let marked = self.walk(iova, len, Access::WRITE, |target, offset, _, part| {
-            target.log.mark(offset, part);
-            Ok(())
-        });
-        if let Err(fault) = marked {
-            // The window went meanwhile: nobody looks at its pages any more.
-            tracing::debug!(%fault, "a direct write ended after its window");
-        }
     }
 
     fn interrupt(&mut self, vector: u16) {

@@ -88,13 +88,18 @@ impl Attachment for Native {
         self.deliver(host);
     }
 
+    /// A write has happened when it was posted.
+    fn flush(&mut self) {}
+
     fn map(&mut self, window: Window, _host: &mut dyn Host) -> Result<(), MapError> {
         self.bus.map(&window)
     }
 
     fn unmap(&mut self, iova: Iova, len: u64, _host: &mut dyn Host) -> Result<(), MapError> {
         self.bus.unmap(iova, len)?;
-        Ok(self.quiesce()?)
+        self.quiesce()?;
+        self.bus.prune_logs();
+        Ok(())
     }
 
     fn prove(&mut self, _memory: &Arc<Memory>, _host: &mut dyn Host) {}

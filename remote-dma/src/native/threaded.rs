@@ -179,9 +179,9 @@ impl ThreadedNative {
     fn take(&mut self, host: &mut dyn Host) -> Option<Option<(u32, u64)>> {
         let (_, message) = self.back.take()?;
         match ToBorrower::parse(message.bytes()) {
-            Ok(ToBorrower::BarValue { sequence, value }) => return Some(Some((sequence, value))),
-            Ok(ToBorrower::Interrupt { vector }) => host.interrupt(vector),
-            Ok(ToBorrower::Pin { asserted }) => host.pin(asserted),
+            Ok((ToBorrower::BarValue { sequence, value }, [])) => return Some(Some((sequence, value))),
+            Ok((ToBorrower::Interrupt { vector }, [])) => host.interrupt(vector),
+            Ok((ToBorrower::Pin { asserted }, [])) => host.pin(asserted),
             other => tracing::error!(?other, "a device in this process said what it never says"),
         }
         Some(None)
@@ -224,6 +224,9 @@ impl Attachment for ThreadedNative {
     fn bar_write(&mut self, at: BarAddress, width: Width, value: u64, _host: &mut dyn Host) {
         self.send(ToLender::BarWrite { at, width, value });
     }
+
+    /// A write is in the device thread's ring, and the thread awake, when it was posted.
+    fn flush(&mut self) {}
 
     fn map(&mut self, window: Window, _host: &mut dyn Host) -> Result<(), MapError> {
         self.ask(|answer| Control::Map(window, answer))
@@ -271,7 +274,7 @@ impl Attachment for ThreadedNative {
 
     fn dirty_log(&mut self, memory: &Arc<Memory>, _host: &mut dyn Host) -> Option<&DirtyLog> {
         let logs = self.logs.lock().unwrap_or_else(PoisonError::into_inner);
-        self.log = logs.iter().find(|(known, _)| Arc::ptr_eq(known, memory)).map(|(_, log)| log.clone());
+        self.log = logs.of(memory).cloned();
         drop(logs);
         self.log.as_ref()
     }
@@ -313,7 +316,7 @@ impl Device {
                         Ok(Control::End) | Err(_) => return self.end(),
                         Ok(control) => self.control(control),
                     }
-                } else if let Ok(message) = ToLender::parse(message.bytes()) {
+                } else if let Ok((message, [])) = ToLender::parse(message.bytes()) {
                     self.obey(message);
                 }
                 self.send_raised();
@@ -380,6 +383,9 @@ impl Device {
             }
             Control::Unmap(iova, len, answer) => {
                 let unmapped = self.bus.unmap(iova, len).and_then(|()| Ok(self.quiesce()?));
+                if unmapped.is_ok() {
+                    self.bus.prune_logs();
+                }
                 self.bus.share_logs(&self.logs);
                 answer.send(unmapped).unwrap_or_else(|error| unheard(error.0.is_ok()));
             }

@@ -3,11 +3,20 @@
 //! Writing an address to 0x10, a length to 0x18 and 2 to 0x20 makes it write its buffer there, then eight polled bytes behind it, then raise
 //! vector 3.
 
-#![allow(dead_code, clippy::unwrap_used, reason = "each test file uses a part of it, and a panic is how a test fails")]
+#![allow(
+    dead_code,
+    unused_macros,
+    unused_imports,
+    clippy::unwrap_used,
+    reason = "each test file uses a part of it, and a panic is how a test fails"
+)]
+
+pub mod links;
+pub mod pair;
 
 use std::collections::VecDeque;
 use std::os::fd::BorrowedFd;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use farbus_remote_dma::{
     Activity, AttachError, Backend, BarAddress, BarDescription, BarKind, Bus, DeviceDescription, DmaFault, DmaTag, Host,
@@ -52,9 +61,20 @@ pub fn description() -> DeviceDescription {
     }
 }
 
+/// A transfer that the bus said was done when it was asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Told {
+    pub command: u64,
+    pub from: u64,
+    pub len: u64,
+    pub stamp: u64,
+}
+
 pub struct CopyEngine {
     description: DeviceDescription,
     pub buffer: Arc<Memory>,
+    /// Since the last reset.
+    pub told: Arc<Mutex<Vec<Told>>>,
     region: Option<LocalRegion>,
     registers: [u64; 8],
     pending: usize,
@@ -64,7 +84,8 @@ pub struct CopyEngine {
 impl CopyEngine {
     pub fn new() -> Self {
         let buffer = Memory::memfd("engine", BUFFER_BYTES).unwrap();
-        Self { description: description(), buffer, region: None, registers: [0; 8], pending: 0, fenced: false }
+        let told = Arc::default();
+        Self { description: description(), buffer, told, region: None, registers: [0; 8], pending: 0, fenced: false }
     }
 
     fn start(&mut self, command: u64, bus: &mut dyn Bus) {
@@ -82,7 +103,10 @@ impl CopyEngine {
             _ => return,
         };
         match result {
-            Ok(Progress::Done) => self.finish(command, bus),
+            Ok(Progress::Done) => {
+                self.told.lock().unwrap().push(Told { command, from, len: u64::from(len), stamp: self.registers[7] });
+                self.finish(command, bus);
+            }
             Ok(Progress::Pending) => {
                 self.pending += 1;
                 // What follows a posted write need not wait for it: order is the bus's business.
@@ -159,6 +183,7 @@ impl Backend for CopyEngine {
         self.pending
     }
     fn reset(&mut self, _kind: ResetKind, _bus: &mut dyn Bus) {
+        self.told.lock().unwrap().clear();
         self.registers = [0; 8];
         self.fenced = false;
     }

@@ -6,7 +6,8 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 
-use farbus_remote_dma::{Backend, Bus, DmaFault, DmaTag, Iova, Progress};
+use farbus_remote_dma::dirty_log::DirtyLog;
+use farbus_remote_dma::{Backend, Bus, DmaBuffer, DmaFault, DmaTag, Iova, Progress};
 use farbus_transport::local::LocalRegions;
 use farbus_transport::{Access, LocalRegion, LocalSpan, Mapped, Memory, Nanos, RegisterError};
 
@@ -44,8 +45,8 @@ pub struct TestBus {
     pub interrupts: Vec<u16>,
     pub pin: bool,
     pub pin_changes: u32,
-    /// What was named to [`Bus::written_directly`].
-    pub direct: Vec<(Iova, u64)>,
+    /// The pages that were written through [`Bus::map`].
+    pub direct: DirtyLog,
     pub dmas: u64,
     /// Late DMAs that end with a fault, of 1,000.
     pub late_faults_permille: u64,
@@ -68,7 +69,7 @@ impl TestBus {
             interrupts: Vec::with_capacity(1 << 16),
             pin: false,
             pin_changes: 0,
-            direct: Vec::new(),
+            direct: DirtyLog::new(len).unwrap(),
             dmas: 0,
             late_faults_permille: 0,
             late_writes_fault: false,
@@ -237,16 +238,17 @@ impl Bus for TestBus {
         Ok(Progress::Done)
     }
 
-    fn map(&mut self, iova: Iova, len: u64, _access: Access) -> Result<Option<Mapped>, DmaFault> {
+    fn map(&mut self, iova: Iova, len: u64, access: Access) -> Result<Option<DmaBuffer>, DmaFault> {
         self.check(iova, len)?;
         if !self.mappable {
             return Ok(None);
         }
-        Ok(Some(Mapped::new(Arc::clone(&self.guest), iova.0, len).unwrap()))
-    }
-
-    fn written_directly(&mut self, iova: Iova, len: u64) {
-        self.direct.push((iova, len));
+        let mapped = Mapped::new(Arc::clone(&self.guest), iova.0, len).unwrap();
+        Ok(Some(if access.write {
+            DmaBuffer::written(mapped, self.direct.clone(), iova.0, None)
+        } else {
+            DmaBuffer::read(mapped, None)
+        }))
     }
 
     fn interrupt(&mut self, vector: u16) {

@@ -75,6 +75,8 @@ pub struct Guest {
     pub expected: VecDeque<Expected>,
     /// Dirty logs by memory, where it has one.
     pub logs: Vec<Option<DirtyLog>>,
+    /// Whether marks are taken at each announcement, or only when somebody asks for them.
+    pub eager: bool,
     /// Marks taken since the last look, by memory.
     pub marked: BTreeSet<(usize, u64)>,
     /// Pages that the guest's side stored to itself, which is its own mark.
@@ -108,6 +110,7 @@ impl Guest {
             model,
             expected: VecDeque::new(),
             logs,
+            eager: true,
             marked: BTreeSet::new(),
             stored: BTreeSet::new(),
             tickets: Vec::new(),
@@ -205,7 +208,7 @@ impl Guest {
     }
 
     fn announced(&mut self, write: &Write) {
-        let marks = self.take_marks();
+        let marks = if self.eager { self.take_marks() } else { BTreeSet::new() };
         if write.overwritten || self.lenient && !write.direct {
             return;
         }
@@ -216,7 +219,7 @@ impl Guest {
         if !self.lenient && self.read(std::slice::from_ref(&write.polled)) != write.word.to_le_bytes() {
             self.complain("a vector came before the polled word");
         }
-        if write.direct && pages(&write.pieces).any(|page| !marks.contains(&page) && !write.marks.contains(&page)) {
+        if self.eager && write.direct && pages(&write.pieces).any(|page| !marks.contains(&page) && !write.marks.contains(&page)) {
             self.complain("a vector came before the dirty marks of what it announces");
         }
     }

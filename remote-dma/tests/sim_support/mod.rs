@@ -7,4 +7,4 @@ pub mod guest;
 pub mod program;
 pub mod wire;
 
-pub use program::{Plan, run};
+pub use program::{Ending, Plan, run};

@@ -17,7 +17,7 @@ use farbus_transport::{Access, CloseReason, Memory, Nanos};
 use super::guest::{AREA_BYTES, BASE, Expected, Guest, Kind, Piece, Seat, Write, pages};
 use super::wire::{Wire, wires};
 use crate::common::{
-    COMMAND, CopyEngine, DONE, FAULTS, FROM, IOVA, LEN, POLLED_WORD, RAISE, READ, STAMP, VALUE, WRITE, bar0, description,
+    COMMAND, CopyEngine, DONE, FAULTS, FROM, IOVA, LEN, POLLED_WORD, RAISE, READ, STAMP, Told, VALUE, WRITE, bar0, description,
 };
 
 mod device;
@@ -39,8 +39,20 @@ pub struct Plan {
     pub seed: u64,
     pub options: SimOptions,
     pub steps: u64,
-    /// The step at which the link is cut.
-    pub cut: Option<u64>,
+    pub ending: Ending,
+}
+
+/// How a play ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ending {
+    /// The lender leaves, in order.
+    LenderLeaves,
+    /// The link is cut at this step, with everything under way.
+    Cut(u64),
+    /// The borrower gives up a lender that does not answer, and uses its memory for something else.
+    GiveUp,
+    /// The borrower's session is dropped with everything under way, and the memory used for something else.
+    Leave,
 }
 
 impl Plan {
@@ -48,13 +60,20 @@ impl Plan {
     pub fn drawn(seed: u64) -> Self {
         let mut choices = Seed::new(seed);
         let mut options = SimOptions::drawn(&mut choices);
+        options.immediate = choices.chance(300);
+        options.peer_mappable = choices.chance(300);
         let steps = choices.between(30, 150);
-        let cut = choices.chance(300).then(|| choices.below(steps));
+        let ending = match choices.below(10) {
+            0..3 => Ending::Cut(choices.below(steps)),
+            3 => Ending::GiveUp,
+            4 => Ending::Leave,
+            _ => Ending::LenderLeaves,
+        };
         if choices.chance(300) {
             // Whoever waits meets the deadline before the link is known to be dead.
             options.detection_ns = (3_000_000_000, 15_000_000_000);
         }
-        Self { seed, options, steps, cut }
+        Self { seed, options, steps, ending }
     }
 }
 
@@ -112,6 +131,8 @@ struct Play {
     guest: Arc<Mutex<Guest>>,
     buffer: Arc<Memory>,
     buffer_model: Vec<u8>,
+    /// What the device was told is done, since its slots were last used anew.
+    told: Arc<Mutex<Vec<Told>>>,
     choices: Seed,
     world: World,
     busy: [bool; SLOTS],
@@ -134,7 +155,8 @@ struct Play {
 pub fn run(plan: &Plan) -> Result<(), String> {
     let mut play = Play::new(plan)?;
     for step in 0..plan.steps {
-        if plan.cut == Some(step) {
+        if plan.ending == Ending::Cut(step) {
+            play.ahead_of_the_cut();
             play.world.cut();
             play.cut = true;
             play.after_the_cut(Duration::from_nanos(plan.options.detection_ns.1));
@@ -143,8 +165,19 @@ pub fn run(plan: &Plan) -> Result<(), String> {
         play.step();
         play.verdict(step)?;
     }
-    play.finish();
+    match plan.ending {
+        Ending::GiveUp => play.give_up(),
+        Ending::Leave => return play.leave(plan.steps),
+        Ending::LenderLeaves | Ending::Cut(_) => play.finish(),
+    }
     play.verdict(plan.steps)
+}
+
+fn verdict(step: u64, world: &World, guest: &Mutex<Guest>) -> Result<(), String> {
+    match guest.lock().unwrap().wrong.first() {
+        None => Ok(()),
+        Some(wrong) => Err(format!("step {step}, {} ns: {wrong}", world.now().0)),
+    }
 }
 
 impl Play {
@@ -152,7 +185,7 @@ impl Play {
         let mut choices = Seed::new(plan.seed ^ 0x5e55_1045);
         let (lender, borrower, world) = wires(plan.seed, plan.options.clone());
         let engine = CopyEngine::new();
-        let buffer = Arc::clone(&engine.buffer);
+        let (buffer, told) = (Arc::clone(&engine.buffer), Arc::clone(&engine.told));
         let lender = LenderSession::new(lender, Box::new(engine)).map_err(|(error, _)| error.to_string())?;
         let lazy = if choices.chance(500) { 0 } else { choices.below(900) as u32 };
         let machine =
@@ -170,6 +203,7 @@ impl Play {
             guest,
             buffer,
             buffer_model,
+            told,
             choices,
             world,
             busy: [false; SLOTS],
@@ -183,6 +217,8 @@ impl Play {
             cut: false,
             written_pages: Vec::new(),
         };
+        let eager = play.choices.chance(600);
+        play.guest().eager = eager;
         play.session.set_bus_master(true, &mut play.seat());
         for area in 0..5 {
             play.map(area);
@@ -200,10 +236,7 @@ impl Play {
     }
 
     fn verdict(&self, step: u64) -> Result<(), String> {
-        match self.guest().wrong.first() {
-            None => Ok(()),
-            Some(wrong) => Err(format!("step {step}, {} ns: {wrong}", self.world.now().0)),
-        }
+        verdict(step, &self.world, &self.guest)
     }
 
     fn step(&mut self) {
@@ -282,17 +315,27 @@ impl Play {
         if value == u64::MAX && !self.cut && self.machine.lock().unwrap().frozen_until == Nanos(0) {
             self.guest().complain(format!("a register read got all ones from a device that is there, after {took:?}"));
         } else if value != u64::MAX {
-            self.expect_all_landed("a register read was answered");
+            // All that is before it goes first, however many messages that takes.
+            self.expect_landed("a register read was answered");
         }
         value
     }
 
-    fn expect_all_landed(&mut self, when: &str) {
+    fn expect_landed(&mut self, when: &str) {
         let mut guest = self.guest();
-        let Some(left) = guest.expected.front().cloned() else { return };
-        // An answer does not wait for mediations that the one who asked would have to answer first.
-        if guest.asked < STAGING_SLOTS {
-            guest.complain(format!("{when} before {left:?} was seen"));
+        let left = guest.expected.front().map(|left| match left {
+            Expected::Write(write) => format!("a write of {} bytes", write.bytes.len()),
+            Expected::Vector(vector) => format!("vector {vector}"),
+        });
+        if let Some(left) = left {
+            guest.complain(format!("{when} before {left} was seen"));
+        }
+    }
+
+    /// An acknowledgement does not wait for mediations that the one who asked would have to answer first.
+    fn expect_landed_unless_crowded(&mut self, when: &str) {
+        if self.guest().asked < STAGING_SLOTS {
+            self.expect_landed(when);
         }
     }
 

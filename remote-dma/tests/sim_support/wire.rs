@@ -10,8 +10,8 @@ use std::time::Duration;
 
 use farbus_transport::sim::{SimFabric, SimOptions, World, pair};
 use farbus_transport::{
-    Access, Event, Events, Fabric, Full, Grant, GrantError, Limits, LocalRegion, LocalSpan, Mapped, Memory, Nanos, Op, Regions,
-    RegisterError, RemoteRegion, RemoteSpan, Signal,
+    Access, Event, Events, Fabric, Grant, GrantError, Limits, LocalRegion, LocalSpan, Mapped, Memory, Nanos, Op, OpError,
+    PostError, Regions, RegisterError, RemoteRegion, RemoteSpan, RevokeError, Signal,
 };
 
 /// The longest step of the clock, so that whoever waits is asked often.
@@ -64,8 +64,8 @@ impl Regions for Wire {
     fn register(&mut self, memory: Arc<Memory>, access: Access) -> Result<LocalRegion, RegisterError> {
         self.ends().ends[self.side].register(memory, access)
     }
-    fn deregister(&mut self, region: LocalRegion) {
-        self.ends().ends[self.side].deregister(region);
+    fn deregister(&mut self, region: LocalRegion) -> Result<(), RevokeError> {
+        self.ends().ends[self.side].deregister(region)
     }
     fn local_memory(&self, region: &LocalRegion) -> Option<Arc<Memory>> {
         self.ends().ends[self.side].local_memory(region)
@@ -91,9 +91,16 @@ impl Fabric for Wire {
     fn limits(&self) -> &Limits {
         &self.limits
     }
-    fn post(&mut self, signal: Signal, op: Op<'_>) -> Result<(), Full> {
+    fn post(&mut self, signal: Signal, op: Op<'_>) -> Result<(), PostError> {
         let mut ends = self.ends();
-        ends.ends[self.side].post(signal, op).inspect_err(|Full| ends.take_for_the_peer_of(self.side))
+        let posted = ends.ends[self.side].post(signal, op);
+        if posted == Err(PostError::Full) {
+            ends.take_for_the_peer_of(self.side);
+        }
+        posted
+    }
+    fn store_polled(&mut self, to: RemoteSpan, bytes: &[u8]) -> Result<(), OpError> {
+        self.ends().ends[self.side].store_polled(to, bytes)
     }
     fn flush(&mut self) {
         self.ends().ends[self.side].flush();

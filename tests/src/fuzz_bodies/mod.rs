@@ -5,29 +5,35 @@
 #![expect(clippy::expect_used, clippy::missing_panics_doc, reason = "a panic is what the fuzzer looks for")]
 
 mod config_writes;
+mod control_frames;
 mod input;
 mod link_hello;
 mod nvme_registers;
 mod prp_lists;
 mod session_messages;
+mod verbs_wire;
 mod vfio_user_messages;
 
 pub use config_writes::config_writes;
+pub use control_frames::control_frames;
 pub use link_hello::link_hello;
 pub use nvme_registers::nvme_registers;
 pub use prp_lists::prp_lists;
 pub use session_messages::session_messages;
+pub use verbs_wire::verbs_wire;
 pub use vfio_user_messages::vfio_user_messages;
 
 /// A target: its name, which is also its folder in fuzz/corpus, and its body.
 pub type Target = (&'static str, fn(&[u8]));
 
 /// All targets.
-pub const TARGETS: [Target; 6] = [
+pub const TARGETS: [Target; 8] = [
     ("config_writes", config_writes),
+    ("control_frames", control_frames),
     ("link_hello", link_hello),
     ("nvme_registers", nvme_registers),
     ("prp_lists", prp_lists),
     ("session_messages", session_messages),
+    ("verbs_wire", verbs_wire),
     ("vfio_user_messages", vfio_user_messages),
 ];

@@ -69,8 +69,8 @@ fn attack_lender(prepared: bool, mut input: Input<'_>) {
         assert_eq!(session.closed(), None, "a borrower in good order was sent away");
     }
     while let Some(bytes) = message(&mut input) {
-        if let Ok(parsed) = ToLender::parse(bytes) {
-            assert_eq!(parsed.encode().as_slice(), bytes, "{parsed:?} is sent in two ways");
+        if let Ok((parsed, rest)) = ToLender::parse(bytes) {
+            assert_eq!([parsed.encode().as_slice(), rest].concat(), bytes, "{parsed:?} is sent in two ways");
         }
         send(&mut attacker, bytes);
         session.pump(Nanos::now());
@@ -81,7 +81,7 @@ fn attack_lender(prepared: bool, mut input: Input<'_>) {
         }
     }
     drop(attacker);
-    session.end();
+    drop(session.end().expect("the device ends what it began"));
 }
 
 /// What a borrower says first: memory, a window on it, staging, and that the device may start DMA.
@@ -143,8 +143,8 @@ fn attack_borrower(mut input: Input<'_>) {
     let memory = Memory::memfd("fuzz-guest", GUEST_BYTES).expect("memory");
     while let Some(operation) = input.u8() {
         let Some(bytes) = message(&mut input) else { break };
-        if let Ok(parsed) = ToBorrower::parse(bytes) {
-            assert_eq!(parsed.encode().as_slice(), bytes, "{parsed:?} is sent in two ways");
+        if let Ok((parsed, rest)) = ToBorrower::parse(bytes) {
+            assert_eq!([parsed.encode().as_slice(), rest].concat(), bytes, "{parsed:?} is sent in two ways");
         }
         send(&mut attacker, bytes);
         match operation % 8 {

@@ -5,7 +5,16 @@
 use super::Provider;
 use super::rig::{Outcome, Rig, Stop, ensure};
 use crate::fabric::{CloseReason, Event, Events, Op, OpId, Signal};
+use crate::link::{self, Action, State, Transition};
 use crate::span::Access;
+
+/// What a side in `state` reports when `event` happens, by the table of link states: the fabrics are held to it here.
+fn reported(state: State, event: link::Event) -> Outcome<CloseReason> {
+    match link::next(state, event) {
+        Ok(Transition { to: State::Closed, action: Action::Report(reason) }) => Ok(reason),
+        other => Err(Stop::Failed(format!("{event:?} in {state:?} ends no link: {other:?}"))),
+    }
+}
 
 /// The next events of a side up to and with its end; whatever follows fails the case.
 fn to_the_end(rig: &mut Rig<'_>, side: usize) -> Outcome<(Vec<Event>, CloseReason)> {
@@ -49,7 +58,8 @@ pub(super) fn a_close_is_seen_once_and_last(provider: &dyn Provider, seed: u64) 
             rig.poll(closing);
         }
         let (before, reason) = to_the_end(&mut rig, 1 - closing)?;
-        ensure!(reason == CloseReason::PeerClosed, "the peer of a side that closed hears: {reason}");
+        let due = reported(State::PeerDraining, link::Event::Drained)?;
+        ensure!(reason == due, "the peer of a side that closed hears: {reason}, not: {due}");
         let mut got = Vec::new();
         for event in before {
             let Event::Message(message) = event else {
@@ -59,7 +69,7 @@ pub(super) fn a_close_is_seen_once_and_last(provider: &dyn Provider, seed: u64) 
         }
         ensure!(got == messages, "messages {messages:?} were sent before the close, {got:?} arrived");
         let own: Vec<_> = std::mem::take(&mut rig.seen[closing]).into();
-        let closed = Event::Closed(CloseReason::Local);
+        let closed = Event::Closed(reported(State::Draining, link::Event::Drained)?);
         let once = own.iter().filter(|event| matches!(event, Event::Closed(_))).count() == 1;
         ensure!(once && own.last() == Some(&closed), "the side that closed heard {own:?}");
         dead(&mut rig, closing)?;
@@ -75,8 +85,9 @@ pub(super) fn both_sides_may_close_at_once(provider: &dyn Provider, seed: u64) -
     for side in [0, 1] {
         let (before, reason) = to_the_end(&mut rig, side)?;
         ensure!(before.is_empty(), "{before:?} on a link without traffic");
-        let fits = matches!(reason, CloseReason::Local | CloseReason::PeerClosed);
-        ensure!(fits, "a link closed by both ended as: {reason}");
+        // Whoever did it first at a side decides what is reported there.
+        let due = [reported(State::Draining, link::Event::Drained)?, reported(State::PeerDraining, link::Event::Drained)?];
+        ensure!(due.contains(&reason), "a link closed by both ended as: {reason}");
     }
     dead(&mut rig, 0)
 }
@@ -104,7 +115,9 @@ pub(super) fn a_vanished_peer_is_noticed_once(provider: &dyn Provider, seed: u64
             started.elapsed().as_millis()
         );
     }
-    let fits = matches!(seen[..], [Event::Closed(CloseReason::PeerGone | CloseReason::PeerClosed)]);
+    // An end that is dropped may still say goodbye.
+    let due = [reported(State::Ready, link::Event::PeerGone)?, reported(State::PeerDraining, link::Event::Drained)?];
+    let fits = matches!(seen[..], [Event::Closed(reason)] if due.contains(&reason));
     ensure!(fits, "a side whose peer vanished heard {seen:?}");
     Ok(())
 }

@@ -29,13 +29,40 @@ pub(super) fn spans_of_two_lengths_are_refused(provider: &dyn Provider, seed: u6
         ] {
             let got = rig.perform(0, op)?;
             ensure!(got == Err(error), "spans of {here} and {there} bytes ended as {got:?}");
-            rig.post(0, Signal::No, op)?;
-            rig.flush(0);
-            let event = rig.next(0)?;
-            ensure!(event == Event::Failed(None, error), "an unsignalled mismatch ended as {event:?}");
+            let got = rig.fail(0, op)?;
+            ensure!(got == error, "an unsignalled mismatch failed with {got:?}");
         }
     }
     ensure!(source.all()? == ours && target.all()? == theirs, "a refused operation moved bytes");
+    rig.still_works()
+}
+
+pub(super) fn an_unsignalled_operation_that_fails_is_told_once(provider: &dyn Provider, seed: u64) -> Outcome {
+    let mut rig = Rig::new(provider, seed)?;
+    let (source, target) = (rig.filled(0, 4096)?, rig.filled(1, 4096)?);
+    let remote = rig.grant(1, &target, Access::READ_WRITE)?;
+    let (near, far) = (source.region.span(0, 64, Access::READ_WRITE)?, remote.span(0, 64, Access::READ_WRITE)?);
+    let (to, from) = (Op::Write { from: near, to: far }, Op::Read { from: far, into: near });
+    // While all is well nothing is said of them.
+    for op in [to, from] {
+        rig.post(0, Signal::No, op)?;
+    }
+    rig.flush(0);
+    rig.settle();
+    rig.nothing_left()?;
+    rig.end(1).deregister(target.region)?;
+    // New bytes, so that what gets through shows.
+    let fresh = rig.bytes(4096);
+    source.memory.write(0, &fresh)?;
+    let theirs = target.all()?;
+    for _ in 0..5 {
+        for op in [to, from, Op::WriteNotify { from: near, to: far, notify: 9 }] {
+            let error = rig.fail(0, op)?;
+            ensure!(error == OpError::Revoked, "an access to memory that was revoked failed with {error:?}");
+        }
+    }
+    rig.settle();
+    ensure!(source.all()? == fresh && target.all()? == theirs, "a refused operation moved bytes");
     rig.still_works()
 }
 
@@ -178,6 +205,7 @@ pub(super) fn signalled_operations_are_reported_once_and_in_order(provider: &dyn
     let mut rig = Rig::new(provider, seed)?;
     let (local, target) = (rig.filled(0, 4096)?, rig.filled(1, 4096)?);
     let remote = rig.grant(1, &target, Access::READ_WRITE)?;
+    let immediate = rig.end(0).limits().immediate;
     let mut due: VecDeque<Event> = VecDeque::new();
     for number in 0..1000_u64 {
         let len = rig.seed.between(0, 512) as u32;
@@ -197,7 +225,9 @@ pub(super) fn signalled_operations_are_reported_once_and_in_order(provider: &dyn
         // Ids are the caller's: far apart, and not in numeric order.
         let id = OpId(number.wrapping_mul(0x9e37_79b9_7f4a_7c15));
         let signalled = rig.seed.chance(400);
-        rig.post(0, if signalled { Signal::Yes(id) } else { Signal::No }, op)?;
+        let told = rig.offer(0, if signalled { Signal::Yes(id) } else { Signal::No }, op)?;
+        let at_once = immediate && !signalled && error.is_some();
+        ensure!(told == at_once, "{op:?} was posted, and that it failed was said: {told}");
         match (signalled, error) {
             (true, None) => due.push_back(Event::Done(id)),
             (_, Some(error)) => due.push_back(Event::Failed(signalled.then_some(id), error)),

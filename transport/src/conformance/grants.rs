@@ -21,11 +21,8 @@ fn refused(rig: &mut Rig<'_>, near: LocalSpan, far: RemoteSpan, error: Option<Op
     for op in all_ops(near, far) {
         let got = rig.perform(0, op)?;
         ensure!(got.is_err() && error.is_none_or(|error| got == Err(error)), "{op:?} ended as {got:?} where {error:?} was due");
-        rig.post(0, Signal::No, op)?;
-        rig.flush(0);
-        let event = rig.next(0)?;
-        let fits = matches!(event, Event::Failed(None, got) if error.is_none_or(|error| got == error));
-        ensure!(fits, "an unsignalled {op:?} ended as {event:?} where {error:?} was due");
+        let got = rig.fail(0, op)?;
+        ensure!(error.is_none_or(|error| got == error), "an unsignalled {op:?} failed with {got:?} where {error:?} was due");
     }
     Ok(())
 }
@@ -64,7 +61,7 @@ pub(super) fn deregistered_memory_is_never_touched_again(provider: &dyn Provider
         }
         let ends_link = rig.end(0).limits().revocation_ends_link;
         let may_end = ends_link && !quiet;
-        rig.end(1).deregister(target.region);
+        rig.end(1).deregister(target.region)?;
         let (ours, theirs) = (near.all()?, target.all()?);
         let forgotten = rig.end(1).local_memory(&target.region).is_none();
         ensure!(forgotten, "a deregistered region still has memory");
@@ -128,7 +125,7 @@ pub(super) fn a_deregistered_local_region_is_refused_even_when_its_place_is_take
     let (near, target) = (rig.filled(0, PAGE)?, rig.filled(1, PAGE)?);
     let remote = rig.grant(1, &target, Access::READ_WRITE)?;
     let (from, to) = spans(&near, &remote)?;
-    rig.end(0).deregister(near.region);
+    rig.end(0).deregister(near.region)?;
     let (ours, theirs) = (near.all()?, target.all()?);
     refused(&mut rig, from, to, Some(OpError::Revoked))?;
     let next = rig.filled(0, PAGE)?;

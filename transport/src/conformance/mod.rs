@@ -7,6 +7,7 @@
 mod close;
 mod flow;
 mod grants;
+mod mapped;
 mod model;
 mod order;
 mod rig;
@@ -99,6 +100,7 @@ cases! {
     order::a_write_that_is_done_has_landed,
     order::overlapping_writes_end_as_posted,
     flow::spans_of_two_lengths_are_refused,
+    flow::an_unsignalled_operation_that_fails_is_told_once,
     flow::the_longest_operation_passes_and_a_longer_one_is_refused,
     flow::a_full_queue_pushes_back_and_loses_nothing long,
     flow::floods_in_both_directions_arrive_complete long,
@@ -109,6 +111,10 @@ cases! {
     grants::access_is_denied_where_it_was_not_given,
     grants::a_nonsense_grant_reaches_nothing,
     grants::a_widened_grant_reaches_nothing_more,
+    mapped::a_mapping_in_use_makes_its_owner_wait,
+    mapped::a_mapping_outlives_its_end_and_its_owner_waits_for_it,
+    mapped::a_mapping_that_is_kept_is_told_of_and_ends_the_link long,
+    mapped::polled_bytes_are_stored_behind_what_was_written_and_not_after_revocation,
     close::a_close_is_seen_once_and_last,
     close::both_sides_may_close_at_once,
     close::a_vanished_peer_is_noticed_once,
@@ -221,6 +227,7 @@ macro_rules! conformance_suite {
             a_write_that_is_done_has_landed
             overlapping_writes_end_as_posted
             spans_of_two_lengths_are_refused
+            an_unsignalled_operation_that_fails_is_told_once
             the_longest_operation_passes_and_a_longer_one_is_refused
             a_full_queue_pushes_back_and_loses_nothing
             floods_in_both_directions_arrive_complete
@@ -231,6 +238,10 @@ macro_rules! conformance_suite {
             access_is_denied_where_it_was_not_given
             a_nonsense_grant_reaches_nothing
             a_widened_grant_reaches_nothing_more
+            a_mapping_in_use_makes_its_owner_wait
+            a_mapping_outlives_its_end_and_its_owner_waits_for_it
+            a_mapping_that_is_kept_is_told_of_and_ends_the_link
+            polled_bytes_are_stored_behind_what_was_written_and_not_after_revocation
             a_close_is_seen_once_and_last
             both_sides_may_close_at_once
             a_vanished_peer_is_noticed_once

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::{Pair, Provider};
-use crate::fabric::{Event, Events, Fabric, Full, Op, OpError, OpId, Signal};
+use crate::fabric::{Event, Events, Fabric, Op, OpError, OpId, PostError, Signal};
 use crate::memory::Memory;
 use crate::sim::Seed;
 use crate::span::{Access, LocalRegion, RemoteRegion};
@@ -124,19 +124,43 @@ impl<'a> Rig<'a> {
 
     // ---- operations ----
 
-    pub(super) fn try_post(&mut self, side: usize, signal: Signal, op: Op<'_>) -> Result<(), Full> {
+    pub(super) fn try_post(&mut self, side: usize, signal: Signal, op: Op<'_>) -> Result<(), PostError> {
         self.end(side).post(signal, op)
     }
 
     /// Posts, and while the queue is full flushes and polls both sides.
     pub(super) fn post(&mut self, side: usize, signal: Signal, op: Op<'_>) -> Outcome {
+        let failed = self.offer(side, signal, op)?;
+        ensure!(!failed, "{op:?} failed when it was posted");
+        Ok(())
+    }
+
+    /// As [`Rig::post`], for an operation that may fail: true where `post` said that it did.
+    pub(super) fn offer(&mut self, side: usize, signal: Signal, op: Op<'_>) -> Outcome<bool> {
         self.last_progress = Instant::now();
-        while self.try_post(side, signal, op).is_err() {
+        loop {
+            match self.try_post(side, signal, op) {
+                Err(PostError::Full) => {}
+                posted => return Ok(posted.is_err()),
+            }
             self.end(side).flush();
             self.pump();
             self.be_patient("room in the queue")?;
         }
-        Ok(())
+    }
+
+    /// Posts an unsignalled operation that must fail, and gives the reason that the one event of it says. `post` itself says that it failed
+    /// exactly where the contract wants it.
+    pub(super) fn fail(&mut self, side: usize, op: Op<'_>) -> Outcome<OpError> {
+        let is_access = matches!(op, Op::Write { .. } | Op::Read { .. });
+        let at_once = is_access && self.end(side).limits().immediate;
+        let told = self.offer(side, Signal::No, op)?;
+        ensure!(told == at_once, "an unsignalled {op:?} that must fail was posted, and that it failed was said: {told}");
+        self.flush(side);
+        match self.next(side)? {
+            Event::Failed(None, error) => Ok(error),
+            event => Err(Stop::Failed(format!("an unsignalled {op:?} that must fail ended as {event:?}"))),
+        }
     }
 
     pub(super) fn send(&mut self, side: usize, message: &[u8]) -> Outcome {

@@ -43,6 +43,9 @@ pub enum ControlError {
     /// The peer takes nothing.
     #[error("the peer left a control frame unread for {} s", SEND_LIMIT.as_secs())]
     Stuck,
+    /// The stream's own protection found bytes that the peer did not send so, or may not send.
+    #[error("the control connection carries what is not the peer's: {0}")]
+    Foreign(#[source] io::Error),
     /// The host refused.
     #[error("cannot use the control connection: {0}")]
     Host(#[source] io::Error),
@@ -62,7 +65,8 @@ pub trait Control: Send {
     /// [`ControlError`]; frames that came whole before the end are handed out first.
     fn receive(&mut self) -> Result<Option<Vec<u8>>, ControlError>;
 
-    /// Readable when a frame may have come, and when the peer is gone.
+    /// Readable when a frame may have come, and when the peer is gone. What has been read once is not announced again: after each wake-up,
+    /// and before the first wait, [`Control::receive`] is called until it has nothing.
     fn fd(&self) -> BorrowedFd<'_>;
 }
 
@@ -84,6 +88,9 @@ pub fn receive_by(control: &mut dyn Control, deadline: Instant) -> Result<Option
 }
 
 /// A byte stream that frames can travel on: a socket, or TLS over one.
+///
+/// A read answers `WouldBlock` only when neither the socket nor the stream itself holds a byte more, so that whoever reads until then may
+/// wait for the socket. A write that answers `Ok` has taken the bytes, also where they are not in the socket yet; `flush` brings them there.
 pub trait ControlStream: Read + Write + Send {
     /// The socket underneath.
     fn socket(&self) -> BorrowedFd<'_>;
@@ -119,6 +126,8 @@ pub struct Framed<S> {
     partial: Vec<u8>,
     waiting: VecDeque<Vec<u8>>,
     ended: bool,
+    /// A frame of ours may have been cut off; nothing can follow it.
+    broken: bool,
 }
 
 impl<S: ControlStream> Framed<S> {
@@ -128,7 +137,12 @@ impl<S: ControlStream> Framed<S> {
     /// What the kernel answers.
     pub fn new(mut stream: S) -> io::Result<Self> {
         stream.make_nonblocking()?;
-        Ok(Self { stream, partial: Vec::new(), waiting: VecDeque::new(), ended: false })
+        Ok(Self { stream, partial: Vec::new(), waiting: VecDeque::new(), ended: false, broken: false })
+    }
+
+    /// The stream underneath.
+    pub fn stream(&self) -> &S {
+        &self.stream
     }
 
     /// Takes what the socket has.
@@ -144,7 +158,7 @@ impl<S: ControlStream> Framed<S> {
                 Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(()),
                 Err(error) if error.kind() == ErrorKind::Interrupted => {}
                 Err(error) if is_the_end(&error) => self.ended = true,
-                Err(error) => return Err(ControlError::Host(error)),
+                Err(error) => return Err(culprit(error)),
             }
         }
         if self.waiting.len() > MAX_WAITING { Err(ControlError::Flood) } else { Ok(()) }
@@ -163,25 +177,32 @@ impl<S: ControlStream> Framed<S> {
         Ok(())
     }
 
-    /// Writes all of `bytes`, waiting for the socket until `deadline`.
+    /// Writes all of `bytes` into the socket, waiting for it until `deadline`.
     fn write_all(&mut self, mut bytes: &[u8], deadline: Instant) -> Result<(), ControlError> {
         while !bytes.is_empty() {
-            match self.stream.write(bytes).and_then(|count| self.stream.flush().map(|()| count)) {
+            match self.stream.write(bytes) {
                 Ok(0) => return Err(ControlError::Gone),
                 Ok(count) => bytes = bytes.get(count..).unwrap_or_default(),
-                Err(error) if error.kind() == ErrorKind::Interrupted => {}
-                Err(error) if error.kind() == ErrorKind::WouldBlock => {
-                    let left = deadline.saturating_duration_since(Instant::now());
-                    if left.is_zero() {
-                        return Err(ControlError::Stuck);
-                    }
-                    wait(self.stream.socket(), PollFlags::OUT, left).map_err(ControlError::Host)?;
-                }
-                Err(error) if is_the_end(&error) => return Err(ControlError::Gone),
-                Err(error) => return Err(ControlError::Host(error)),
+                Err(error) => self.room(error, deadline)?,
             }
         }
+        // Apart from the writing: what was taken must not be written again because the socket has no room for it yet.
+        while let Err(error) = self.stream.flush() {
+            self.room(error, deadline)?;
+        }
         Ok(())
+    }
+
+    /// Waits for room in the socket where that is all that `error` says.
+    fn room(&self, error: io::Error, deadline: Instant) -> Result<(), ControlError> {
+        let left = deadline.saturating_duration_since(Instant::now());
+        match error.kind() {
+            ErrorKind::Interrupted | ErrorKind::WouldBlock if left.is_zero() => Err(ControlError::Stuck),
+            ErrorKind::Interrupted => Ok(()),
+            ErrorKind::WouldBlock => wait(self.stream.socket(), PollFlags::OUT, left).map_err(ControlError::Host),
+            _ if is_the_end(&error) => Err(ControlError::Gone),
+            _ => Err(culprit(error)),
+        }
     }
 }
 
@@ -193,7 +214,12 @@ impl<S: ControlStream> Control for Framed<S> {
         let mut whole = Vec::with_capacity(PREFIX + frame.len());
         whole.extend_from_slice(&len.to_le_bytes());
         whole.extend_from_slice(frame);
-        self.write_all(&whole, Instant::now() + SEND_LIMIT)
+        if self.broken {
+            return Err(ControlError::Gone);
+        }
+        let sent = self.write_all(&whole, Instant::now() + SEND_LIMIT);
+        self.broken = sent.is_err();
+        sent
     }
 
     fn receive(&mut self) -> Result<Option<Vec<u8>>, ControlError> {
@@ -222,11 +248,24 @@ fn wait(fd: BorrowedFd<'_>, flags: PollFlags, at_most: Duration) -> io::Result<(
     }
 }
 
+/// The peer's end of the connection is closed or does not answer any more.
 fn is_the_end(error: &io::Error) -> bool {
     matches!(
         error.kind(),
-        ErrorKind::UnexpectedEof | ErrorKind::BrokenPipe | ErrorKind::ConnectionReset | ErrorKind::ConnectionAborted
+        ErrorKind::UnexpectedEof
+            | ErrorKind::BrokenPipe
+            | ErrorKind::ConnectionReset
+            | ErrorKind::ConnectionAborted
+            // What keep-alive and a host without a way to the peer end with (tcp(7)).
+            | ErrorKind::TimedOut
+            | ErrorKind::HostUnreachable
+            | ErrorKind::NetworkUnreachable
+            | ErrorKind::NetworkDown
     )
+}
+
+fn culprit(error: io::Error) -> ControlError {
+    if error.kind() == ErrorKind::InvalidData { ControlError::Foreign(error) } else { ControlError::Host(error) }
 }
 
 #[cfg(test)]
@@ -297,6 +336,78 @@ mod tests {
         assert!(matches!(outcome, ControlError::Flood));
         drop(ours);
         writer.join().unwrap();
+    }
+
+    /// A stream that takes bytes long before they are in its socket, as TLS does; `taken` is all that was ever taken.
+    struct Buffering {
+        socket: UnixStream,
+        taken: Vec<u8>,
+        buffered: VecDeque<u8>,
+    }
+
+    impl Read for Buffering {
+        fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
+            self.socket.read(into)
+        }
+    }
+
+    impl Write for Buffering {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            let some = bytes.get(..bytes.len().min(100)).unwrap_or_default();
+            self.taken.extend_from_slice(some);
+            self.buffered.extend(some);
+            Ok(some.len())
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            while !self.buffered.is_empty() {
+                let count = self.socket.write(self.buffered.make_contiguous())?;
+                self.buffered.drain(..count);
+            }
+            Ok(())
+        }
+    }
+
+    impl ControlStream for Buffering {
+        fn socket(&self) -> BorrowedFd<'_> {
+            self.socket.as_fd()
+        }
+
+        fn make_nonblocking(&mut self) -> io::Result<()> {
+            self.socket.set_nonblocking(true)
+        }
+    }
+
+    #[test]
+    fn a_full_socket_does_not_repeat_what_the_stream_has_taken() {
+        let (ours, peer) = UnixStream::pair().unwrap();
+        let mut ours = Framed::new(Buffering { socket: ours, taken: Vec::new(), buffered: VecDeque::new() }).unwrap();
+        let frames: Vec<Vec<u8>> = (0..400_u32).map(|n| n.to_le_bytes().repeat(250)).collect();
+        let expected = frames.clone();
+        let reader = std::thread::spawn(move || {
+            let mut peer = Framed::new(peer).unwrap();
+            for frame in expected {
+                // Slower than the sender, so that its socket is full most of the time.
+                std::thread::sleep(Duration::from_micros(200));
+                assert_eq!(receive_by(&mut peer, Instant::now() + SEND_LIMIT).unwrap().unwrap(), frame);
+            }
+        });
+        for frame in &frames {
+            ours.send(frame).unwrap();
+        }
+        reader.join().unwrap();
+        let whole: usize = frames.iter().map(|frame| PREFIX + frame.len()).sum();
+        assert_eq!(ours.stream.taken.len(), whole);
+    }
+
+    #[test]
+    fn nothing_follows_a_frame_that_was_cut_off() {
+        let (mut ours, peer) = pair();
+        drop(peer);
+        assert!(matches!(ours.send(b"one"), Err(ControlError::Gone)));
+        let (fresh, _peer) = UnixStream::pair().unwrap();
+        ours.stream = fresh;
+        assert!(matches!(ours.send(b"two"), Err(ControlError::Gone)), "a frame follows half a frame");
     }
 
     #[test]

@@ -14,7 +14,7 @@ use super::hello::{Agreed, Disagreement, HEADER_LEN, Header, Hello, HelloError, 
 use super::{Event, State, next};
 use crate::fabric::CloseReason;
 
-/// A connected stream that can be told to stop waiting.
+/// A connected stream that can be told to stop waiting. `Interrupted` from any of its calls says that something was done, and to call again.
 pub trait HelloStream: Read + Write {
     /// Makes each later read and write give up after `timeout` (`None`: never). `timeout` is not zero.
     ///
@@ -59,6 +59,12 @@ pub enum ExchangeError {
         /// What was allowed.
         allowed: Duration,
     },
+    /// What came instead of the lender's verdict.
+    #[error("the peer's verdict is malformed: {found:02x?}")]
+    Verdict {
+        /// The bytes.
+        found: [u8; 8],
+    },
     /// This side's own hello cannot be sent.
     #[error("this side's hello cannot be sent: {0}")]
     Ours(HelloError),
@@ -71,7 +77,7 @@ impl ExchangeError {
     /// What the failure is to the table of link states.
     pub const fn event(&self) -> Event {
         match self {
-            Self::Malformed(_) => Event::HelloMalformed,
+            Self::Malformed(_) | Self::Verdict { .. } => Event::HelloMalformed,
             Self::Disagreement(Disagreement::Version { .. }) => Event::VersionMismatch,
             Self::Disagreement(Disagreement::SameRole(_)) => Event::HelloUnfit,
             Self::PeerClosed { .. } => Event::PeerCloses,
@@ -97,7 +103,7 @@ impl ExchangeError {
 pub fn exchange<S: HelloStream>(stream: &mut S, ours: &Hello, allowed: Duration) -> Result<Agreed, ExchangeError> {
     let bytes = ours.encode().map_err(ExchangeError::Ours)?;
     let (our_header, our_description) = bytes.split_at(HEADER_LEN);
-    let mut timed = Timed { stream, started: Instant::now(), allowed, received: 0 };
+    let mut timed = Timed::new(stream, allowed);
 
     timed.send(our_header)?;
     let mut header = [0; HEADER_LEN];
@@ -120,15 +126,20 @@ pub fn exchange<S: HelloStream>(stream: &mut S, ours: &Hello, allowed: Duration)
     Ok(Agreed { version, features, peer: header.with(description) })
 }
 
-struct Timed<'a, S> {
+/// A stream with one deadline for all that is sent and received.
+pub(super) struct Timed<'a, S> {
     stream: &'a mut S,
     started: Instant,
     allowed: Duration,
     received: usize,
 }
 
-impl<S: HelloStream> Timed<'_, S> {
-    fn send(&mut self, mut bytes: &[u8]) -> Result<(), ExchangeError> {
+impl<'a, S: HelloStream> Timed<'a, S> {
+    pub(super) fn new(stream: &'a mut S, allowed: Duration) -> Self {
+        Self { stream, started: Instant::now(), allowed, received: 0 }
+    }
+
+    pub(super) fn send(&mut self, mut bytes: &[u8]) -> Result<(), ExchangeError> {
         while !bytes.is_empty() {
             self.renew()?;
             match self.stream.write(bytes) {
@@ -137,10 +148,14 @@ impl<S: HelloStream> Timed<'_, S> {
                 Err(error) => self.judge(error, 0)?,
             }
         }
+        while let Err(error) = self.stream.flush() {
+            self.judge(error, 0)?;
+            self.renew()?;
+        }
         Ok(())
     }
 
-    fn receive(&mut self, mut into: &mut [u8]) -> Result<(), ExchangeError> {
+    pub(super) fn receive(&mut self, mut into: &mut [u8]) -> Result<(), ExchangeError> {
         while !into.is_empty() {
             self.renew()?;
             match self.stream.read(into) {

@@ -2,11 +2,13 @@
 //!
 //! A link in [`State::Hello`] that hears [`Event::VersionMismatch`] goes to [`State::Closed`] and its owner is told
 //! "the peer broke the protocol: no version in common". What a peer can cause is never refused, only what a mistake of ours would.
-//! [`hello`] holds the first messages of every link and the blocking driver that exchanges them over a socket.
+//! [`hello`] holds the first messages of every link and the blocking driver that exchanges them over a socket, [`verdict`] what the lender
+//! says after them.
 
 pub mod control;
 mod exchange;
 pub mod hello;
+pub mod verdict;
 
 use thiserror::Error;
 

@@ -1,7 +1,8 @@
-//! How two processes find each other: a unix socket at a path, the hello, then the rings.
+//! How two processes find each other: a unix socket at a path, the hello, the lender's verdict, then the rings.
 //!
 //! `Listener::bind("/run/farbus/nvme0")` leaves a socket that only its owner may use; a stale one (nobody listens) is replaced, a live one is
-//! not. A peer of another user is turned away before it learns anything.
+//! not. A peer of another user is turned away before it learns anything. `Greeted::greet(stream, &hello, path)?` only makes acquaintance: the
+//! peer is then welcomed (`link`) or turned away (`refuse`), so that no device need be taken for somebody who only knocks.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -14,8 +15,9 @@ use thiserror::Error;
 
 use super::{ShmFabric, ShmOptions, Side};
 use crate::link::hello::{Agreed, ExchangeError, Hello, exchange};
+use crate::link::verdict::{Refusal, hear, tell};
 
-/// How long a peer may take over its hello.
+/// How long a peer may take over its hello, and a lender over its verdict.
 pub const HELLO_LIMIT: Duration = Duration::from_secs(5);
 
 /// Why there is no link.
@@ -50,13 +52,19 @@ pub enum ListenError {
     /// The hello failed.
     #[error(transparent)]
     Hello(#[from] ExchangeError),
-    /// The peer said hello and then goodbye: what it said may tell why ([`Listener::refuse`]).
-    #[error("the peer at {path} gave no link after its hello")]
+    /// The lender's verdict.
+    #[error("no link at {path}: {refusal}")]
     Refused {
         /// The socket.
         path: PathBuf,
-        /// What both said.
-        agreed: Box<Agreed>,
+        /// Why.
+        refusal: Refusal,
+    },
+    /// The peer left after its hello, without a word.
+    #[error("the peer at {path} gave no link after its hello")]
+    Dropped {
+        /// The socket.
+        path: PathBuf,
     },
     /// The host refused.
     #[error("cannot {what} {path}: {source}")]
@@ -134,25 +142,6 @@ impl Listener {
         self.listener.try_clone()
     }
 
-    /// Makes a link of an accepted connection: checks who it is, exchanges hellos, shares the rings.
-    ///
-    /// # Errors
-    /// [`ListenError::Stranger`], [`ListenError::Hello`], [`ListenError::Host`].
-    pub fn establish(&self, stream: UnixStream, hello: &Hello, options: ShmOptions) -> Result<Connection, ListenError> {
-        stream.set_nonblocking(false).map_err(|source| ListenError::Host { what: "use", path: self.path.clone(), source })?;
-        establish(stream, hello, Side::Lender, options, &self.path)
-    }
-
-    /// Exchanges hellos with a connection that gets no link: `hello` says why.
-    ///
-    /// # Errors
-    /// [`ListenError::Hello`].
-    pub fn refuse(&self, mut stream: UnixStream, hello: &Hello) -> Result<(), ListenError> {
-        stream.set_nonblocking(false).map_err(|source| ListenError::Host { what: "use", path: self.path.clone(), source })?;
-        exchange(&mut stream, hello, HELLO_LIMIT)?;
-        Ok(())
-    }
-
     /// Where it listens.
     pub fn path(&self) -> &Path {
         &self.path
@@ -186,6 +175,72 @@ fn identity(file: &std::fs::Metadata) -> (u64, u64) {
     (file.dev(), file.ino())
 }
 
+/// A borrower whose hello was good and who waits for the verdict.
+#[derive(Debug)]
+pub struct Greeted {
+    stream: UnixStream,
+    agreed: Agreed,
+    path: PathBuf,
+}
+
+impl Greeted {
+    /// Checks who the peer on `stream` is and exchanges hellos with it; errors name `path`, where it came to. Blocks for at most
+    /// [`HELLO_LIMIT`], and needs no [`Listener`], so that many can be greeted at once and none keeps the socket there.
+    ///
+    /// # Errors
+    /// [`ListenError::Stranger`], [`ListenError::Hello`], [`ListenError::Host`].
+    pub fn greet(mut stream: UnixStream, hello: &Hello, path: impl Into<PathBuf>) -> Result<Self, ListenError> {
+        let path = path.into();
+        let host = |what| {
+            let path = path.clone();
+            move |source| ListenError::Host { what, path, source }
+        };
+        stream.set_nonblocking(false).map_err(host("use the connection at"))?;
+        let credentials =
+            rustix::net::sockopt::socket_peercred(&stream).map_err(io::Error::from).map_err(host("identify the peer at"))?;
+        let (peer, ours) = (credentials.uid.as_raw(), rustix::process::geteuid().as_raw());
+        if peer != ours && peer != 0 {
+            return Err(ListenError::Stranger { peer, ours });
+        }
+        let agreed = exchange(&mut stream, hello, HELLO_LIMIT)?;
+        Ok(Self { stream, agreed, path })
+    }
+
+    /// What it said.
+    pub fn agreed(&self) -> &Agreed {
+        &self.agreed
+    }
+
+    /// Welcomes it and shares the rings. Blocks for at most a few seconds.
+    ///
+    /// # Errors
+    /// [`ListenError::Dropped`], [`ListenError::Hello`], [`ListenError::Host`].
+    pub fn link(mut self, options: ShmOptions) -> Result<Connection, ListenError> {
+        match tell(&mut self.stream, Ok(()), HELLO_LIMIT) {
+            Err(ExchangeError::PeerClosed { .. }) => Err(ListenError::Dropped { path: self.path }),
+            Err(error) => Err(error.into()),
+            Ok(()) => self.share(Side::Lender, options),
+        }
+    }
+
+    /// Tells it why there is no link.
+    ///
+    /// # Errors
+    /// [`ListenError::Hello`] where it does not listen any more.
+    pub fn refuse(mut self, refusal: Refusal) -> Result<(), ListenError> {
+        Ok(tell(&mut self.stream, Err(refusal), HELLO_LIMIT)?)
+    }
+
+    fn share(self, side: Side, options: ShmOptions) -> Result<Connection, ListenError> {
+        let Self { stream, agreed, path } = self;
+        match ShmFabric::establish(stream, side, options) {
+            Ok(fabric) => Ok(Connection { fabric, agreed }),
+            Err(error) if is_the_end(&error) => Err(ListenError::Dropped { path }),
+            Err(source) => Err(ListenError::Host { what: "share rings at", path, source }),
+        }
+    }
+}
+
 /// Connects to a lender at `path`.
 ///
 /// # Errors
@@ -193,30 +248,20 @@ fn identity(file: &std::fs::Metadata) -> (u64, u64) {
 pub fn connect(path: impl AsRef<Path>, hello: &Hello, options: ShmOptions) -> Result<Connection, ListenError> {
     let path = path.as_ref();
     let stream = UnixStream::connect(path).map_err(|source| match source.kind() {
+        // The kernel refuses a connection to a file as it does to a socket that nobody serves.
+        io::ErrorKind::ConnectionRefused if std::fs::metadata(path).is_ok_and(|found| !found.file_type().is_socket()) => {
+            ListenError::NotASocket { path: path.to_path_buf() }
+        }
         io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused => ListenError::NobodyThere { path: path.to_path_buf() },
         _ => ListenError::Host { what: "connect to", path: path.to_path_buf(), source },
     })?;
-    establish(stream, hello, Side::Borrower, options, path)
-}
-
-fn establish(
-    mut stream: UnixStream,
-    hello: &Hello,
-    side: Side,
-    options: ShmOptions,
-    path: &Path,
-) -> Result<Connection, ListenError> {
-    let host = |what| move |source| ListenError::Host { what, path: path.to_path_buf(), source };
-    let credentials = rustix::net::sockopt::socket_peercred(&stream).map_err(|errno| host("identify the peer at")(errno.into()))?;
-    let (peer, ours) = (credentials.uid.as_raw(), rustix::process::geteuid().as_raw());
-    if peer != ours && peer != 0 {
-        return Err(ListenError::Stranger { peer, ours });
-    }
-    let agreed = exchange(&mut stream, hello, HELLO_LIMIT)?;
-    match ShmFabric::establish(stream, side, options) {
-        Ok(fabric) => Ok(Connection { fabric, agreed }),
-        Err(error) if is_the_end(&error) => Err(ListenError::Refused { path: path.to_path_buf(), agreed: Box::new(agreed) }),
-        Err(error) => Err(host("share rings at")(error)),
+    // Seen from here the lender is the one to be greeted: the same checks and the same hello, and then its verdict.
+    let mut lender = Greeted::greet(stream, hello, path)?;
+    match hear(&mut lender.stream, HELLO_LIMIT) {
+        Ok(Ok(())) => lender.share(Side::Borrower, options),
+        Ok(Err(refusal)) => Err(ListenError::Refused { path: lender.path, refusal }),
+        Err(ExchangeError::PeerClosed { .. }) => Err(ListenError::Dropped { path: lender.path }),
+        Err(error) => Err(error.into()),
     }
 }
 
@@ -242,32 +287,38 @@ mod tests {
         assert!(matches!(Listener::bind(&path), Err(ListenError::InUse { .. })));
         // That attempt connected to see whether somebody listens; it is accepted and gives nothing.
         let probe = listener.accept().unwrap();
-        assert!(matches!(listener.establish(probe, &hello(Role::Lender), ShmOptions::default()), Err(ListenError::Hello(_))));
+        assert!(matches!(Greeted::greet(probe, &hello(Role::Lender), &path), Err(ListenError::Hello(_))));
         let borrower = {
             let path = path.clone();
             std::thread::spawn(move || connect(path, &hello(Role::Borrower), ShmOptions::default()).unwrap())
         };
         let stream = listener.accept().unwrap();
-        let lender = listener.establish(stream, &hello(Role::Lender), ShmOptions::default()).unwrap();
+        let lender = Greeted::greet(stream, &hello(Role::Lender), &path).unwrap().link(ShmOptions::default()).unwrap();
         assert_eq!(borrower.join().unwrap().agreed.peer.description, b"a device");
         drop((lender, listener));
         assert!(matches!(connect(&path, &hello(Role::Borrower), ShmOptions::default()), Err(ListenError::NobodyThere { .. })));
     }
 
     #[test]
-    fn a_refused_peer_hears_why() {
+    fn a_refused_peer_hears_why_and_one_that_is_dropped_hears_that() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("link");
         let listener = Listener::bind(&path).unwrap();
-        let borrower = {
-            let path = path.clone();
-            std::thread::spawn(move || connect(path, &Hello { features: 0b11, ..hello(Role::Borrower) }, ShmOptions::default()))
+        let greet = || {
+            let target = path.clone();
+            let borrower = std::thread::spawn(move || connect(target, &hello(Role::Borrower), ShmOptions::default()));
+            let greeted = Greeted::greet(listener.accept().unwrap(), &hello(Role::Lender), &path).unwrap();
+            assert_eq!(greeted.agreed().peer, hello(Role::Borrower));
+            (greeted, borrower)
         };
-        let stream = listener.accept().unwrap();
-        listener.refuse(stream, &Hello { features: 0b10, ..hello(Role::Lender) }).unwrap();
+        let (to_refuse, borrower) = greet();
+        to_refuse.refuse(Refusal::Lent).unwrap();
         let error = borrower.join().unwrap().unwrap_err();
-        let ListenError::Refused { agreed, .. } = error else { panic!("{error}") };
-        assert_eq!(agreed.features, 0b10);
+        assert!(matches!(error, ListenError::Refused { refusal: Refusal::Lent, .. }), "{error}");
+        let (to_drop, borrower) = greet();
+        drop(to_drop);
+        let error = borrower.join().unwrap().unwrap_err();
+        assert!(matches!(error, ListenError::Dropped { .. }), "{error}");
     }
 
     #[test]
@@ -291,6 +342,8 @@ mod tests {
         assert!(Listener::bind(&path).is_ok());
         std::fs::write(&path, "precious").unwrap();
         assert!(matches!(Listener::bind(&path), Err(ListenError::NotASocket { .. })));
+        let taken_for_a_lender = connect(&path, &hello(Role::Borrower), ShmOptions::default());
+        assert!(matches!(taken_for_a_lender, Err(ListenError::NotASocket { .. })));
         assert_eq!(std::fs::read_to_string(&path).unwrap(), "precious");
     }
 }

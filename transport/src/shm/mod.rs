@@ -5,13 +5,14 @@
 
 mod lines;
 mod listen;
+mod regions;
 mod revoke;
 mod setup;
 mod socket;
 #[cfg(test)]
 mod tests;
 
-pub use listen::{Connection, HELLO_LIMIT, ListenError, Listener, connect};
+pub use listen::{Connection, Greeted, HELLO_LIMIT, ListenError, Listener, connect};
 
 use std::collections::VecDeque;
 use std::io;
@@ -22,17 +23,15 @@ use std::time::Duration;
 
 use self::lines::{RING_BYTES, SLOTS, SharedLines};
 use self::revoke::{LIVES_BYTES, Revocations, Slot};
-use self::socket::{Delivered, GrantSocket};
+use self::socket::GrantSocket;
 use crate::barrier;
-use crate::fabric::{
-    CloseReason, Event, Events, Fabric, Full, Grant, GrantError, Limits, MAX_MESSAGE, Message, Op, OpError, Regions, RegisterError,
-    Signal,
-};
+use crate::fabric::{CloseReason, Event, Events, Fabric, Limits, MAX_MESSAGE, Message, Op, OpError, PostError, Signal};
+use crate::hold::Lifeline;
 use crate::local::LocalRegions;
-use crate::memory::{Mapped, Memory, MemoryError, is_sealed};
+use crate::memory::Memory;
 use crate::ring::{Consumer, Producer, RingError, Taken};
-use crate::span::{Access, LocalRegion, LocalSpan, RegionName, RemoteRegion, RemoteSpan};
-use crate::table::{MAX_REGIONS, Table};
+use crate::span::{LocalSpan, RegionName, RemoteSpan};
+use crate::table::Table;
 use crate::time::Nanos;
 
 /// Slot kinds in a ring.
@@ -42,9 +41,9 @@ mod kind {
     pub(super) const GOODBYE: u8 = 3;
 }
 
-/// How long a peer may be silent, and take nothing, before a poll asks the kernel whether it still lives, and between two such questions.
-/// Only for who polls without end: a sleeper is woken when its peer goes.
-const SILENCE: Duration = Duration::from_millis(250);
+/// How long a peer may be silent, and take nothing, before a poll asks the kernel whether it still lives, and between two such questions. One
+/// that took a message and died at once is noticed at the second, so within 250 ms. Only for who polls without end: a sleeper is woken.
+const SILENCE: Duration = Duration::from_millis(125);
 
 const LIMITS: Limits = Limits {
     max_message: MAX_MESSAGE as u32,
@@ -103,6 +102,8 @@ pub struct ShmFabric {
     peer_wake: OwnedFd,
     wait: OwnedFd,
     socket: GrantSocket,
+    /// Shared with every mapping of the peer's memory in use; none once this end is closed.
+    lifeline: Option<Arc<Lifeline>>,
 }
 
 impl ShmFabric {
@@ -128,10 +129,10 @@ impl ShmFabric {
     }
 
     #[inline]
-    fn push(&mut self, kind: u8, bytes: &[u8]) -> Result<(), Full> {
+    fn push(&mut self, kind: u8, bytes: &[u8]) -> Result<(), PostError> {
         match self.tx.push(kind, bytes) {
             Ok(true) => Ok(()),
-            Ok(false) => Err(Full),
+            Ok(false) => Err(PostError::Full),
             Err(error) => {
                 self.fail(error);
                 Ok(())
@@ -170,11 +171,14 @@ impl ShmFabric {
         if to.try_copy_from(to_at, from, from_at, len) { Ok(()) } else { Err(OpError::Denied) }
     }
 
+    /// What `post` says of an operation that is over; the rest is said by an event.
     #[inline(always)]
-    fn finish(&mut self, signal: Signal, result: Result<(), OpError>) {
-        if (signal, result) != (Signal::No, Ok(())) {
-            self.report(signal, result);
+    fn finish(&mut self, signal: Signal, result: Result<(), OpError>, is_access: bool) -> Result<(), PostError> {
+        if (signal, result) == (Signal::No, Ok(())) {
+            return Ok(());
         }
+        self.report(signal, result);
+        if is_access && signal == Signal::No { Err(PostError::Failed) } else { Ok(()) }
     }
 
     #[cold]
@@ -190,13 +194,12 @@ impl ShmFabric {
     }
 
     #[cold]
-    fn post_closed(&mut self, signal: Signal) -> Result<(), Full> {
+    fn post_closed(&mut self, signal: Signal, is_access: bool) -> Result<(), PostError> {
         // Nothing follows the event that said so.
         if self.close_reported || self.ready.len() >= SLOTS as usize {
-            return Err(Full);
+            return Err(PostError::Full);
         }
-        self.finish(signal, Err(OpError::Closed));
-        Ok(())
+        self.finish(signal, Err(OpError::Closed), is_access)
     }
 
     #[cold]
@@ -243,78 +246,6 @@ impl ShmFabric {
     }
 }
 
-impl Regions for ShmFabric {
-    fn register(&mut self, memory: Arc<Memory>, access: Access) -> Result<LocalRegion, RegisterError> {
-        self.locals.register(memory, access)
-    }
-
-    fn deregister(&mut self, region: LocalRegion) {
-        let (ended, alive): (Vec<_>, Vec<_>) = self.granted.drain(..).partition(|(name, _)| *name == region.name);
-        self.granted = alive;
-        let slots: Vec<Slot> = ended.into_iter().map(|(_, slot)| slot).collect();
-        let Self { revocations, socket, .. } = self;
-        if !revocations.end(&slots, || socket.peer_is_there()) {
-            self.closed.get_or_insert(CloseReason::Protocol("an operation on revoked memory that does not end"));
-        }
-        self.locals.deregister(region);
-    }
-
-    fn local_memory(&self, region: &LocalRegion) -> Option<Arc<Memory>> {
-        self.locals.memory(region)
-    }
-
-    fn map_local(&self, span: LocalSpan) -> Option<Mapped> {
-        self.locals.map(span)
-    }
-
-    fn export(&mut self, region: &LocalRegion, access: Access) -> Result<Grant, GrantError> {
-        let memory = self.locals.memory(region).ok_or(GrantError::NotRegistered)?;
-        if !region.access.allows(access) {
-            return Err(GrantError::Widened { asked: access, allowed: region.access });
-        }
-        let (fd, offset) = memory.file().ok_or(GrantError::NoDescriptor)?;
-        let slot = self.revocations.begin().ok_or(GrantError::TooMany { limit: MAX_REGIONS })?;
-        let grant = Grant { key: slot.key(), len: region.len, access };
-        self.granted.push((region.name, slot));
-        self.socket.send_grant(&grant, fd, offset).map_err(|_| GrantError::Closed)?;
-        Ok(grant)
-    }
-
-    fn import(&mut self, grant: &Grant) -> Result<RemoteRegion, GrantError> {
-        if self.closed.is_some() {
-            return Err(GrantError::Closed);
-        }
-        let slot = Slot::from_key(grant.key).ok_or(GrantError::Missing { key: grant.key })?;
-        let Delivered { fd, offset, granted, .. } = self.socket.receive_grant(grant)?;
-        // What the owner sent with the descriptor counts; a grant that says more was altered on its way.
-        if grant.len > granted.len {
-            return Err(GrantError::TooLong { granted: grant.len, actual: granted.len });
-        }
-        if !granted.access.allows(grant.access) {
-            return Err(GrantError::Widened { asked: grant.access, allowed: granted.access });
-        }
-        // Before its length is looked at: whoever shrinks a file and seals it between the two could make every later access fault.
-        if !is_sealed(&fd) && !self.options.accept_unsealed {
-            return Err(GrantError::NotSealed);
-        }
-        let memory = Memory::map_file(fd, offset, grant.len, grant.access.write).map_err(|error| match error {
-            MemoryError::FileTooShort { actual, .. } => GrantError::TooLong { granted: grant.len, actual },
-            other => GrantError::Memory(other),
-        })?;
-        let name = self.remotes.insert(Remote { memory, slot }).ok_or(GrantError::TooMany { limit: MAX_REGIONS })?;
-        Ok(RemoteRegion { name, len: grant.len, access: grant.access })
-    }
-
-    fn release(&mut self, region: RemoteRegion) {
-        self.remotes.remove(region.name);
-    }
-
-    fn map_remote(&self, span: RemoteSpan) -> Option<Mapped> {
-        let remote = self.remotes.find(span.name)?;
-        Mapped::new(Arc::clone(&remote.memory), span.offset, u64::from(span.len)).ok()
-    }
-}
-
 impl Fabric for ShmFabric {
     fn limits(&self) -> &Limits {
         &LIMITS
@@ -322,17 +253,15 @@ impl Fabric for ShmFabric {
 
     /// Inlined, because the operation is known wherever it is posted: one arm of the match is left.
     #[inline(always)]
-    fn post(&mut self, signal: Signal, op: Op<'_>) -> Result<(), Full> {
+    fn post(&mut self, signal: Signal, op: Op<'_>) -> Result<(), PostError> {
+        let is_access = matches!(op, Op::Write { .. } | Op::Read { .. });
         if self.closed.is_some() {
-            return self.post_closed(signal);
+            return self.post_closed(signal, is_access);
         }
         // A copy takes no slot of the ring, but what it ends with may take one of `ready`.
-        let room = match op {
-            Op::Write { .. } | Op::Read { .. } => self.ready.len() < SLOTS as usize,
-            Op::WriteNotify { .. } | Op::Send { .. } => self.has_room(),
-        };
+        let room = if is_access { self.ready.len() < SLOTS as usize } else { self.has_room() };
         if !room {
-            return Err(Full);
+            return Err(PostError::Full);
         }
         let result = match op {
             Op::Write { from, to } => self.copy(from, to, true),
@@ -352,8 +281,20 @@ impl Fabric for ShmFabric {
                 Ok(())
             }
         };
-        self.finish(signal, result);
-        Ok(())
+        self.finish(signal, result, is_access)
+    }
+
+    #[inline(always)]
+    fn store_polled(&mut self, to: RemoteSpan, bytes: &[u8]) -> Result<(), OpError> {
+        if self.closed.is_some() {
+            return Err(OpError::Closed);
+        }
+        if bytes.len() != to.len as usize || !to.access.write {
+            return Err(OpError::Denied);
+        }
+        let theirs = self.remotes.find(to.name).ok_or(OpError::Revoked)?;
+        let _inside = self.revocations.enter(theirs.slot).ok_or(OpError::Revoked)?;
+        if theirs.memory.try_store_last_word_last(to.offset, bytes) { Ok(()) } else { Err(OpError::Denied) }
     }
 
     #[inline]
@@ -422,13 +363,15 @@ impl Fabric for ShmFabric {
 
     fn close(&mut self) {
         if self.closed.is_none() {
-            // A peer whose ring is full hears of it by the socket instead.
-            if self.tx.push(kind::GOODBYE, &[]) == Ok(true) {
+            // Who hears goodbye may use its memory for something else: while mappings of it are in use it is told by the last of them, and a
+            // peer whose ring is full by the socket.
+            let in_use = self.lifeline.as_mut().is_some_and(|lifeline| Arc::get_mut(lifeline).is_none());
+            if !in_use && self.tx.push(kind::GOODBYE, &[]) == Ok(true) {
                 self.flush();
             }
             self.closed = Some(CloseReason::Local);
         }
-        self.socket.shut_down();
+        self.lifeline = None;
     }
 }
 

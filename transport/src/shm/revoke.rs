@@ -4,6 +4,13 @@
 //! the life, then waits until the peer is outside of any operation. Which of the two is first is decided as for the rings' sleep: the owner
 //! lets every running thread fence (membarrier(2)), so that an operation costs its maker two plain stores and a load.
 //!
+//! An operation, a read, a write or a polled store, is made by the one thread that owns the peer's end, so one word says whether it is in
+//! one. Mapped memory may be used by any thread and for as long as a disk takes, so each grant has a count of its mappings in use
+//! (`hold.rs`), and the owner waits for that grant's alone. An end that closes while mappings are in use says no goodbye: its socket is shut
+//! when the last of them is dropped. What is not waited for are marks in a dirty log that was granted: they touch no guest memory.
+//!
+//! The wait is bounded: 5 s for both together, then `deregister` says that the memory may still be in use, and the link is closed.
+//!
 //! It binds a peer that keeps to the protocol. A hostile process that was given a descriptor can touch the memory for ever: shared memory
 //! trusts the user it is shared with, which is why a link is refused to any other user.
 
@@ -12,16 +19,20 @@ use std::time::{Duration, Instant};
 
 use super::lines::SharedLines;
 use crate::barrier;
+use crate::fabric::RevokeError;
+use crate::hold::{Hold, Lifeline};
 use crate::memory::{Memory, MemoryError};
 use crate::ring::Fencing;
 use crate::sync::{AtomicU64, Ordering, fence};
 use crate::table::MAX_REGIONS;
 
-/// Bytes of the lives of one side's grants.
-pub(super) const LIVES_BYTES: u64 = MAX_REGIONS as u64 * 4;
+/// Where the counts of mappings in use begin, behind the lives, so that a worker's count is in no line that an operation looks at.
+const HOLDS_AT: u64 = MAX_REGIONS as u64 * 4;
+/// Bytes of the lives of one side's grants, and of the peer's mappings of them.
+pub(super) const LIVES_BYTES: u64 = 2 * HOLDS_AT;
 /// In every key, so that zero and small numbers are none.
 const KEY_TAG: u32 = 0x6b00_0000;
-/// How long a peer may be inside one operation before it counts as stuck: 1 GiB takes a quarter of a second.
+/// How long a peer may be inside one operation, or keep a mapping in use, before it counts as stuck: 1 GiB takes a quarter of a second.
 const OPERATION_LIMIT: Duration = Duration::from_secs(5);
 
 /// A slot and its life, as the key of a grant carries them.
@@ -43,7 +54,7 @@ impl Slot {
     }
 }
 
-/// The lives of the grants that one side made.
+/// The lives of the grants that one side made, and how many mappings of each the other side uses.
 struct Lives {
     memory: Arc<Memory>,
     base: u64,
@@ -52,6 +63,14 @@ struct Lives {
 impl Lives {
     fn word(&self, index: u32) -> Result<&crate::sync::AtomicU32, MemoryError> {
         self.memory.atomic_u32(self.base + u64::from(index) * 4)
+    }
+
+    fn holds_at(&self, index: u32) -> u64 {
+        self.base + HOLDS_AT + u64::from(index) * 4
+    }
+
+    fn is_held(&self, slot: &Slot) -> bool {
+        self.memory.atomic_u32(self.holds_at(slot.index)).is_ok_and(|holds| holds.load(Ordering::Acquire) != 0)
     }
 }
 
@@ -107,11 +126,13 @@ impl Revocations {
         Some(Slot { index, life })
     }
 
-    /// Ends grants of ours; when it returns, the peer is outside of every operation that could have used them. False where the peer does not
-    /// come out: then the link is of no use any more.
-    pub(super) fn end(&mut self, slots: &[Slot], peer_is_there: impl Fn() -> bool) -> bool {
+    /// Ends grants of ours; when it returns, the peer is outside of every operation that could have used them, and uses no mapping of them.
+    ///
+    /// # Errors
+    /// [`RevokeError`] where the peer does not come out: then the link is of no use any more.
+    pub(super) fn end(&mut self, slots: &[Slot], peer_is_there: impl Fn() -> bool) -> Result<(), RevokeError> {
         if slots.is_empty() {
-            return true;
+            return Ok(());
         }
         for slot in slots {
             let Ok(word) = self.own.word(slot.index) else { continue };
@@ -124,19 +145,39 @@ impl Revocations {
         match self.fencing {
             Fencing::Both => fence(Ordering::SeqCst),
             Fencing::Sleeper if barrier::global() => {}
-            Fencing::Sleeper => return false,
+            Fencing::Sleeper => return Err(RevokeError::Host),
         }
         let deadline = Instant::now() + OPERATION_LIMIT;
-        while self.peer_busy.busy().load(Ordering::Acquire) == 1 {
+        let mut rounds = 0_u32;
+        while self.peer_busy.busy().load(Ordering::Acquire) == 1 || slots.iter().any(|slot| self.own.is_held(slot)) {
             if Instant::now() > deadline {
-                return false;
+                return Err(RevokeError::InUse { limit_ms: OPERATION_LIMIT.as_millis() as u64 });
             }
             if !peer_is_there() {
-                return true;
+                return Ok(());
             }
-            std::hint::spin_loop();
+            // An operation is over soon; a mapping may be in use for as long as a disk takes.
+            rounds = rounds.saturating_add(1);
+            if rounds > 1000 {
+                std::thread::sleep(Duration::from_micros(50));
+            } else {
+                std::hint::spin_loop();
+            }
         }
-        true
+        Ok(())
+    }
+
+    /// Begins the use of a mapping of the peer's grant `slot`; `None` where that grant has ended.
+    pub(super) fn hold(&self, slot: Slot, lifeline: &Arc<Lifeline>) -> Option<Hold> {
+        let hold = Hold::shared(&self.peers.memory, self.peers.holds_at(slot.index), lifeline)?;
+        // As in `enter`, with a fence of our own, because nobody counts its nanoseconds.
+        fence(Ordering::SeqCst);
+        self.stands(slot).then_some(hold)
+    }
+
+    #[inline(always)]
+    fn stands(&self, slot: Slot) -> bool {
+        self.peers.word(slot.index).is_ok_and(|word| word.load(Ordering::Acquire) == slot.life)
     }
 
     /// Begins an operation on memory of the peer's grant `slot`, which lasts until the result is dropped; `None` where that grant has ended.
@@ -150,6 +191,6 @@ impl Revocations {
             Fencing::Both => fence(Ordering::SeqCst),
             Fencing::Sleeper => std::sync::atomic::compiler_fence(Ordering::SeqCst),
         }
-        self.peers.word(slot.index).is_ok_and(|word| word.load(Ordering::Acquire) == slot.life).then_some(inside)
+        self.stands(slot).then_some(inside)
     }
 }

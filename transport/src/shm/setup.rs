@@ -84,6 +84,7 @@ impl ShmFabric {
             own_wake,
             peer_wake,
             wait,
+            lifeline: Some(socket.lifeline()),
             socket,
         })
     }

@@ -8,12 +8,14 @@ use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
 
 use crate::fabric::{Grant, GrantError};
+use crate::hold::Lifeline;
 use crate::span::Access;
 
 /// Bytes of every frame on the socket after the hello.
@@ -75,14 +77,14 @@ pub(super) struct Delivered {
 /// The socket of a link after the hello.
 #[derive(Debug)]
 pub(super) struct GrantSocket {
-    stream: UnixStream,
+    stream: Arc<UnixStream>,
     waiting: VecDeque<Delivered>,
 }
 
 impl GrantSocket {
     pub(super) fn new(stream: UnixStream) -> io::Result<Self> {
         stream.set_nonblocking(true)?;
-        Ok(Self { stream, waiting: VecDeque::new() })
+        Ok(Self { stream: Arc::new(stream), waiting: VecDeque::new() })
     }
 
     /// Sends the memory behind a grant.
@@ -133,10 +135,9 @@ impl GrantSocket {
         }
     }
 
-    pub(super) fn shut_down(&self) {
-        if let Err(error) = self.stream.shutdown(std::net::Shutdown::Both) {
-            tracing::debug!(%error, "the socket of a link was closed already");
-        }
+    /// What tells the peer that we are there until it is dropped.
+    pub(super) fn lifeline(&self) -> Arc<Lifeline> {
+        Lifeline::new(&self.stream)
     }
 
     fn send(&self, frame: Frame, fds: &[BorrowedFd<'_>]) -> io::Result<()> {
@@ -235,13 +236,13 @@ mod tests {
 
     #[test]
     fn nonsense_on_the_socket_is_refused_and_leaks_no_descriptor() {
-        let (mut a, mut b) = pair();
-        a.stream.write_all(&[0xff; FRAME_BYTES]).unwrap();
+        let (a, mut b) = pair();
+        (&*a.stream).write_all(&[0xff; FRAME_BYTES]).unwrap();
         assert!(matches!(b.receive_grant(&grant(1)), Err(GrantError::Missing { key: 1 })));
         let file = tempfile::tempfile().unwrap();
         a.send_setup(&[file.as_fd(), file.as_fd()], true).unwrap();
         assert!(b.receive_setup(3).is_err());
-        a.stream.write_all(&[0; 5]).unwrap();
+        (&*a.stream).write_all(&[0; 5]).unwrap();
         drop(a);
         assert!(b.receive_setup(3).is_err());
         assert!(!b.peer_is_there());

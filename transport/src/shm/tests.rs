@@ -3,7 +3,8 @@
 //! A borrower that sleeps on its descriptor wakes when the lender's process is gone, and hears why exactly once.
 
 use super::*;
-use crate::fabric::OpId;
+use crate::fabric::{OpId, Regions};
+use crate::span::Access;
 
 fn drain(fabric: &mut ShmFabric) -> Vec<Event> {
     let mut events = Events::new();
@@ -46,12 +47,38 @@ fn a_peer_that_dies_is_noticed_by_a_sleeper() {
 }
 
 #[test]
+fn a_peer_that_dies_under_a_poll_without_end_is_noticed_within_a_quarter_of_a_second() {
+    const STEP: Duration = Duration::from_millis(1);
+    for phase in (0..130).step_by(5) {
+        let (mut lender, mut borrower) = ShmFabric::pair(ShmOptions::default()).unwrap();
+        let mut events = Events::new();
+        let mut now = borrower.heard_at;
+        for _ in 0..400 + phase {
+            now = now + STEP;
+            borrower.poll(now, &mut events);
+        }
+        // The last thing it does is to take a message, as a peer that lives does.
+        borrower.post(Signal::No, Op::Send { message: b"are you there" }).unwrap();
+        assert_eq!(drain(&mut lender).len(), 1);
+        // A process that is killed says no goodbye; its socket closes.
+        lender.lifeline = None;
+        let died = now;
+        while events.as_slice().is_empty() {
+            now = now + STEP;
+            borrower.poll(now, &mut events);
+            assert!(now.since(died) <= Duration::from_millis(250), "phase {phase}: not noticed after {:?}", now.since(died));
+        }
+        assert_eq!(events.as_slice(), [Event::Closed(CloseReason::PeerGone)]);
+    }
+}
+
+#[test]
 fn a_peer_that_claims_to_have_taken_what_was_never_sent_is_cut_off_at_once() {
     use crate::ring::Lines;
     let (mut lender, borrower) = ShmFabric::pair(ShmOptions::default()).unwrap();
     while lender.post(Signal::No, Op::Send { message: b"x" }).is_ok() {}
     borrower.rx.lines().consumed().store(99_999, std::sync::atomic::Ordering::Relaxed);
-    assert_eq!(lender.post(Signal::No, Op::Send { message: b"x" }), Err(Full));
+    assert_eq!(lender.post(Signal::No, Op::Send { message: b"x" }), Err(PostError::Full));
     let closed = Event::Closed(CloseReason::Protocol("a ring index that cannot be true"));
     assert_eq!(drain(&mut lender), [closed]);
 }

@@ -4,6 +4,7 @@
 //! arrival. Bytes land late, in pieces and in any order that the contract in [`crate::fabric`] allows, and never earlier or other than
 //! it allows, unless [`SimOptions::violate`] says so.
 
+mod carry;
 mod options;
 mod regions;
 mod seed;
@@ -11,18 +12,24 @@ mod wire;
 mod world;
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::atomic::{Ordering, fence};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rustix::event::{EventfdFlags, eventfd};
 
-use crate::fabric::{Events, Fabric, Full, Grant, GrantError, Limits, Op, Regions, RegisterError, Signal};
+use crate::fabric::{
+    Events, Fabric, Grant, GrantError, Limits, Op, OpError, PostError, Regions, RegisterError, RevokeError, Signal,
+};
 use crate::memory::{Mapped, Memory};
 use crate::span::{Access, LocalRegion, LocalSpan, RemoteRegion, RemoteSpan};
 use crate::time::Nanos;
 pub use options::{SimOptions, Violation};
 pub use seed::Seed;
 use world::{Inner, SideIndex};
+
+/// How long memory that is taken back waits for a mapping of it.
+const MAPPING_LIMIT: Duration = Duration::from_millis(500);
 
 /// Two connected ends and the world between them, all of it decided by `seed` and the order of calls.
 ///
@@ -109,8 +116,18 @@ impl Regions for SimFabric {
         lock(&self.inner).sides[self.side].book.register(memory, access)
     }
 
-    fn deregister(&mut self, region: LocalRegion) {
-        lock(&self.inner).sides[self.side].book.deregister(&region);
+    fn deregister(&mut self, region: LocalRegion) -> Result<(), RevokeError> {
+        let in_use = lock(&self.inner).sides[self.side].book.deregister(&region);
+        // Mappings are dropped by threads of a test, in real time.
+        let started = Instant::now();
+        while in_use.iter().any(|users| Arc::strong_count(users) > 1) {
+            if started.elapsed() > MAPPING_LIMIT {
+                return Err(RevokeError::InUse { limit_ms: MAPPING_LIMIT.as_millis() as u64 });
+            }
+            std::thread::sleep(Duration::from_micros(50));
+        }
+        fence(Ordering::Acquire);
+        Ok(())
     }
 
     fn local_memory(&self, region: &LocalRegion) -> Option<Arc<Memory>> {
@@ -145,8 +162,11 @@ impl Regions for SimFabric {
         lock(&self.inner).sides[self.side].book.release(&region);
     }
 
-    fn map_remote(&self, _span: RemoteSpan) -> Option<Mapped> {
-        None
+    fn map_remote(&self, span: RemoteSpan) -> Option<Mapped> {
+        let inner = lock(&self.inner);
+        let (ours, peers) = (&inner.sides[self.side].book, &inner.sides[1 - self.side].book);
+        let (memory, hold) = ours.hold(&span, peers).filter(|_| self.limits.peer_mappable)?;
+        Mapped::new(memory, span.offset, u64::from(span.len)).ok().map(|mapped| mapped.held(hold))
     }
 }
 
@@ -155,8 +175,12 @@ impl Fabric for SimFabric {
         &self.limits
     }
 
-    fn post(&mut self, signal: Signal, op: Op<'_>) -> Result<(), Full> {
+    fn post(&mut self, signal: Signal, op: Op<'_>) -> Result<(), PostError> {
         lock(&self.inner).post(self.side, signal, op)
+    }
+
+    fn store_polled(&mut self, to: RemoteSpan, bytes: &[u8]) -> Result<(), OpError> {
+        lock(&self.inner).store_polled(self.side, &to, bytes)
     }
 
     fn flush(&mut self) {

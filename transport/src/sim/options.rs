@@ -27,6 +27,10 @@ pub struct SimOptions {
     pub tail_ns: u64,
     /// Pieces that the bytes of one operation may land in, each at its own time; at least 1.
     pub max_pieces: u32,
+    /// Writes and reads are carried out when they are posted, as over shared memory; only messages and notifications are under way.
+    pub immediate: bool,
+    /// The peer's memory can be mapped; then writes and reads are carried out when they are posted, whatever `immediate` says.
+    pub peer_mappable: bool,
     /// How many posts in a thousand go on the wire before `flush`.
     pub eager_permille: u32,
     /// A side (0 or 1) whose ways are all this many times slower.
@@ -53,6 +57,8 @@ impl Default for SimOptions {
             tail_permille: 10,
             tail_ns: 100_000,
             max_pieces: 4,
+            immediate: false,
+            peer_mappable: false,
             eager_permille: 50,
             slow: None,
             cut_at_ns: None,
@@ -64,7 +70,7 @@ impl Default for SimOptions {
 }
 
 impl SimOptions {
-    /// A link whose depths, delays and fault rates are drawn; it is never cut and breaks no rule.
+    /// A link whose depths, delays and fault rates are drawn; it is never cut, breaks no rule, and all it carries takes time.
     pub fn drawn(seed: &mut Seed) -> Self {
         let latency_min_ns = seed.between(0, 3_000);
         Self {
@@ -82,14 +88,18 @@ impl SimOptions {
         }
     }
 
+    pub(super) const fn is_immediate(&self) -> bool {
+        self.immediate || self.peer_mappable
+    }
+
     /// What the ends will say of themselves.
     pub(super) const fn limits(&self) -> Limits {
         Limits {
             max_message: MAX_MESSAGE as u32,
             max_op_len: self.max_op_len,
             queue_depth: self.queue_depth,
-            immediate: false,
-            peer_mappable: false,
+            immediate: self.is_immediate(),
+            peer_mappable: self.peer_mappable,
             revocation_ends_link: false,
         }
     }
@@ -140,6 +150,10 @@ pub enum Violation {
     IgnoreMismatch,
     /// Operations longer than the limit are carried out.
     IgnoreMaxOpLen,
+    /// A write or read that is carried out at once and fails looks done.
+    HideFailure,
+    /// Memory is taken back without waiting for mappings of it that are in use.
+    ForgetMappings,
     /// The end of the link is reported twice.
     CloseTwice,
     /// The end of the link is reported before what came earlier.
@@ -156,7 +170,7 @@ pub enum Violation {
 
 impl Violation {
     /// All of them.
-    pub const ALL: [Self; 27] = [
+    pub const ALL: [Self; 29] = [
         Self::MessageBeforeData,
         Self::NotifyBeforeData,
         Self::ReorderMessages,
@@ -178,6 +192,8 @@ impl Violation {
         Self::WidenExports,
         Self::IgnoreMismatch,
         Self::IgnoreMaxOpLen,
+        Self::HideFailure,
+        Self::ForgetMappings,
         Self::CloseTwice,
         Self::CloseFirst,
         Self::LoseClose,

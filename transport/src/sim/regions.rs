@@ -6,6 +6,7 @@
 use std::sync::Arc;
 
 use crate::fabric::{Grant, GrantError, OpError, RegisterError};
+use crate::hold::Hold;
 use crate::memory::{Memory, MemoryError};
 use crate::sim::options::Violation;
 use crate::span::{Access, LocalRegion, LocalSpan, RegionName, RemoteRegion, RemoteSpan};
@@ -49,13 +50,15 @@ impl<T> Table<T> {
         slot.take()
     }
 
-    fn remove_where(&mut self, condemned: impl Fn(&T) -> bool) {
+    fn remove_where(&mut self, condemned: impl Fn(&T) -> bool) -> Vec<T> {
+        let mut removed = Vec::new();
         for (generation, slot) in &mut self.slots {
             if slot.as_ref().is_some_and(&condemned) {
                 *generation = generation.wrapping_add(1);
-                *slot = None;
+                removed.extend(slot.take());
             }
         }
+        removed
     }
 }
 
@@ -74,6 +77,8 @@ struct Exported {
     region: RegionName,
     len: u64,
     access: Access,
+    /// Cloned by each mapping in use.
+    users: Arc<()>,
 }
 
 /// What one side knows of memory.
@@ -116,13 +121,17 @@ impl Book {
         Ok(LocalRegion { name, len, access })
     }
 
-    pub(super) fn deregister(&mut self, region: &LocalRegion) {
-        if let Some(registered) = self.registered.remove(region.name) {
-            if self.breaks(Violation::UseAfterDeregister) {
-                self.ghosts.push((region.name, registered.memory));
-            }
-            self.exported.remove_where(|exported| exported.region == region.name);
+    /// Ends the use of a region; what its mappings in use hold comes back, to be waited for.
+    pub(super) fn deregister(&mut self, region: &LocalRegion) -> Vec<Arc<()>> {
+        let Some(registered) = self.registered.remove(region.name) else {
+            return Vec::new();
+        };
+        if self.breaks(Violation::UseAfterDeregister) {
+            self.ghosts.push((region.name, registered.memory));
         }
+        let ended = self.exported.remove_where(|exported| exported.region == region.name);
+        let waits = !self.breaks(Violation::ForgetMappings);
+        ended.into_iter().filter(|_| waits).map(|exported| exported.users).collect()
     }
 
     pub(super) fn memory(&self, name: RegionName) -> Option<&Arc<Memory>> {
@@ -136,7 +145,7 @@ impl Book {
             return Err(GrantError::Widened { asked: access, allowed: registered.access });
         }
         let len = registered.memory.len();
-        let exported = Exported { region: region.name, len, access };
+        let exported = Exported { region: region.name, len, access, users: Arc::new(()) };
         let name = self.exported.insert(exported).map_err(|limit| GrantError::TooMany { limit })?;
         let key = u64::from(name.generation) << 32 | u64::from(name.index);
         Ok(Grant { key: key ^ self.scramble, len, access })
@@ -168,6 +177,12 @@ impl Book {
         {
             self.ghost_imports.push((region.name, key));
         }
+    }
+
+    /// Begins the use of a mapping of `peer`'s memory.
+    pub(super) fn hold(&self, span: &RemoteSpan, peer: &Self) -> Option<(Arc<Memory>, Hold)> {
+        let exported = peer.exported(*self.imported.find(span.name)?)?;
+        Some((Arc::clone(peer.memory(exported.region)?), Hold::local(&exported.users)))
     }
 
     /// The memory of this side behind a span, if it still stands.

@@ -63,7 +63,7 @@ impl Inner {
                 self.put(arrive, What::Arrive { side, number, op });
                 return;
             }
-            Carried::Send(_) | Carried::Nothing => {}
+            Carried::Send(_) | Carried::Notify(_) | Carried::Nothing => {}
         }
         self.sides[side].last_arrival = arrive;
         self.put(arrive, What::Arrive { side, number, op });
@@ -139,7 +139,7 @@ impl Inner {
         }
     }
 
-    fn move_bytes(
+    pub(super) fn move_bytes(
         &mut self,
         side: SideIndex,
         local: &LocalSpan,
@@ -147,7 +147,8 @@ impl Inner {
         into_remote: bool,
         captured: Option<Arc<Memory>>,
     ) -> Result<(), OpError> {
-        if !self.is_open(1 - side) {
+        // A peer that closed its end has not taken its memory back by that: what is under way to it may land until it does.
+        if self.cut {
             return Err(OpError::Closed);
         }
         let here = self.sides[side].book.local(local)?;
@@ -173,6 +174,7 @@ impl Inner {
         }
         let event = match op {
             Carried::Send(message) => Some(Event::Message(message)),
+            Carried::Notify(notify) => Some(Event::Notify(notify)),
             Carried::Write { notify, to, .. } => {
                 let stands = self.remote_memory(side, &to);
                 if let Err(error) = stands {

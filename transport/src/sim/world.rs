@@ -8,12 +8,12 @@ use std::collections::{BinaryHeap, VecDeque};
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
-use crate::fabric::{CloseReason, Event, Events, Full, Limits, Message, Op, OpError, OpId, Signal};
+use crate::fabric::{CloseReason, Event, Events, Limits, Message, Op, OpError, OpId, PostError, Signal};
 use crate::memory::Memory;
 use crate::sim::Seed;
 use crate::sim::options::{SimOptions, Violation};
 use crate::sim::regions::Book;
-use crate::span::{Access, LocalSpan, RemoteSpan};
+use crate::span::{LocalSpan, RemoteSpan};
 use crate::time::Nanos;
 
 /// One of the two ends.
@@ -38,7 +38,9 @@ pub(super) enum Carried {
         into: LocalSpan,
     },
     Send(Message),
-    /// Refused when it was posted, or told to be lost.
+    /// A write's notification whose bytes are there already.
+    Notify(u32),
+    /// Refused or carried out when it was posted, or told to be lost.
     Nothing,
 }
 
@@ -126,7 +128,7 @@ pub(super) struct Inner {
     pub(super) seed: Seed,
     pub(super) options: SimOptions,
     pub(super) sides: [Side; 2],
-    limits: Limits,
+    pub(super) limits: Limits,
     pub(super) agenda: BinaryHeap<Reverse<Due>>,
     next_order: u64,
     pub(super) cut: bool,
@@ -201,7 +203,7 @@ impl Inner {
 
     // ---- what the ends call ----
 
-    pub(super) fn post(&mut self, side: SideIndex, signal: Signal, op: Op<'_>) -> Result<(), Full> {
+    pub(super) fn post(&mut self, side: SideIndex, signal: Signal, op: Op<'_>) -> Result<(), PostError> {
         let needs_credit = matches!(op, Op::Send { .. } | Op::WriteNotify { .. });
         let mut result = Ok(());
         let mut carried = self.carry(op).unwrap_or_else(|error| {
@@ -212,60 +214,27 @@ impl Inner {
         let queue_depth = self.options.queue_depth.max(1) as usize;
         let this = &mut self.sides[side];
         if this.life != Life::Open || this.outstanding.len() >= queue_depth {
-            return Err(Full);
+            return Err(PostError::Full);
         }
         if needs_credit && result.is_ok() {
             match this.credits.checked_sub(1) {
                 Some(left) => this.credits = left,
                 None if lossy => carried = Carried::Nothing,
-                None => return Err(Full),
+                None => return Err(PostError::Full),
             }
         }
-        this.outstanding.push_back(Outstanding { signal, op: carried, sent: false, done: false, result });
+        let at_once = self.options.is_immediate() && matches!(op, Op::Write { .. } | Op::Read { .. });
+        if self.options.is_immediate() && result.is_ok() {
+            (carried, result) = self.at_once(side, carried);
+        }
+        self.sides[side].outstanding.push_back(Outstanding { signal, op: carried, sent: false, done: at_once, result });
+        if at_once && signal == Signal::No && result.is_err() && !self.breaks(Violation::HideFailure) {
+            return Err(PostError::Failed);
+        }
         if self.seed.chance(self.options.eager_permille) {
             self.flush(side);
         }
         Ok(())
-    }
-
-    fn carry(&self, op: Op<'_>) -> Result<Carried, OpError> {
-        match op {
-            Op::Write { from, to } => self.carry_write(from, to, None),
-            Op::WriteNotify { from, to, notify } => self.carry_write(from, to, Some(notify)),
-            Op::Read { from, into } => {
-                let (from_len, into_len) = self.check_lengths(from.len, into.len)?;
-                self.check_access(from.access, into.access)?;
-                Ok(Carried::Read { from: RemoteSpan { len: from_len, ..from }, into: LocalSpan { len: into_len, ..into } })
-            }
-            Op::Send { message } => {
-                let limit = self.limits.max_message;
-                let too_long = OpError::TooLong { len: u32::try_from(message.len()).unwrap_or(u32::MAX), limit };
-                let cut = message.get(..limit as usize).filter(|_| self.breaks(Violation::CutLongMessage));
-                let shortened = message.split_last().filter(|_| self.breaks(Violation::ShortenMessage));
-                let bytes = cut.or(shortened.map(|(_, rest)| rest)).unwrap_or(message);
-                Message::new(bytes).map(Carried::Send).ok_or(too_long)
-            }
-        }
-    }
-
-    fn carry_write(&self, from: LocalSpan, to: RemoteSpan, notify: Option<u32>) -> Result<Carried, OpError> {
-        let (from_len, to_len) = self.check_lengths(from.len, to.len)?;
-        self.check_access(from.access, to.access)?;
-        Ok(Carried::Write { from: LocalSpan { len: from_len, ..from }, to: RemoteSpan { len: to_len, ..to }, notify })
-    }
-
-    fn check_lengths(&self, from: u32, to: u32) -> Result<(u32, u32), OpError> {
-        let shorter = from.min(to);
-        let too_long = shorter > self.limits.max_op_len && !self.breaks(Violation::IgnoreMaxOpLen);
-        if (from != to && !self.breaks(Violation::IgnoreMismatch)) || too_long {
-            return Err(OpError::Mismatch { from, to });
-        }
-        Ok((shorter, shorter))
-    }
-
-    fn check_access(&self, source: Access, target: Access) -> Result<(), OpError> {
-        let fits = source.allows(Access::READ) && target.allows(Access::WRITE);
-        if fits || self.breaks(Violation::IgnoreAccess) { Ok(()) } else { Err(OpError::Denied) }
     }
 
     pub(super) fn flush(&mut self, side: SideIndex) {

@@ -5,9 +5,10 @@
 
 use super::objects::{MemoryRegion, zeroed};
 use super::sys::{
-    IBV_SEND_INLINE, IBV_SEND_SIGNALED, IBV_WR_RDMA_READ, IBV_WR_RDMA_WRITE, IBV_WR_RDMA_WRITE_WITH_IMM, IBV_WR_SEND, ibv_recv_wr,
-    ibv_send_wr, ibv_sge,
+    IBV_SEND_INLINE, IBV_SEND_SIGNALED, IBV_WR_BIND_MW, IBV_WR_LOCAL_INV, IBV_WR_RDMA_READ, IBV_WR_RDMA_WRITE,
+    IBV_WR_RDMA_WRITE_WITH_IMM, IBV_WR_SEND, ibv_recv_wr, ibv_send_wr, ibv_sge,
 };
+use super::windows::Bind;
 use super::wire::{HEADER, SLOT_BYTES, SLOTS};
 use crate::memory::Memory;
 
@@ -18,19 +19,35 @@ pub(super) const BATCH: usize = 64;
 pub(super) const MAX_INLINE: usize = 256;
 
 /// What a request does, and to which bytes of the peer.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy)]
 pub(super) enum What {
     Send,
-    Write { address: u64, key: u32 },
-    WriteNotify { address: u64, key: u32, notify: u32 },
-    Read { address: u64, key: u32 },
+    Write {
+        address: u64,
+        key: u32,
+    },
+    WriteNotify {
+        address: u64,
+        key: u32,
+        notify: u32,
+    },
+    Read {
+        address: u64,
+        key: u32,
+    },
+    /// Opens a memory window.
+    Bind(Bind),
+    /// Ends the use of a key.
+    Invalidate {
+        key: u32,
+    },
 }
 
 /// This side's bytes of a request.
 #[derive(Clone, Copy)]
 pub(super) enum Bytes<'a> {
-    /// None.
-    Nothing,
+    /// Copied into the request.
+    Copied(&'a [u8]),
     /// Copied into the request: a slot's header and what follows it.
     Slot { header: [u8; HEADER], body: &'a [u8] },
     /// Copied into the request out of memory.
@@ -86,7 +103,11 @@ impl Sends {
             return false;
         };
         let (address, len, key, inlined) = match bytes {
-            Bytes::Nothing => (0, 0, 0, false),
+            Bytes::Copied(bytes) => {
+                let Some(room) = inline.get_mut(..bytes.len()) else { return false };
+                room.copy_from_slice(bytes);
+                (inline.as_ptr().addr() as u64, bytes.len() as u32, 0, !bytes.is_empty())
+            }
             Bytes::Slot { header, body } => {
                 let Some((front, room)) = inline.split_first_chunk_mut() else { return false };
                 let Some(room) = room.get_mut(..body.len()) else { return false };
@@ -113,13 +134,20 @@ impl Sends {
             What::Write { .. } => IBV_WR_RDMA_WRITE,
             What::WriteNotify { .. } => IBV_WR_RDMA_WRITE_WITH_IMM,
             What::Read { .. } => IBV_WR_RDMA_READ,
+            What::Bind(_) => IBV_WR_BIND_MW,
+            What::Invalidate { .. } => IBV_WR_LOCAL_INV,
         };
-        if let What::WriteNotify { notify, .. } = what {
-            request.__bindgen_anon_1.imm_data = notify.to_be();
-        }
-        if let What::Write { address, key } | What::WriteNotify { address, key, .. } | What::Read { address, key } = what {
-            request.wr.rdma.remote_addr = address;
-            request.wr.rdma.rkey = key;
+        match what {
+            What::Send => {}
+            What::Write { address, key } | What::WriteNotify { address, key, .. } | What::Read { address, key } => {
+                request.wr.rdma.remote_addr = address;
+                request.wr.rdma.rkey = key;
+                if let What::WriteNotify { notify, .. } = what {
+                    request.__bindgen_anon_1.imm_data = notify.to_be();
+                }
+            }
+            What::Bind(bind) => request.__bindgen_anon_2.bind_mw = bind.parts(),
+            What::Invalidate { key } => request.__bindgen_anon_1.invalidate_rkey = key,
         }
         self.len += 1;
         true

@@ -6,10 +6,11 @@
 use std::net::Ipv6Addr;
 use std::sync::Arc;
 
+use super::context::{Context, device_names};
 use super::error::{NoRdma, VerbsError};
 use super::library::Library;
-use super::objects::{Context, device_names};
 use super::sys::{IBV_GID_TYPE_IB, IBV_GID_TYPE_ROCE_V2, IBV_PORT_ACTIVE, ibv_device_attr, ibv_port_attr};
+use super::windows::GrantMethod;
 
 /// `link_layer` of a port that is Ethernet (verbs.h, IBV_LINK_LAYER_ETHERNET); all others are InfiniBand.
 const ETHERNET: u8 = 2;
@@ -23,6 +24,8 @@ pub struct DeviceChoice {
     pub port: Option<u8>,
     /// The index of its address; `None`: the first RoCE v2 address that is no link-local one, if there is one.
     pub gid: Option<u32>,
+    /// How memory is granted to the peer.
+    pub grants: GrantMethod,
 }
 
 impl DeviceChoice {
@@ -32,7 +35,7 @@ impl DeviceChoice {
     /// [`VerbsError::NoRdma`] where nothing fits.
     pub fn resolve(&self) -> Result<Self, VerbsError> {
         let open = OpenPort::open(self)?;
-        Ok(Self { device: Some(open.context.name().to_owned()), port: Some(open.number), gid: Some(open.gid_index) })
+        Ok(Self { device: Some(open.context.name().to_owned()), port: Some(open.number), gid: Some(open.gid_index), ..self.clone() })
     }
 }
 
@@ -102,6 +105,14 @@ pub fn devices() -> Result<Vec<DeviceInfo>, VerbsError> {
     Ok(found)
 }
 
+/// Whether a link could be made over the device of `choice`: it is there, its port is active and has an address.
+///
+/// # Errors
+/// [`VerbsError::NoRdma`], with what is missing.
+pub fn check(choice: &DeviceChoice) -> Result<(), VerbsError> {
+    OpenPort::open(choice).map(drop)
+}
+
 /// An open device with the port and the address that a link uses.
 pub(super) struct OpenPort {
     pub(super) context: Arc<Context>,
@@ -146,7 +157,8 @@ impl OpenPort {
         let ethernet = port.link_layer == ETHERNET;
         let usable = context.gids()?.into_iter().filter(|entry| {
             let kind = if ethernet { IBV_GID_TYPE_ROCE_V2 } else { IBV_GID_TYPE_IB };
-            entry.port_num == u32::from(number) && entry.gid_type == kind
+            // An address handle names an address by eight bits.
+            entry.port_num == u32::from(number) && entry.gid_type == kind && entry.gid_index <= u32::from(u8::MAX)
         });
         let mut usable: Vec<(u32, [u8; 16])> = usable.map(|entry| (entry.gid_index, raw(&entry.gid))).collect();
         // Stable: of several good ones the first of the table.

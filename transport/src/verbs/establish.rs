@@ -10,10 +10,11 @@ use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
 use super::chain::{MAX_INLINE, Receives};
+use super::context::ProtectionDomain;
 use super::device::{DeviceChoice, OpenPort};
 use super::error::VerbsError;
 use super::inbox::Inbox;
-use super::objects::{CompletionQueue, MemoryRegion, ProtectionDomain, QueuePair, no_completion, zeroed};
+use super::objects::{CompletionQueue, MemoryRegion, QueuePair, no_completion, zeroed};
 use super::outbox::{DEPTH, Outbox};
 use super::regions::Books;
 use super::sleep::Bed;
@@ -23,6 +24,7 @@ use super::sys::{
     IBV_QP_RETRY_CNT, IBV_QP_RNR_RETRY, IBV_QP_RQ_PSN, IBV_QP_SQ_PSN, IBV_QP_STATE, IBV_QP_TIMEOUT, IBV_QPS_INIT, IBV_QPS_RTR,
     IBV_QPS_RTS, ibv_gid, ibv_qp_attr, ibv_qp_cap,
 };
+use super::windows;
 use super::wire::{Attributes, Frame, SLOT_BYTES, SLOTS};
 use super::{AT_ONCE, MAX_READY, Phase, RECEIVE, VerbsFabric};
 use crate::link::control::{Control, Framed, receive_by};
@@ -30,7 +32,7 @@ use crate::memory::Memory;
 use crate::time::Nanos;
 
 /// How long the peer may take to describe its queue pair and bring it up.
-const PEER_LIMIT: Duration = Duration::from_secs(5);
+pub(super) const PEER_LIMIT: Duration = Duration::from_secs(5);
 
 /// How long an acknowledgement may take: 4.096 us times 2 to this power, so 67 ms. Longer than any switch holds a packet, and short enough that
 /// all retries together end within half a second.
@@ -61,6 +63,7 @@ impl VerbsFabric {
     pub fn establish(choice: &DeviceChoice, mut control: Box<dyn Control>) -> Result<Self, VerbsError> {
         let port = OpenPort::open(choice)?;
         let context = &port.context;
+        let windows = windows::are_to_be_used(choice.grants, &port)?;
         let domain = ProtectionDomain::new(context)?;
         let completions = CompletionQueue::new(context, DEPTH + SLOTS)?;
         let mut pair = queue_pair(&domain, &completions)?;
@@ -71,16 +74,7 @@ impl VerbsFabric {
         let mut receives = Receives::new(MemoryRegion::new(&domain, &slots, IBV_ACCESS_LOCAL_WRITE)?, RECEIVE);
         pair.post_receives(&mut receives).map_err(context.refused("take receive buffers"))?;
 
-        let reads = u8::try_from(port.limits.max_qp_rd_atom).unwrap_or(u8::MAX).min(MOST_READS);
-        let ours = Attributes {
-            queue_pair: pair.number(),
-            first_psn: first_psn(),
-            gid: port.gid,
-            lid: port.port.lid,
-            mtu: u8::try_from(port.port.active_mtu).unwrap_or(1),
-            reads_served: reads,
-            slots: SLOTS,
-        };
+        let ours = attributes_of(&pair, &port);
         let deadline = Instant::now() + PEER_LIMIT;
         control.send(&Frame::Attributes(ours).encode())?;
         let Frame::Attributes(theirs) = next_frame(&mut *control, deadline)? else {
@@ -102,7 +96,7 @@ impl VerbsFabric {
             pair: Some(pair),
             completions,
             context: std::sync::Arc::clone(context),
-            books: Books::new(domain),
+            books: Books::new(domain, windows),
             outbox: Outbox::new(),
             inbox: Inbox::new(receives),
             ready: VecDeque::with_capacity(MAX_READY),
@@ -116,6 +110,7 @@ impl VerbsFabric {
             heard_at: now,
             looked_at: now,
             asked_at: now,
+            port_down: false,
         })
     }
 
@@ -133,6 +128,36 @@ impl VerbsFabric {
         let right = right.join().map_err(|_| here(io::Error::other("its thread failed")))?;
         Ok((left?, right?))
     }
+}
+
+fn attributes_of(pair: &QueuePair, port: &OpenPort) -> Attributes {
+    Attributes {
+        queue_pair: pair.number(),
+        first_psn: first_psn(),
+        gid: port.gid,
+        lid: port.port.lid,
+        mtu: u8::try_from(port.port.active_mtu).unwrap_or(1),
+        reads_served: u8::try_from(port.limits.max_qp_rd_atom).unwrap_or(u8::MAX).min(MOST_READS),
+        slots: SLOTS,
+    }
+}
+
+/// Two pairs of this process that are connected to each other, without receives.
+pub(super) fn connected_pair(
+    port: &OpenPort,
+    domain: &std::sync::Arc<ProtectionDomain>,
+    completions: &std::sync::Arc<CompletionQueue>,
+) -> Result<(QueuePair, QueuePair), VerbsError> {
+    let (left, right) = (queue_pair(domain, completions)?, queue_pair(domain, completions)?);
+    let (of_left, of_right) = (attributes_of(&left, port), attributes_of(&right, port));
+    for pair in [&left, &right] {
+        to_init(pair, port)?;
+    }
+    for (pair, ours, theirs) in [(&left, &of_left, &of_right), (&right, &of_right, &of_left)] {
+        to_rtr(pair, port, ours, theirs)?;
+        to_rts(pair, port, ours, theirs)?;
+    }
+    Ok((left, right))
 }
 
 fn queue_pair(

@@ -80,6 +80,12 @@ impl Inbox {
         self.receives.len() >= POST_AT_LAST
     }
 
+    /// Whether the peer has sent more than it was ever told that there is room for.
+    #[inline]
+    pub(super) fn overrun(&self) -> bool {
+        self.returned.wrapping_add(self.receives.len()).wrapping_sub(self.told) > SLOTS
+    }
+
     /// The slots taken so far are posted again.
     #[inline]
     pub(super) fn posted_again(&mut self, count: u32) {

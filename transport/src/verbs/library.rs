@@ -32,7 +32,7 @@ macro_rules! library {
                 // The handle is never closed: the entry points stay valid for the life of the process.
                 Ok(Self { $($name: {
                     let found = symbol(handle, $symbol)?;
-                    // SAFETY: the symbol exists in the library whose header (infiniband/verbs.h, read by `ci/bindings`) declares it with this
+                    // SAFETY: the symbol exists in the library whose header (infiniband/verbs.h; tests/oracle compares) declares it with this
                     // signature; a function pointer and a data pointer have one size on every platform with dlsym(3).
                     unsafe { std::mem::transmute::<*mut c_void, unsafe extern "C" fn($($arg),*) $(-> $result)?>(found) }
                 },)* })

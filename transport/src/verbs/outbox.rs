@@ -20,7 +20,7 @@ const FOR_CALLERS: u32 = DEPTH - 8;
 const SIGNAL_EVERY: u32 = 32;
 
 /// Reports that may wait: one for each request, and as many operations that were refused before they were posted.
-const MAX_REPORTS: usize = 2 * DEPTH as usize;
+pub(super) const MAX_REPORTS: usize = 2 * DEPTH as usize;
 
 /// What the caller is to be told of requests `first` to `last`; of none, where it was refused before it was posted.
 struct Report {
@@ -154,6 +154,8 @@ impl Outbox {
         let at = self.reports.iter().position(|report| report.last >= number).unwrap_or(self.reports.len());
         match self.reports.get_mut(at).filter(|report| report.first <= number) {
             Some(report) => (report.last, report.outcome) = (0, Err(error)),
+            // The end of the link says as much, and the request may have been the fabric's own.
+            None if error == OpError::Closed => {}
             None => self.reports.insert(at, Report { first: 0, last: 0, signal: Signal::No, outcome: Err(error) }),
         }
     }
@@ -187,15 +189,20 @@ mod tests {
     use super::*;
     use crate::fabric::OpId;
 
+    /// As the fabric posts: a full batch goes before the next request.
     fn write(outbox: &mut Outbox, signal: Signal, requests: u32) {
         for _ in 0..requests {
-            assert!(outbox.push(false, What::Write { address: 0, key: 0 }, Bytes::Slot { header: [0; 8], body: b"x" }));
             if outbox.sends.is_full() {
-                outbox.prepare();
-                outbox.sends.link();
+                hand_over(outbox);
             }
+            assert!(outbox.push(false, What::Write { address: 0, key: 0 }, Bytes::Copied(b"x")));
         }
         outbox.report(signal, requests);
+    }
+
+    fn hand_over(outbox: &mut Outbox) {
+        outbox.prepare();
+        outbox.sends.link();
     }
 
     #[test]
@@ -231,6 +238,17 @@ mod tests {
     }
 
     #[test]
+    fn a_request_that_nobody_waits_for_ends_with_its_link_and_without_a_word() {
+        let mut outbox = Outbox::new();
+        write(&mut outbox, Signal::Yes(OpId(1)), 1);
+        write(&mut outbox, Signal::No, 1);
+        outbox.fail(2, OpError::Closed);
+        outbox.end();
+        let events: Vec<_> = std::iter::from_fn(|| outbox.next_event()).collect();
+        assert_eq!(events, [Event::Done(OpId(1))]);
+    }
+
+    #[test]
     fn one_request_in_thirty_two_reports_and_a_batch_with_a_report_ends_with_one() {
         let mut outbox = Outbox::new();
         write(&mut outbox, Signal::No, 200);
@@ -243,6 +261,19 @@ mod tests {
         }
         assert!(outbox.prepare());
         assert!(outbox.tally.read().signalled - before <= 2);
+    }
+
+    #[test]
+    fn the_last_request_of_a_full_batch_can_still_be_made_to_report() {
+        let mut outbox = Outbox::new();
+        write(&mut outbox, Signal::No, 1);
+        hand_over(&mut outbox);
+        write(&mut outbox, Signal::No, BATCH as u32 - 1);
+        let before = outbox.tally.read().signalled;
+        write(&mut outbox, Signal::Yes(OpId(1)), 1);
+        assert!(outbox.sends.is_full());
+        hand_over(&mut outbox);
+        assert_eq!(outbox.tally.read().signalled, before + 1);
     }
 
     #[test]

@@ -1,19 +1,23 @@
 //! Memory of both sides: what the device may use here, what the peer was granted, and what the peer granted us.
 //!
-//! Each grant is a memory region of its own with just the access given, because rxe does not hold a memory window to its bounds. The grant that the
-//! caller hands to its peer carries a number; address and key come on the control connection, and only from there are they believed.
+//! Each grant is a memory window, or, where the device does not hold its peers to a window's bounds (rxe), a memory region of its own with just the
+//! access given. The grant that the caller hands to its peer carries a number; address and key come on the control connection, and only from there
+//! are they believed.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::chain::{Bytes, What};
+use super::context::ProtectionDomain;
+use super::error::VerbsError;
 use super::establish::by_chance;
-use super::objects::{MemoryRegion, ProtectionDomain};
-use super::sys::{IBV_ACCESS_LOCAL_WRITE, IBV_ACCESS_REMOTE_READ, IBV_ACCESS_REMOTE_WRITE};
+use super::objects::MemoryRegion;
+use super::sys::{IBV_ACCESS_LOCAL_WRITE, IBV_ACCESS_MW_BIND, IBV_ACCESS_REMOTE_READ, IBV_ACCESS_REMOTE_WRITE};
+use super::windows::MemoryWindow;
 use super::wire::{Announcement, Frame, Slot};
-use super::{VerbsFabric, outbox};
-use crate::fabric::{CloseReason, Grant, GrantError, Regions, RegisterError};
+use super::{Phase, VerbsFabric, outbox};
+use crate::fabric::{CloseReason, Grant, GrantError, Regions, RegisterError, RevokeError};
 use crate::link::control::{Control, ControlError, receive_by};
 use crate::memory::{Mapped, Memory, MemoryError};
 use crate::span::{Access, LocalRegion, LocalSpan, RegionName, RemoteRegion, RemoteSpan};
@@ -41,31 +45,54 @@ pub(super) struct Remote {
 struct Granted {
     number: u64,
     of: RegionName,
-    /// Held: the peer can reach the memory as long as this lives.
-    _region: Option<MemoryRegion>,
+    opening: Opening,
+}
+
+impl Granted {
+    fn window_key(&self) -> Option<u32> {
+        if let Opening::Window(window) = &self.opening { Some(window.key()) } else { None }
+    }
+}
+
+/// Through what the peer reaches granted memory, as long as it lives.
+enum Opening {
+    /// Nothing is to be reached: the memory has no bytes.
+    None,
+    /// A region of its own, held for that.
+    Region(MemoryRegion),
+    Window(MemoryWindow),
 }
 
 /// All memory that one end knows of.
 pub(super) struct Books {
     domain: Arc<ProtectionDomain>,
+    /// Grants are windows.
+    windows: bool,
     pub(super) locals: Table<Local>,
     pub(super) remotes: Table<Remote>,
     granted: Vec<Granted>,
+    /// A window whose bind is under way.
+    being_bound: Option<MemoryWindow>,
     last_grant: u64,
     /// Grants of the peer's by number, imported or not.
     announced: BTreeMap<u64, Announcement>,
+    /// Grants of the peer's that it took back before we read of them on the control connection.
+    revoked_unread: BTreeSet<u64>,
 }
 
 impl Books {
-    pub(super) fn new(domain: Arc<ProtectionDomain>) -> Self {
+    pub(super) fn new(domain: Arc<ProtectionDomain>, windows: bool) -> Self {
         Self {
             domain,
+            windows,
             locals: Table::default(),
             remotes: Table::default(),
             granted: Vec::new(),
+            being_bound: None,
             // Somewhere among 2^63, so that a made-up number is no grant.
             last_grant: by_chance() >> 1,
             announced: BTreeMap::new(),
+            revoked_unread: BTreeSet::new(),
         }
     }
 
@@ -83,10 +110,23 @@ impl Books {
         }
     }
 
+    /// Ends all windows, before the queue pair that they are bound to.
+    pub(super) fn free_windows(&mut self) {
+        self.being_bound = None;
+        for granted in &mut self.granted {
+            if let Opening::Window(_) = granted.opening {
+                granted.opening = Opening::None;
+            }
+        }
+    }
+
     fn take_frame(&mut self, frame: &[u8]) -> Result<(), CloseReason> {
         let Frame::Grant(grant) = Frame::parse(frame).map_err(CloseReason::Protocol)? else {
             return Err(CloseReason::Protocol("a control frame that was not asked for"));
         };
+        if self.revoked_unread.remove(&grant.number) {
+            return Ok(());
+        }
         if self.announced.len() >= MAX_REGIONS as usize {
             return Err(CloseReason::Protocol("more grants than a side may hold"));
         }
@@ -97,15 +137,26 @@ impl Books {
     }
 
     /// The peer is about to take a grant back; operations on it would end the link, so they are refused here.
-    pub(super) fn revoked_by_peer(&mut self, number: u64) {
-        self.announced.remove(&number);
-        self.remotes.remove_where(|remote| remote.number == number);
+    ///
+    /// # Errors
+    /// Why the link ends.
+    pub(super) fn revoked_by_peer(&mut self, number: u64) -> Result<(), CloseReason> {
+        if self.announced.remove(&number).is_some() {
+            self.remotes.remove_where(|remote| remote.number == number);
+            return Ok(());
+        }
+        self.revoked_unread.insert(number);
+        if self.revoked_unread.len() > MAX_REGIONS as usize {
+            return Err(CloseReason::Protocol("more grants taken back than were given"));
+        }
+        Ok(())
     }
 }
 
 fn reason(error: &ControlError) -> CloseReason {
     match error {
         ControlError::TooLong { .. } | ControlError::Flood => CloseReason::Protocol("control frames out of bounds"),
+        ControlError::Foreign(_) => CloseReason::Protocol("control bytes that are not the peer's"),
         ControlError::Gone | ControlError::Stuck | ControlError::Host(_) => CloseReason::PeerGone,
     }
 }
@@ -119,7 +170,9 @@ impl VerbsFabric {
         if access.write && !memory.writable() {
             return Err(MemoryError::ReadOnly.into());
         }
-        let flags = if access.write { IBV_ACCESS_LOCAL_WRITE } else { 0 };
+        let write = if access.write { IBV_ACCESS_LOCAL_WRITE } else { 0 };
+        // A window is a part of a region; a grant that is a region of its own needs no other.
+        let (flags, used_here) = if self.books.windows { (write | IBV_ACCESS_MW_BIND, true) } else { (write, used_here) };
         let region = if used_here { region_of(&self.books.domain, &memory, flags)? } else { None };
         let len = memory.len();
         let name =
@@ -129,12 +182,48 @@ impl VerbsFabric {
 }
 
 impl VerbsFabric {
-    /// A write of no bytes that reports: when it is done, so is everything before it. No key is looked at for it (InfiniBand Architecture
-    /// Specification 1.4, volume 1, C9-88).
-    fn push_barrier(&mut self) -> bool {
-        let pushed = self.outbox.has_reserve() && self.outbox.push(true, What::Write { address: 0, key: 0 }, Bytes::Nothing);
+    /// A window over a whole region, bound by a work request of its own and waited for.
+    fn open_window(&mut self, region: &LocalRegion, access: u32) -> Result<Opening, GrantError> {
+        let refused = |error: VerbsError| MemoryError::Host { what: "open a memory window", source: std::io::Error::other(error) };
+        let mut window = MemoryWindow::new(&self.books.domain).map_err(refused)?;
+        let Some(Local { region: Some(whole), .. }) = self.books.locals.find(region.name) else {
+            return Err(GrantError::NotRegistered);
+        };
+        let bind = window.bind(whole, 0, region.len, access & !IBV_ACCESS_LOCAL_WRITE);
+        self.hand_over();
+        if !self.drain(|fabric| fabric.outbox.has_room(1)) || !self.outbox.push(true, bind, Bytes::Copied(&[])) {
+            return Err(GrantError::Closed);
+        }
+        // In the books while it is bound, so that an end of the link meanwhile finds it.
+        self.books.being_bound = Some(window);
+        self.hand_over();
+        if let Some(window) = &mut self.books.being_bound {
+            window.bound();
+        }
+        let bound = self.outbox.last_posted();
+        if !self.drain(|fabric| fabric.outbox.is_done(bound)) {
+            self.end(CloseReason::Device("it does not bind a memory window"));
+        }
+        self.books.being_bound.take().filter(|_| self.pair.is_some()).map(Opening::Window).ok_or(GrantError::Closed)
+    }
+
+    /// A write of no bytes, which takes nothing of the peer's but an acknowledgement: when it is done, so is everything before it, and while it can be
+    /// done the peer's device is there. No key is looked at for it (InfiniBand Architecture Specification 1.4, volume 1, C9-88).
+    pub(super) fn push_nothing(&mut self, signalled: bool) -> bool {
+        self.make_room();
+        let nothing = What::Write { address: 0, key: 0 };
+        let pushed = self.outbox.has_reserve() && self.outbox.push(signalled, nothing, Bytes::Copied(&[]));
         self.hand_over();
         pushed
+    }
+
+    /// Waits until everything that was posted is done, or the link has ended; false at the limit.
+    fn all_is_done(&mut self) -> bool {
+        if !self.drain(|fabric| fabric.outbox.has_reserve()) || (self.pair.is_some() && !self.push_nothing(true)) {
+            return false;
+        }
+        let last = self.outbox.last_posted();
+        self.drain(|fabric| fabric.outbox.is_done(last))
     }
 }
 
@@ -147,24 +236,35 @@ impl Regions for VerbsFabric {
         self.add_local(memory, access, false)
     }
 
-    fn deregister(&mut self, region: LocalRegion) {
-        let (ended, alive): (Vec<_>, Vec<_>) = self.books.granted.drain(..).partition(|granted| granted.of == region.name);
-        self.books.granted = alive;
-        for granted in &ended {
+    fn deregister(&mut self, region: LocalRegion) -> Result<(), RevokeError> {
+        let ends = |granted: &Granted| granted.of == region.name;
+        // They stay in the books until all is done, so that an end of the link meanwhile finds their windows.
+        let ended: Vec<(u64, Option<u32>)> = self
+            .books
+            .granted
+            .iter()
+            .filter(|granted| ends(granted))
+            .map(|granted| (granted.number, granted.window_key()))
+            .collect();
+        for (number, window) in ended {
             // Where there is no room to say it, a peer that uses the grant once more loses the link.
-            self.say(Slot::Revoke(granted.number), false);
+            self.say(Slot::Revoke(number), false);
+            if let Some(key) = window
+                && self.outbox.has_reserve()
+            {
+                self.make_room();
+                self.outbox.push(false, What::Invalidate { key }, Bytes::Copied(&[]));
+            }
         }
         self.hand_over();
         // The device may still be reading or filling the memory for operations of ours.
-        if self.outbox.outstanding() > 0 && self.pair.is_some() && self.push_barrier() {
-            let last = self.outbox.last_posted();
-            if !self.drain(|fabric| fabric.outbox.is_done(last)) {
-                self.end(CloseReason::Protocol("an operation on memory that is given back does not end"));
-            }
+        if self.outbox.outstanding() > 0 && !self.all_is_done() {
+            self.end(CloseReason::Protocol("an operation on memory that is given back does not end"));
         }
         // With the regions the peer's access ends: whatever arrives from now on is refused by the device.
-        drop(ended);
+        self.books.granted.retain(|granted| !ends(granted));
         self.books.locals.remove(region.name);
+        Ok(())
     }
 
     fn local_memory(&self, region: &LocalRegion) -> Option<Arc<Memory>> {
@@ -190,22 +290,32 @@ impl Regions for VerbsFabric {
         let read = if access.read { IBV_ACCESS_REMOTE_READ } else { 0 };
         // The device writes for the peer, so it must be allowed to write at all.
         let write = if access.write { IBV_ACCESS_REMOTE_WRITE | IBV_ACCESS_LOCAL_WRITE } else { 0 };
-        let granted = region_of(&self.books.domain, &local.memory, read | write)?;
-        let (address, key) = granted.as_ref().map_or((0, 0), |region| (region.address(), region.rkey()));
+        let opening = match &local.region {
+            Some(_) if self.books.windows => self.open_window(region, read | write)?,
+            _ => region_of(&self.books.domain, &local.memory, read | write)?.map_or(Opening::None, Opening::Region),
+        };
+        let (address, key) = match &opening {
+            Opening::None => (0, 0),
+            Opening::Region(own) => (own.address(), own.rkey()),
+            Opening::Window(window) => {
+                let whole = self.books.locals.find(region.name).and_then(|local| local.region.as_ref());
+                (whole.map_or(0, MemoryRegion::address), window.key())
+            }
+        };
         self.books.last_grant += 1;
         let announcement = Announcement { number: self.books.last_grant, address, len: region.len, key, access };
         self.control.send(&Frame::Grant(announcement).encode()).map_err(|error| {
             tracing::debug!(%error, "a grant cannot be told");
             GrantError::Closed
         })?;
-        self.books.granted.push(Granted { number: announcement.number, of: region.name, _region: granted });
+        self.books.granted.push(Granted { number: announcement.number, of: region.name, opening });
         Ok(Grant { key: announcement.number, len: region.len, access })
     }
 
     fn import(&mut self, grant: &Grant) -> Result<RemoteRegion, GrantError> {
         let deadline = Instant::now() + GRANT_LIMIT;
         let announced = loop {
-            if self.pair.is_none() {
+            if self.phase != Phase::Open {
                 return Err(GrantError::Closed);
             }
             if let Some(announced) = self.books.announced.get(&grant.key) {

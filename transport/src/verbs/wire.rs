@@ -1,7 +1,24 @@
 //! What travels between two verbs ends besides the bytes of operations: slots of 64 bytes on the queue pair, frames on the control connection.
 //!
 //! A message of 19 bytes is sent as a slot of 27: `01 13 00 00` (kind, length), four bytes of credits, then the message. A grant is a frame of 30
-//! bytes: `02`, its number, address, length, key and access.
+//! bytes: `02`, its number, address, length, key and access. Numbers are little-endian.
+//!
+//! | bytes of a slot | what |
+//! |---|---|
+//! | 0 | kind: 1 message, 2 credits alone, 3 goodbye, 4 revocation |
+//! | 1 | bytes of the body: at most 56 of a message, 8 (the grant's number) of a revocation, else none |
+//! | 2 to 3 | zero |
+//! | 4 to 7 | slots that the sender has taken and posted again since the link began, counted around |
+//! | from 8 | the body |
+//!
+//! Each side posts 256 slots before it says that it is ready. A sender counts what it sends, write-with-immediates too, and what the other took; the
+//! difference never exceeds 256. Who has taken 64 slots since it last told tells.
+//!
+//! | frame | what |
+//! |---|---|
+//! | `01` attributes, 33 bytes, first from both sides | queue pair (4), first packet number (4), GID (16), LID (2), MTU as in ibv_mtu (1), reads served at once (1), slots (4) |
+//! | `03` ready, 1 byte, once the queue pair sends and receives | |
+//! | `02` grant, 30 bytes, at any time after that | number (8), address (8), length (8), remote key (4), access (1): bit 0 read, bit 1 write |
 
 use crate::fabric::MAX_MESSAGE;
 use crate::span::Access;
@@ -18,22 +35,11 @@ pub(super) const SLOTS: u32 = 256;
 /// The kind of a slot with the caller's message.
 const MESSAGE: u8 = 1;
 
-/// What follows a header.
-pub(super) enum Body<'a> {
-    /// A message, or nothing.
-    Borrowed(&'a [u8]),
-    /// The number of a grant.
-    Number([u8; 8]),
-}
-
-impl AsRef<[u8]> for Body<'_> {
-    #[inline]
-    fn as_ref(&self) -> &[u8] {
-        match self {
-            Body::Borrowed(bytes) => bytes,
-            Body::Number(bytes) => bytes,
-        }
-    }
+/// The header of a slot with a message of `len` bytes.
+#[inline]
+pub(super) fn message_header(len: u8, taken: u32) -> [u8; HEADER] {
+    let [a, b, c, d] = taken.to_le_bytes();
+    [MESSAGE, len, 0, 0, a, b, c, d]
 }
 
 /// Of a slot of `len` bytes that is a message: the message's length, and its sender's credits. `None` for every other slot, which
@@ -52,8 +58,6 @@ pub(super) enum Slot<'a> {
     Message(&'a [u8]),
     /// Only the credits count.
     Credits,
-    /// Are you there? The device answers for the peer, by taking it.
-    Ping,
     /// The link ends in order.
     Goodbye,
     /// A grant of this number is dead.
@@ -61,20 +65,28 @@ pub(super) enum Slot<'a> {
 }
 
 impl<'a> Slot<'a> {
-    /// The header and the body to send.
-    #[inline]
-    pub(super) fn encode(self, taken: u32) -> ([u8; HEADER], Body<'a>) {
-        let (kind, body) = match self {
-            Slot::Message(message) => (MESSAGE, Body::Borrowed(message)),
-            Slot::Credits => (2, Body::Borrowed(&[])),
-            Slot::Ping => (3, Body::Borrowed(&[])),
-            Slot::Goodbye => (4, Body::Borrowed(&[])),
-            Slot::Revoke(grant) => (5, Body::Number(grant.to_le_bytes())),
+    /// The bytes to send, and how many.
+    pub(super) fn encode(self, taken: u32) -> ([u8; SLOT_BYTES], usize) {
+        let number;
+        let (kind, body): (u8, &[u8]) = match self {
+            Slot::Message(message) => (MESSAGE, message),
+            Slot::Credits => (2, &[]),
+            Slot::Goodbye => (3, &[]),
+            Slot::Revoke(grant) => {
+                number = grant.to_le_bytes();
+                (4, &number)
+            }
         };
+        let mut bytes = [0; SLOT_BYTES];
+        bytes[0] = kind;
+        bytes[1] = body.len() as u8;
+        bytes[4..HEADER].copy_from_slice(&taken.to_le_bytes());
+        let end = HEADER + body.len();
         // Callers check messages against MAX_MESSAGE before they come here.
-        let len = body.as_ref().len() as u8;
-        let [a, b, c, d] = taken.to_le_bytes();
-        ([kind, len, 0, 0, a, b, c, d], body)
+        if let Some(room) = bytes.get_mut(HEADER..end) {
+            room.copy_from_slice(body);
+        }
+        (bytes, end.min(SLOT_BYTES))
     }
 
     /// A slot as it was received, `len` bytes of it, with the sender's credits.
@@ -94,9 +106,8 @@ impl<'a> Slot<'a> {
         let slot = match (kind, body) {
             (MESSAGE, message) => Slot::Message(message),
             (2, []) => Slot::Credits,
-            (3, []) => Slot::Ping,
-            (4, []) => Slot::Goodbye,
-            (5, number) => Slot::Revoke(u64::from_le_bytes(number.try_into().map_err(|_| "a slot of the wrong length")?)),
+            (3, []) => Slot::Goodbye,
+            (4, number) => Slot::Revoke(u64::from_le_bytes(number.try_into().map_err(|_| "a slot of the wrong length")?)),
             _ => return Err("a slot of unknown kind"),
         };
         Ok((slot, u32::from_le_bytes([a, b, c, d])))
@@ -197,6 +208,10 @@ impl Frame {
                 if !(1..=5).contains(&it.mtu) {
                     return Err("an MTU that does not exist");
                 }
+                // A device waits for ever with a read that the other side may not be asked for.
+                if it.reads_served == 0 {
+                    return Err("a queue pair that serves no reads");
+                }
                 if it.slots != SLOTS {
                     return Err("another number of receive slots than this version has");
                 }
@@ -221,6 +236,18 @@ impl Frame {
     }
 }
 
+/// For the fuzzer: a frame as it would be sent again; `None` where it is refused.
+#[doc(hidden)]
+pub fn frame_again(frame: &[u8]) -> Option<Vec<u8>> {
+    Frame::parse(frame).ok().map(|frame| frame.encode())
+}
+
+/// For the fuzzer: a received slot of `len` bytes as it would be sent again, and how many bytes; `None` where it is refused.
+#[doc(hidden)]
+pub fn slot_again(slot: &[u8; SLOT_BYTES], len: u32) -> Option<([u8; SLOT_BYTES], usize)> {
+    Slot::parse(slot, len).ok().map(|(slot, taken)| slot.encode(taken))
+}
+
 fn take<const N: usize>(rest: &mut &[u8]) -> Result<[u8; N], &'static str> {
     let (field, after) = rest.split_first_chunk::<N>().ok_or("a frame that is too short")?;
     *rest = after;
@@ -233,15 +260,6 @@ mod tests {
 
     use super::*;
 
-    /// A slot as it lies in the receiver's memory, and how many bytes of it came.
-    fn sent(slot: Slot<'_>, taken: u32) -> ([u8; SLOT_BYTES], u32) {
-        let (header, body) = slot.encode(taken);
-        let mut bytes = [0; SLOT_BYTES];
-        bytes[..HEADER].copy_from_slice(&header);
-        bytes[HEADER..HEADER + body.as_ref().len()].copy_from_slice(body.as_ref());
-        (bytes, (HEADER + body.as_ref().len()) as u32)
-    }
-
     #[test]
     fn every_slot_is_read_as_it_was_written() {
         for slot in [
@@ -249,13 +267,15 @@ mod tests {
             Slot::Message(&[7; MAX_MESSAGE]),
             Slot::Message(b""),
             Slot::Credits,
-            Slot::Ping,
             Slot::Goodbye,
             Slot::Revoke(u64::MAX),
         ] {
-            let (bytes, len) = sent(slot, 0x0102_0304);
-            assert_eq!(Slot::parse(&bytes, len), Ok((slot, 0x0102_0304)));
-            assert!(Slot::parse(&bytes, len + 1).is_err());
+            let (bytes, len) = slot.encode(0x0102_0304);
+            assert_eq!(Slot::parse(&bytes, len as u32), Ok((slot, 0x0102_0304)));
+            assert!(Slot::parse(&bytes, len as u32 + 1).is_err());
+            if let Slot::Message(message) = slot {
+                assert_eq!(bytes[..HEADER], message_header(message.len() as u8, 0x0102_0304));
+            }
         }
     }
 
@@ -275,9 +295,25 @@ mod tests {
         }
     }
 
+    #[test]
+    fn attributes_that_no_link_can_be_made_of_are_refused() {
+        let good = Attributes { queue_pair: 0x11, first_psn: 0, gid: [9; 16], lid: 0, mtu: 5, reads_served: 1, slots: SLOTS };
+        assert!(Frame::parse(&Frame::Attributes(good).encode()).is_ok());
+        for wrong in [
+            Attributes { queue_pair: 1 << 24, ..good },
+            Attributes { first_psn: 1 << 24, ..good },
+            Attributes { mtu: 0, ..good },
+            Attributes { mtu: 6, ..good },
+            Attributes { reads_served: 0, ..good },
+            Attributes { slots: SLOTS + 1, ..good },
+        ] {
+            assert!(Frame::parse(&Frame::Attributes(wrong).encode()).is_err(), "{wrong:?}");
+        }
+    }
+
     proptest! {
         #[test]
-        fn no_bytes_panic(bytes in proptest::collection::vec(any::<u8>(), 0..80), mut slot: [u8; 32], kind in 0_u8..7, len in 0_u32..100) {
+        fn no_bytes_panic(bytes in proptest::collection::vec(any::<u8>(), 0..80), mut slot: [u8; 32], kind in 0_u8..6, len in 0_u32..100) {
             if let Ok(frame) = Frame::parse(&bytes) {
                 prop_assert_eq!(frame.encode(), bytes);
             }
@@ -288,7 +324,7 @@ mod tests {
             whole[..32].copy_from_slice(&slot);
             let parsed = Slot::parse(&whole, len);
             if let Ok((slot, taken)) = parsed {
-                prop_assert_eq!(sent(slot, taken).1, len);
+                prop_assert_eq!(slot.encode(taken).1, len as usize);
             }
             // The short way takes just what the long one calls a message.
             let short = message(whole[..HEADER].try_into().unwrap(), len);

@@ -8,7 +8,8 @@ use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
 use crate::fabric::{
-    CloseReason, Event, Events, Fabric, Full, Grant, GrantError, Limits, Op, OpError, OpId, Regions, RegisterError, Signal,
+    CloseReason, Event, Events, Fabric, Grant, GrantError, Limits, Op, OpError, OpId, PostError, Regions, RegisterError,
+    RevokeError, Signal,
 };
 use crate::memory::{Mapped, Memory};
 use crate::sim::Seed;
@@ -18,7 +19,7 @@ use crate::time::Nanos;
 /// How often what goes wrong. All of it is within the contract.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct FaultRates {
-    /// How many posts in a thousand are refused as [`Full`] although there is room; below 1000.
+    /// How many posts in a thousand are refused as [`PostError::Full`] although there is room; below 1000.
     pub full_permille: u32,
     /// How many flushes in a thousand are put off.
     pub late_flush_permille: u32,
@@ -134,13 +135,28 @@ impl<F: Fabric> Fabric for Faults<F> {
         self.inner.limits()
     }
 
-    fn post(&mut self, signal: Signal, op: Op<'_>) -> Result<(), Full> {
+    fn post(&mut self, signal: Signal, op: Op<'_>) -> Result<(), PostError> {
         if self.dropped || self.seed.chance(self.rates.full_permille) {
-            return Err(Full);
+            return Err(PostError::Full);
+        }
+        // One that would be over when `post` returns cannot fail later.
+        let at_once = self.inner.limits().immediate && matches!((signal, op), (Signal::No, Op::Write { .. } | Op::Read { .. }));
+        if at_once && self.rates.drop_at == Some(self.posted + 1) {
+            self.posted += 1;
+            self.held.push_back((0, Event::Failed(None, OpError::Closed)));
+            self.drop_link();
+            return Err(PostError::Failed);
         }
         self.inner.post(signal, op)?;
         self.count(signal);
         Ok(())
+    }
+
+    fn store_polled(&mut self, to: RemoteSpan, bytes: &[u8]) -> Result<(), OpError> {
+        if self.dropped {
+            return Err(OpError::Closed);
+        }
+        self.inner.store_polled(to, bytes)
     }
 
     fn flush(&mut self) {
@@ -200,8 +216,12 @@ impl<F: Fabric> Regions for Faults<F> {
         self.inner.register(memory, access)
     }
 
-    fn deregister(&mut self, region: LocalRegion) {
-        self.inner.deregister(region);
+    fn register_for_peer(&mut self, memory: Arc<Memory>, access: Access) -> Result<LocalRegion, RegisterError> {
+        self.inner.register_for_peer(memory, access)
+    }
+
+    fn deregister(&mut self, region: LocalRegion) -> Result<(), RevokeError> {
+        self.inner.deregister(region)
     }
 
     fn local_memory(&self, region: &LocalRegion) -> Option<Arc<Memory>> {

@@ -1,18 +1,22 @@
-//! Fabrics around fabrics: one that counts and remembers, one that makes things go wrong.
+//! Fabrics around fabrics: one that counts and remembers, one that makes things go wrong, one that breaks the contract for a test to notice.
 //!
 //! `Trace::new(fabric, 64)` shows that an MMIO read costs two work requests and one doorbell; `Faults::new(fabric, 7, rates)`
 //! says `Full` when there is room and holds events back. Both are fabrics, so data paths hold no test code.
 
+mod broken;
 mod faults;
 mod trace;
 
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
-use crate::fabric::{Events, Fabric, Full, Grant, GrantError, Limits, Op, Regions, RegisterError, Signal};
+use crate::fabric::{
+    Events, Fabric, Grant, GrantError, Limits, Op, OpError, PostError, Regions, RegisterError, RevokeError, Signal,
+};
 use crate::memory::{Mapped, Memory};
 use crate::span::{Access, LocalRegion, LocalSpan, RemoteRegion, RemoteSpan};
 use crate::time::Nanos;
+pub use broken::{Breach, Broken};
 pub use faults::{FaultRates, Faults};
 pub use trace::{Counters, Entry, Trace, TraceHandle};
 
@@ -22,8 +26,12 @@ impl<R: Regions + ?Sized> Regions for Box<R> {
         (**self).register(memory, access)
     }
 
-    fn deregister(&mut self, region: LocalRegion) {
-        (**self).deregister(region);
+    fn register_for_peer(&mut self, memory: Arc<Memory>, access: Access) -> Result<LocalRegion, RegisterError> {
+        (**self).register_for_peer(memory, access)
+    }
+
+    fn deregister(&mut self, region: LocalRegion) -> Result<(), RevokeError> {
+        (**self).deregister(region)
     }
 
     fn local_memory(&self, region: &LocalRegion) -> Option<Arc<Memory>> {
@@ -56,8 +64,12 @@ impl<F: Fabric + ?Sized> Fabric for Box<F> {
         (**self).limits()
     }
 
-    fn post(&mut self, signal: Signal, op: Op<'_>) -> Result<(), Full> {
+    fn post(&mut self, signal: Signal, op: Op<'_>) -> Result<(), PostError> {
         (**self).post(signal, op)
+    }
+
+    fn store_polled(&mut self, to: RemoteSpan, bytes: &[u8]) -> Result<(), OpError> {
+        (**self).store_polled(to, bytes)
     }
 
     fn flush(&mut self) {

@@ -7,7 +7,9 @@ use std::collections::VecDeque;
 use std::os::fd::BorrowedFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use crate::fabric::{Event, Events, Fabric, Full, Grant, GrantError, Limits, Op, Regions, RegisterError, Signal};
+use crate::fabric::{
+    Event, Events, Fabric, Grant, GrantError, Limits, Op, OpError, PostError, Regions, RegisterError, RevokeError, Signal,
+};
 use crate::memory::{Mapped, Memory};
 use crate::span::{Access, LocalRegion, LocalSpan, RemoteRegion, RemoteSpan};
 use crate::time::Nanos;
@@ -48,7 +50,9 @@ counters! {
     bytes_sent,
     /// Operations posted with [`Signal::Yes`].
     signalled,
-    /// Posts refused as [`Full`].
+    /// Polled stores made.
+    polled_stores,
+    /// Posts refused as [`PostError::Full`].
     fulls,
     /// Calls of `flush`.
     flushes,
@@ -120,6 +124,13 @@ pub enum Entry {
         head: u64,
         /// Whether it was signalled.
         signal: Signal,
+    },
+    /// A polled store of so many bytes to this offset of a remote region.
+    PolledStore {
+        /// Bytes.
+        len: u32,
+        /// Where in the peer's region.
+        to: u64,
     },
     /// A post was refused.
     Full,
@@ -209,10 +220,10 @@ impl<F: Fabric> Fabric for Trace<F> {
         self.inner.limits()
     }
 
-    fn post(&mut self, signal: Signal, op: Op<'_>) -> Result<(), Full> {
+    fn post(&mut self, signal: Signal, op: Op<'_>) -> Result<(), PostError> {
         let posted = self.inner.post(signal, op);
         let mut log = lock(&self.log);
-        if posted.is_err() {
+        if posted == Err(PostError::Full) {
             log.counters.fulls += 1;
             log.note(Entry::Full);
             return posted;
@@ -248,6 +259,16 @@ impl<F: Fabric> Fabric for Trace<F> {
         };
         log.note(entry);
         posted
+    }
+
+    fn store_polled(&mut self, to: RemoteSpan, bytes: &[u8]) -> Result<(), OpError> {
+        let stored = self.inner.store_polled(to, bytes);
+        if stored.is_ok() {
+            let mut log = lock(&self.log);
+            log.counters.polled_stores += 1;
+            log.note(Entry::PolledStore { len: to.len(), to: to.offset() });
+        }
+        stored
     }
 
     fn flush(&mut self) {
@@ -305,9 +326,16 @@ impl<F: Fabric> Regions for Trace<F> {
         Ok(region)
     }
 
-    fn deregister(&mut self, region: LocalRegion) {
-        self.inner.deregister(region);
+    fn register_for_peer(&mut self, memory: Arc<Memory>, access: Access) -> Result<LocalRegion, RegisterError> {
+        let region = self.inner.register_for_peer(memory, access)?;
+        lock(&self.log).counters.registered += 1;
+        Ok(region)
+    }
+
+    fn deregister(&mut self, region: LocalRegion) -> Result<(), RevokeError> {
+        let revoked = self.inner.deregister(region);
         lock(&self.log).counters.deregistered += 1;
+        revoked
     }
 
     fn local_memory(&self, region: &LocalRegion) -> Option<Arc<Memory>> {

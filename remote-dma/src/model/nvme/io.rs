@@ -141,7 +141,7 @@ impl Nvme {
                 Ok(Step::Range { iova, len }) => match (bus.map(iova, u64::from(len), access), &mut slot.job) {
                     (Ok(Some(mapped)), Some(job)) => {
                         job.buffers.push(mapped);
-                        job.ranges.push((iova, len));
+                        job.guest_bytes += u64::from(len);
                     }
                     (Ok(None), _) => {
                         // Part of it cannot be mapped: all of it goes through a buffer. The walk starts again.
@@ -254,7 +254,7 @@ impl Nvme {
                 self.jobs.push(job);
                 return slot.refuse(Status::INTERNAL_ERROR);
             };
-            job.buffers.push(mapped);
+            job.buffers.push(mapped.into());
         }
         slot.phase = Phase::Media;
         if slot.direct {
@@ -288,13 +288,10 @@ impl Nvme {
     pub(super) fn job_done(&mut self, mut job: Box<Job>, bus: &mut dyn Bus) {
         self.jobs_running = self.jobs_running.saturating_sub(1);
         let (index, epoch, outcome, kind) = (job.slot, job.epoch, job.outcome, job.kind);
-        if kind == JobKind::Read && epoch == self.epoch && !self.fenced {
-            for (iova, len) in &job.ranges {
-                bus.written_directly(*iova, u64::from(*len));
-                self.counters.bytes_to_guest += u64::from(*len);
-            }
-        } else if matches!(kind, JobKind::Write { .. }) {
-            self.counters.bytes_from_guest += job.ranges.iter().map(|(_, len)| u64::from(*len)).sum::<u64>();
+        match kind {
+            JobKind::Read => self.counters.bytes_to_guest += job.guest_bytes,
+            JobKind::Write { .. } => self.counters.bytes_from_guest += job.guest_bytes,
+            _ => {}
         }
         job.clear();
         self.jobs.push(job);

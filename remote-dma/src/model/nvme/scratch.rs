@@ -14,12 +14,24 @@ use super::{MAX_TRANSFER_BYTES, QUEUE_COUNT};
 pub(super) const FETCH_ENTRIES: u32 = 32;
 
 const ENTRIES_BYTES: u64 = (QUEUE_COUNT as u64 * FETCH_ENTRIES as u64 * SQE_BYTES as u64).next_multiple_of(4096);
-const CLASSES: [Class; 3] = [
+/// Few of each, because an RNIC pins them all as long as the device is lent; a command that finds none waits for the next that is given back.
+const CLASSES: [Class; 4] = [
     // A list names at most MAX_TRANSFER_BYTES / 4 KiB + 1 pages, 8 bytes each.
-    Class { bytes: 4 << 10, count: 256 },
-    Class { bytes: 16 << 10, count: 256 },
-    Class { bytes: MAX_TRANSFER_BYTES, count: 16 },
+    Class { bytes: 4 << 10, count: 128 },
+    Class { bytes: 16 << 10, count: 64 },
+    Class { bytes: 128 << 10, count: 16 },
+    Class { bytes: MAX_TRANSFER_BYTES, count: 2 },
 ];
+/// What a link may pin beyond the guest's memory is 8 MiB; the rest is for rings and staging.
+const MOST_BYTES: u64 = 7 << 20;
+const _: () = {
+    let (mut sum, mut class) = (ENTRIES_BYTES, 0);
+    while class < CLASSES.len() {
+        sum += CLASSES[class].bytes as u64 * CLASSES[class].count as u64;
+        class += 1;
+    }
+    assert!(sum <= MOST_BYTES);
+};
 const _: () = assert!((MAX_TRANSFER_BYTES / 4096 + 1) * 8 <= 4 << 10);
 
 #[derive(Clone, Copy)]
@@ -72,10 +84,9 @@ impl Scratch {
 
     /// A buffer of at least `bytes`.
     pub(super) fn buffer(&mut self, bytes: u32) -> Option<Buffer> {
-        let [_, small, large] = &mut self.free;
-        let [_, small_class, _] = CLASSES;
-        let fitting = if bytes <= small_class.bytes { small.pop() } else { None };
-        fitting.or_else(|| large.pop())
+        // The first class is for lists.
+        let fitting = CLASSES.iter().zip(&mut self.free).skip(1).filter(|(class, _)| bytes <= class.bytes);
+        fitting.map(|(_, free)| free).find_map(Vec::pop)
     }
 
     pub(super) fn release(&mut self, buffer: Buffer) {

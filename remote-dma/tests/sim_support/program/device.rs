@@ -134,6 +134,7 @@ impl Play {
             self.answer();
         }
         self.busy = [false; SLOTS];
+        self.told.lock().unwrap().clear();
         self.reading.clear();
         self.guest().asked = 0;
         self.guest().compare("all is done");

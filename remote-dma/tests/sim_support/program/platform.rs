@@ -59,8 +59,9 @@ impl Play {
         if self.world.now().since(asked) > CONTROL_DEADLINE + SLACK {
             self.guest().complain("an unmap took longer than its deadline");
         }
-        self.expect_all_landed("an unmap was acknowledged");
+        self.expect_landed_unless_crowded("an unmap was acknowledged");
         self.guest().areas[area].mapped = false;
+        self.marked_before_the_acknowledgement(memory);
         // Reads that were under way have read: their memory is free too.
         self.reading.retain(|(other, _)| !other.meets(&piece));
         let mut bytes = vec![0; AREA_BYTES as usize];
@@ -80,6 +81,27 @@ impl Play {
         }
     }
 
+    /// A window is gone: whatever the device wrote through it is marked, also where it was the last one of its memory.
+    fn marked_before_the_acknowledgement(&mut self, memory: usize) {
+        let behind = Arc::clone(&self.guest().memories[memory]);
+        let mut seat = self.seat();
+        let log = self.session.dirty_log(&behind, &mut seat).cloned();
+        let mut guest = self.guest.lock().unwrap();
+        if log.is_some() {
+            guest.logs[memory] = log;
+        }
+        guest.take_marks();
+        let (marked, stored) = (guest.marked.clone(), guest.stored.clone());
+        let missing: Vec<_> =
+            self.written_pages.iter().filter(|page| page.0 == memory && !marked.contains(page) && !stored.contains(page)).collect();
+        if !missing.is_empty() {
+            guest.complain(format!("an unmap was acknowledged before the marks of pages {missing:?}"));
+        }
+        if self.session.counters().late > 0 {
+            guest.complain("a mark or a polled word came after its window was gone");
+        }
+    }
+
     pub(super) fn reset(&mut self) {
         // What mediated writes leave behind is not known; from the acknowledgement on nothing may change it.
         let unknown: Vec<Piece> = {
@@ -96,7 +118,7 @@ impl Play {
         if let Err(error) = self.session.reset(ResetKind::Function, &mut seat) {
             return self.guest().complain(format!("the device cannot be reset: {error}"));
         }
-        self.expect_all_landed("a reset was acknowledged");
+        self.expect_landed_unless_crowded("a reset was acknowledged");
         (self.done, self.faults, self.value) = (0, 0, 0);
         self.busy = [false; SLOTS];
         self.reading.clear();

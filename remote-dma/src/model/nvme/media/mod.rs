@@ -13,10 +13,10 @@ use std::os::fd::BorrowedFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use farbus_transport::{Mapped, Memory, MemoryError};
+use farbus_transport::{Memory, MemoryError};
 use thiserror::Error;
 
-use crate::address::Iova;
+use crate::dma_buffer::DmaBuffer;
 
 pub use file::FileMedia;
 pub use image::open;
@@ -140,10 +140,10 @@ pub struct Job {
     pub offset: u64,
     /// Bytes of the media; for reads, writes and compares as many as the buffers have.
     pub len: u64,
-    /// Memory to fill or to take from, in order.
-    pub buffers: Vec<Mapped>,
-    /// Where in the guest the buffers are, if they are the guest's.
-    pub ranges: Vec<(Iova, u32)>,
+    /// Memory to fill or to take from, in order. Let go by whoever carries the job out, before anybody hears that it is done.
+    pub buffers: Vec<DmaBuffer>,
+    /// How many bytes of the buffers are the guest's own.
+    pub guest_bytes: u64,
     /// The outcome.
     pub outcome: Option<JobError>,
 }
@@ -152,13 +152,13 @@ impl Job {
     /// A job with room for the pages of the longest transfer, so that using it never allocates.
     pub(super) fn with_room() -> Self {
         let pages = super::MAX_TRANSFER_BYTES as usize / 4096 + 1;
-        Self { buffers: Vec::with_capacity(pages), ranges: Vec::with_capacity(pages), ..Self::default() }
+        Self { buffers: Vec::with_capacity(pages), ..Self::default() }
     }
 
     /// Lets go of all memory.
     pub(super) fn clear(&mut self) {
         self.buffers.clear();
-        self.ranges.clear();
+        self.guest_bytes = 0;
         self.outcome = None;
     }
 }

@@ -147,7 +147,7 @@ fn run(shared: &Shared) {
                 JobError::Failed
             }
         });
-        // The guest's memory is let go before the controller hears that the job is done.
+        // The guest's memory is let go, and with that in the dirty log, before the controller hears that the job is done.
         job.buffers.clear();
         finish(shared, job);
     }
@@ -222,7 +222,7 @@ fn vectored(file: &File, job: &Job, room: &mut Room, direction: Direction) -> io
         }
         let (vectors, count) = (rest.as_ptr(), rest.len().min(MAX_VECTORS) as libc::c_int);
         let moved = match direction {
-            // SAFETY: each vector is a `Mapped` of `job.buffers`, valid for its length until the job is finished; guest memory may be written
+            // SAFETY: each vector is a `DmaBuffer` of `job.buffers`, valid for its length until the job is finished; guest memory may be written
             // by others meanwhile, which the kernel's copies tolerate.
             Direction::Read => unsafe { libc::preadv2(file.as_raw_fd(), vectors, count, offset, 0) },
             Direction::Write { durable } => {

@@ -1,0 +1,30 @@
+//! Connecting to a lender: a session over whatever link its address stands for.
+//!
+//! `shm:/run/nvme0` gives a session over shared memory, `rdma:nas:7000` one over a queue pair; a function does not see which.
+
+use anyhow::Context;
+use farbus_remote_dma::borrower::{BorrowerOptions, BorrowerSession};
+use farbus_remote_dma::{Attachment, DeviceDescription};
+use farbus_transport::link::hello::{Hello, Role, SPOKEN};
+
+use crate::link::{Linked, connect};
+use crate::link_address::LinkAddress;
+use crate::security::{PeerArgs, SecurityArgs};
+
+/// Connects to the lender at `from`.
+pub fn attach(
+    from: &LinkAddress,
+    security: &SecurityArgs,
+    peer: &PeerArgs,
+    options: BorrowerOptions,
+) -> anyhow::Result<Box<dyn Attachment>> {
+    let hello = Hello { versions: SPOKEN, role: Role::Borrower, features: 0, epoch: 0, description: Vec::new() };
+    let (linked, agreed) = connect(from, security, peer, &hello)?;
+    let description = DeviceDescription::decode(&agreed.peer.description)
+        .with_context(|| format!("the lender at {from} is wrong about its device"))?;
+    let session: Result<Box<dyn Attachment>, _> = match linked {
+        Linked::Shm(fabric) => BorrowerSession::new(*fabric, description, options).map(|session| Box::new(session) as _),
+        Linked::Rdma(fabric) => BorrowerSession::new(*fabric, description, options).map(|session| Box::new(session) as _),
+    };
+    session.context("cannot share memory with the lender")
+}

@@ -1,0 +1,89 @@
+//! What the demo is given and where it leaves its picture: looked at before half a minute of measuring, not after it.
+//!
+//! `--image /dev/sda` is refused as "a block device", `--svg disk.img` because that is the image, and nothing that is there already is touched.
+
+use std::fs::{File, Metadata};
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::path::{Path, PathBuf};
+
+use anyhow::Context;
+use farbus_bench::workload::UNIT_BYTES;
+
+use crate::failure::{Advise, refusal};
+
+/// The least that the cases need.
+const LEAST_BYTES: u64 = 2 << 20;
+
+/// The image that a user gave.
+pub struct Given {
+    path: PathBuf,
+    found: Metadata,
+}
+
+impl Given {
+    /// Looks at it.
+    pub fn look(path: &Path) -> anyhow::Result<Self> {
+        let found = std::fs::metadata(path).with_context(|| format!("cannot read {}", path.display()))?;
+        let kind = found.file_type();
+        let other = match () {
+            () if kind.is_file() => None,
+            () if kind.is_dir() => Some("a directory"),
+            () if kind.is_block_device() => Some("a block device"),
+            () => Some("no file"),
+        };
+        let hint = "give --image a file, or leave it out: then files of this machine are packed into one";
+        if let Some(other) = other {
+            return Err(refusal(format!("{} is {other}", path.display()), hint));
+        }
+        if found.len() < LEAST_BYTES || found.len() % UNIT_BYTES != 0 {
+            let (path, length) = (path.display(), found.len());
+            return Err(refusal(
+                format!("{path} has {length} bytes: the demo needs a multiple of {UNIT_BYTES}, at least 2 MiB"),
+                hint,
+            ));
+        }
+        Ok(Self { path: path.to_owned(), found })
+    }
+
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Its length in bytes.
+    pub fn bytes(&self) -> u64 {
+        self.found.len()
+    }
+
+    /// Explains a failure of the demo by somebody who wrote to the image meanwhile, if somebody did.
+    pub fn blame<T>(&self, result: anyhow::Result<T>) -> anyhow::Result<T> {
+        let stamp = |data: &Metadata| (data.len(), data.mtime(), data.mtime_nsec());
+        let same = std::fs::metadata(&self.path).is_ok_and(|now| stamp(&now) == stamp(&self.found));
+        if same || result.is_ok() {
+            return result;
+        }
+        let what = format!("{} was changed while the demo compared with it", self.path.display());
+        result.advise(what, "give --image a file that nobody writes to")
+    }
+}
+
+/// Refuses a place where no picture can be left, or where it would take the image's.
+pub fn check_picture(svg: &Path, image: Option<&Given>) -> anyhow::Result<()> {
+    let hint = "name another place with --svg";
+    let what = || format!("cannot leave the picture at {}", svg.display());
+    match File::options().append(true).open(svg) {
+        Ok(there) => {
+            let there = there.metadata().advise(what(), hint)?;
+            if image.is_some_and(|image| (image.found.dev(), image.found.ino()) == (there.dev(), there.ino())) {
+                return Err(refusal(format!("{}: that is the image", what()), hint));
+            }
+        }
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+            let folder = svg.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+            // A file without a name, which is gone at once.
+            drop(tempfile::tempfile_in(folder).advise(what(), hint)?);
+        }
+        Err(error) => return Err(error).advise(what(), hint),
+    }
+    Ok(())
+}

@@ -1,0 +1,136 @@
+//! One connection to a lender, from its hello to its end, on a thread of its own.
+//!
+//! Three come at once: one says nothing and is given up after 5 s, one has said its hello and gets the device, the third is told that it is
+//! lent. A visitor claims the device only when its hello is complete, so who only knocks keeps nobody waiting.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use farbus_bench::measure::pin_to;
+use farbus_remote_dma::Backend;
+use farbus_remote_dma::lender::{LenderSession, PollOptions};
+use farbus_remote_dma::wait::Waker;
+use farbus_transport::link::hello::Hello;
+use farbus_transport::link::verdict::Refusal;
+use farbus_transport::shm::ShmOptions;
+use farbus_transport::{CloseReason, Fabric};
+use tokio::sync::{mpsc, oneshot};
+
+use crate::link::{Arrival, Greeted, Linked};
+
+/// Tells connections apart.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Visitor(pub u64);
+
+/// A device on its way to whoever claims it or back.
+pub type Device = Box<dyn Backend>;
+
+/// What a visitor's thread tells the command.
+pub enum News {
+    /// It is not a borrower. Nothing follows.
+    TurnedAway {
+        /// Where it came from, if that can be told.
+        from: Option<String>,
+        /// Why.
+        why: String,
+    },
+    /// Its hello is complete: the answer is the device, or why it cannot have it.
+    Claims(oneshot::Sender<Result<Device, Refusal>>),
+    /// It has the device; its name, if it showed one. [`News::Returned`] follows.
+    Lent(Option<String>),
+    /// The borrower has left, and the device has not ended so many accesses. [`News::Returned`] follows when it has.
+    Wedged(usize),
+    /// The device is back, fenced and reset: how the borrower left, or why it never was one.
+    Returned(Device, Result<CloseReason, String>),
+}
+
+/// What all visitors of a lender have in common.
+pub struct Terms {
+    /// What the lender says of itself and its device.
+    pub hello: Hello,
+    /// Ends every session.
+    pub stop: Waker,
+    /// How long a session polls before it sleeps.
+    pub spin: Duration,
+    /// The fabric's options.
+    pub options: ShmOptions,
+    /// Where the thread of a session runs.
+    pub core: Option<usize>,
+    /// How long a device may take to end what it was doing, before that is said.
+    pub quiesce: Duration,
+}
+
+/// A connection that was accepted.
+pub struct Visit {
+    /// Which one.
+    pub visitor: Visitor,
+    /// What it is told and given.
+    pub terms: Arc<Terms>,
+    /// Where the command hears of it.
+    pub news: mpsc::UnboundedSender<(Visitor, News)>,
+}
+
+impl Visit {
+    /// Carries it to its end.
+    pub fn run(self, arrival: Arrival) {
+        let from = arrival.from();
+        let greeted = match arrival.greet(&self.terms.hello) {
+            Ok(greeted) => greeted,
+            Err(error) => return self.tell(News::TurnedAway { from, why: error.to_string() }),
+        };
+        let (claim, answer) = oneshot::channel();
+        self.tell(News::Claims(claim));
+        match answer.blocking_recv() {
+            Ok(Ok(device)) => self.serve(greeted, device),
+            Ok(Err(refusal)) => {
+                if let Err(error) = greeted.refuse(refusal) {
+                    tracing::info!(%error, "a second borrower left before it was refused");
+                }
+            }
+            Err(_) => tracing::debug!("a borrower came too late, or while the command ended"),
+        }
+    }
+
+    fn serve(&self, greeted: Greeted, device: Device) {
+        // Held until the session ends.
+        let _pinned = self.terms.core.and_then(|core| {
+            let pinned = pin_to(core);
+            pinned.inspect_err(|error| tracing::warn!(%error, core, "the session's thread could not be pinned")).ok()
+        });
+        let peer = greeted.peer();
+        match greeted.link(self.terms.options) {
+            Ok(Linked::Shm(fabric)) => self.lend(*fabric, device, peer),
+            Ok(Linked::Rdma(fabric)) => self.lend(*fabric, device, peer),
+            Err(error) => self.tell(News::Returned(device, Err(format!("no borrower: {error}")))),
+        }
+    }
+
+    fn lend<F: Fabric>(&self, fabric: F, device: Device, peer: Option<String>) {
+        let mut session = match LenderSession::new(fabric, device) {
+            Ok(session) => session,
+            Err((error, device)) => return self.tell(News::Returned(device, Err(error.to_string()))),
+        };
+        self.tell(News::Lent(peer));
+        let reason = session.run(PollOptions { spin: self.terms.spin }, &self.terms.stop);
+        let counters = session.counters();
+        tracing::info!(?counters, "the session's counts");
+        let mut ended = session.end_within(self.terms.quiesce);
+        if let Err(wedged) = &ended {
+            self.tell(News::Wedged(wedged.in_flight()));
+        }
+        let device = loop {
+            match ended {
+                Ok(device) => break device,
+                Err(wedged) => ended = wedged.wait(self.terms.quiesce),
+            }
+        };
+        self.tell(News::Returned(device, Ok(reason)));
+    }
+
+    fn tell(&self, news: News) {
+        // The command listens until every device is back; what comes later changes nothing.
+        if self.news.send((self.visitor, news)).is_err() {
+            tracing::debug!("a connection outlived the command");
+        }
+    }
+}
