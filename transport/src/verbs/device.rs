@@ -35,7 +35,12 @@ impl DeviceChoice {
     /// [`VerbsError::NoRdma`] where nothing fits.
     pub fn resolve(&self) -> Result<Self, VerbsError> {
         let open = OpenPort::open(self)?;
-        Ok(Self { device: Some(open.context.name().to_owned()), port: Some(open.number), gid: Some(open.gid_index), ..self.clone() })
+        Ok(Self {
+            device: Some(open.context.name().to_owned()),
+            port: Some(open.number),
+            gid: Some(open.gid_index),
+            ..self.clone()
+        })
     }
 }
 

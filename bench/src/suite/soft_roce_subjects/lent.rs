@@ -18,6 +18,7 @@ use crate::function::FunctionRegisters;
 use crate::measure::{Latencies, Stopwatch};
 use crate::suite::engine::{Engine, register};
 use crate::suite::link::{Lender, Turns, filled};
+use crate::suite::soft_roce::PostedWrites;
 
 /// Where the device finds the guest's memory; above 4 GiB, so that nothing works by having 32 bits only.
 const BASE: Iova = Iova(0x1_0000_0000);
@@ -124,6 +125,11 @@ impl LentRegister {
         Ok(self.registers.function_mut().bar_write(at(register::VALUE), Width::B4, value)?)
     }
 
+    /// As one of several, which `flush` sends.
+    fn post(&mut self, value: u64) -> Result<()> {
+        Ok(self.registers.function_mut().post_write(at(register::VALUE), Width::B4, value)?)
+    }
+
     fn read(&mut self, wanted: u64) -> Result<()> {
         let value = self.registers.function_mut().bar_read(at(register::VALUE), Width::B4)?;
         ensure!(value == wanted, "a register read answered {value} where {wanted} was written");
@@ -151,28 +157,35 @@ impl LentRegister {
         Ok(latencies)
     }
 
-    /// Register writes: what the caller waits for one.
+    /// Register writes, alone and in bursts of `burst`: what the caller waits for one.
     ///
     /// # Errors
-    /// Where the last one is lost.
-    pub fn mmio_write(&mut self, samples: u64) -> Result<Latencies> {
+    /// Where the last one of a burst is lost.
+    pub fn mmio_write(&mut self, samples: u64, burst: u64) -> Result<PostedWrites> {
         let _turn = self.turns.begin()?;
         let watch = Stopwatch::calibrate();
-        let mut latencies = Latencies::new();
-        let warm_up = samples / 10 + 1;
-        for round in 0..warm_up + samples {
+        let mut writes = PostedWrites::default();
+        for round in 0..samples {
             let start = Instant::now();
-            self.write(round & 0xffff)?;
-            let ns = watch.since(start);
-            if round >= warm_up {
-                latencies.record_ns(ns);
-            }
+            self.post(round & 0xffff)?;
+            let posted = watch.since(start);
+            self.registers.function_mut().flush();
+            writes.alone.record_ns(watch.since(start));
+            writes.without_doorbell.record_ns(posted);
             if round % WRITES_PER_READ == WRITES_PER_READ - 1 {
                 self.read(round & 0xffff)?;
             }
         }
-        self.read((warm_up + samples - 1) & 0xffff)?;
-        Ok(latencies)
+        self.read((samples - 1) & 0xffff)?;
+        for round in 0..samples.div_ceil(burst) {
+            let first = round * burst;
+            let start = Instant::now();
+            (first..first + burst).try_for_each(|value| self.post(value & 0xffff))?;
+            self.registers.function_mut().flush();
+            writes.in_bursts.record_ns(watch.since(start) / burst);
+            self.read((first + burst - 1) & 0xffff)?;
+        }
+        Ok(writes)
     }
 
     /// What `operations` register reads cost.
@@ -197,7 +210,8 @@ impl LentRegister {
         for burst in 0..bursts {
             let first = burst * writes;
             let before = self.settled();
-            (first..first + writes).try_for_each(|value| self.write(value & 0xffff))?;
+            (first..first + writes).try_for_each(|value| self.post(value & 0xffff))?;
+            self.registers.function_mut().flush();
             let one = traffic(1, before, self.settled());
             sum.borrower = sum.borrower + one.borrower;
             sum.lender = sum.lender + one.lender;

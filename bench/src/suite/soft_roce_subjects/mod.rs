@@ -3,17 +3,19 @@
 //! `SoftRoce::new(&choice)?.read(4096, 2000)` makes a link and reads 4 KiB of the peer's memory 2,000 times. Each round has a link of its own, as
 //! perftest has: where its queues happen to lie makes a tenth of a difference, and must not favour a side for all rounds.
 
+mod connecting;
 mod ends;
 mod lent;
 
 use anyhow::Result;
 use farbus_transport::verbs::DeviceChoice;
 
+use self::connecting::Visited;
 use self::ends::Ends;
 pub use self::lent::{LentNvme, LentRegister, Traffic, pinned_by_a_link};
 use super::perftest::{Figures, Perftest, Test};
 use super::shm::Direction;
-use super::soft_roce::{BURST, RoceSubjects};
+use super::soft_roce::{BURST, PostedWrites, RoceSubjects};
 use crate::measure::{Latencies, pin_to, two_cores};
 
 /// The subjects over an RDMA device, and perftest.
@@ -76,10 +78,22 @@ impl RoceSubjects for SoftRoce {
         register.mmio_read(samples)
     }
 
-    fn mmio_write(&mut self, samples: u64) -> Result<Latencies> {
+    fn mmio_write(&mut self, samples: u64) -> Result<PostedWrites> {
         let mut register = self.register()?;
         let _pinned = pin_to(self.here)?;
-        register.mmio_write(samples)
+        register.mmio_write(samples, BURST)
+    }
+
+    fn handshake(&mut self, samples: u64) -> Result<Latencies> {
+        let visited = Visited::new(&self.choice, self.there)?;
+        let _pinned = pin_to(self.here)?;
+        visited.handshake(samples)
+    }
+
+    fn connect(&mut self, samples: u64) -> Result<Latencies> {
+        let visited = Visited::new(&self.choice, self.there)?;
+        let _pinned = pin_to(self.here)?;
+        visited.connect(samples)
     }
 
     fn count_mmio_reads(&mut self, operations: u64) -> Result<Traffic> {
