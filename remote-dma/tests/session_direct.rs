@@ -291,6 +291,7 @@ fn a_device_that_does_not_end_its_work_is_wedged_and_its_borrower_is_not_told_th
     for (offset, value) in [(LEN, 100), (IOVA, 0x1000)] {
         session.bar_write(bar0(offset), Width::B8, value, &mut host);
     }
+    session.flush();
     let go = orders.recv_timeout(Duration::from_secs(10)).unwrap();
     stop.set();
     let wedged = lending.join().unwrap().end_within(QUIET).err().unwrap();

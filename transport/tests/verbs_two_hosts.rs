@@ -236,7 +236,7 @@ fn a_link_that_loses_packets_corrupts_nothing() {
     lab_link("loss 0.1%");
     let mut side = Side::meet(2);
     let started = Instant::now();
-    let rounds = side.play(|round| round == 150).unwrap();
+    let rounds = side.play(|round| round == 400).unwrap();
     println!("{} operations verified in {} ms with 0.1 % loss", rounds * OPERATIONS, started.elapsed().as_millis());
     side.leave();
 }
@@ -355,7 +355,8 @@ fn until_the_end(side: &mut Side, busy: Busy) -> (Instant, Instant, CloseReason)
 }
 
 /// Host a cuts the link; both must know soon that the peer is gone, and a new link works when it is mended.
-fn a_cut_ends_the_link(number: u16, how: fn(), ours: CloseReason, busy: Busy) {
+fn a_cut_ends_the_link(number: u16, pulled: bool, busy: Busy) {
+    let how = if pulled { pull_cable } else { black_hole };
     let lateness = Lateness::watch();
     let mut side = Side::meet(number);
     let mended = is_a().then_some(Mended);
@@ -388,9 +389,10 @@ fn a_cut_ends_the_link(number: u16, how: fn(), ours: CloseReason, busy: Busy) {
     let slack = if busy == Busy::Writing { Duration::ZERO } else { CUTTING };
     let (took, late) = (ended.saturating_duration_since(since), lateness.worst());
     println!("{busy:?}: {reason} after {} ms; this machine was late by up to {} ms", took.as_millis(), late.as_millis());
-    // Whose own port is down hears that from its device; all others hear nothing, and that is how they know.
-    let expected = if is_a() { ours } else { CloseReason::PeerGone };
-    assert_eq!(reason, expected);
+    // Whose own port is down hears of it from its device, whose requests fail a moment before or after it says why; all others hear nothing, and
+    // that is how they know.
+    let fits = if is_a() && pulled { matches!(reason, CloseReason::Device(_)) } else { reason == CloseReason::PeerGone };
+    assert!(fits, "{reason}");
     assert!(took <= GONE + slack + 2 * late, "noticed after {} ms", took.as_millis());
     drop(side);
     // Mended: as if nothing had been.
@@ -402,29 +404,29 @@ fn a_cut_ends_the_link(number: u16, how: fn(), ours: CloseReason, busy: Busy) {
 #[test]
 #[ignore = "needs two hosts with RDMA devices; ci/softroce --two-hosts runs it"]
 fn a_black_hole_ends_a_busy_link_at_both_sides_in_time() {
-    a_cut_ends_the_link(40, black_hole, CloseReason::PeerGone, Busy::Writing);
+    a_cut_ends_the_link(40, false, Busy::Writing);
 }
 
 #[test]
 #[ignore = "needs two hosts with RDMA devices; ci/softroce --two-hosts runs it"]
 fn a_black_hole_ends_an_idle_link_at_both_sides_in_time() {
-    a_cut_ends_the_link(50, black_hole, CloseReason::PeerGone, Busy::Polling);
+    a_cut_ends_the_link(50, false, Busy::Polling);
 }
 
 #[test]
 #[ignore = "needs two hosts with RDMA devices; ci/softroce --two-hosts runs it"]
 fn a_black_hole_ends_a_sleeping_link_at_both_sides_in_time() {
-    a_cut_ends_the_link(60, black_hole, CloseReason::PeerGone, Busy::Asleep);
+    a_cut_ends_the_link(60, false, Busy::Asleep);
 }
 
 #[test]
 #[ignore = "needs two hosts with RDMA devices; ci/softroce --two-hosts runs it"]
 fn a_pulled_cable_ends_a_busy_link_at_both_sides_in_time() {
-    a_cut_ends_the_link(70, pull_cable, CloseReason::Device("its port is down"), Busy::Writing);
+    a_cut_ends_the_link(70, true, Busy::Writing);
 }
 
 #[test]
 #[ignore = "needs two hosts with RDMA devices; ci/softroce --two-hosts runs it"]
 fn a_pulled_cable_ends_a_sleeping_link_at_both_sides_in_time() {
-    a_cut_ends_the_link(80, pull_cable, CloseReason::Device("its port is down"), Busy::Asleep);
+    a_cut_ends_the_link(80, true, Busy::Asleep);
 }

@@ -260,7 +260,7 @@ fn a_grant_of_the_fabric_is_announced_and_taken_back() {
             let grant = ours.fabric.export(&region, Access::READ).unwrap();
             ours.send(b"exported");
             assert_eq!(ours.message(), grant.key.to_le_bytes());
-            ours.fabric.deregister(region);
+            ours.fabric.deregister(region).unwrap();
         },
     );
 }
