@@ -9,8 +9,8 @@ use std::time::Duration;
 use anyhow::{Context, bail};
 use farbus_bench::measure::LEAST_ROUNDS;
 use farbus_bench::report::suite_table;
-use farbus_bench::suite::ShmSession;
-use farbus_bench::suite::shm::{Effort, Step, run as run_shm};
+use farbus_bench::suite::{ShmSession, SoftRoce, Step, shm, soft_roce};
+use farbus_transport::verbs::DeviceChoice;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 use crate::cli::{BenchArgs, Suite};
@@ -18,23 +18,29 @@ use crate::output::print_line;
 
 /// Runs a suite.
 pub fn run(args: &BenchArgs) -> anyhow::Result<()> {
-    if !(0.0..=3600.0).contains(&args.seconds) {
+    if args.seconds.is_some_and(|seconds| !(0.0..=3600.0).contains(&seconds)) {
         bail!("--seconds takes 0 to 3600");
     }
-    let Suite::Shm = args.suite;
-    let mut subjects = ShmSession::new().context("the suite measures between two cores")?;
-    let target = if std::io::stderr().is_terminal() { ProgressDrawTarget::stderr() } else { ProgressDrawTarget::hidden() };
-    let bar = ProgressBar::with_draw_target(Some(1), target);
-    if let Ok(style) = ProgressStyle::with_template("{msg:36} {wide_bar} {percent:>3} % {elapsed}") {
-        bar.set_style(style);
-    }
-    bar.enable_steady_tick(Duration::from_millis(200));
-    let report = run_shm(&mut subjects, &effort(args.seconds), |Step { what, done, total }| {
-        bar.set_length(total as u64);
-        bar.set_position(done as u64);
-        bar.set_message(what);
-    });
-    bar.finish_and_clear();
+    let report = match args.suite {
+        Suite::Shm => {
+            if args.dev.is_some() || args.pairs.is_some() {
+                bail!("--dev and --pairs are for the suite soft-roce");
+            }
+            let mut subjects = ShmSession::new().context("the suite measures between two cores")?;
+            let bar = Bar::new();
+            shm::run(&mut subjects, &shm_effort(args.seconds.unwrap_or(1.0)), |step| bar.show(step))
+        }
+        Suite::SoftRoce => {
+            let effort = soft_roce_effort(args)?;
+            let choice = DeviceChoice { device: args.dev.clone(), ..DeviceChoice::default() };
+            let mut subjects = SoftRoce::new(&choice).context(
+                "the suite measures over an RDMA device, beside perftest; in the lab, which has both: \
+                 ci/softroce target/release/farbus bench soft-roce",
+            )?;
+            let bar = Bar::new();
+            soft_roce::run(&mut subjects, &effort, |step| bar.show(step))
+        }
+    };
     if args.json {
         print_line(&serde_json::to_string(&report)?);
     } else {
@@ -43,16 +49,88 @@ pub fn run(args: &BenchArgs) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// Progress: a bar on a terminal, which goes when this is dropped, and elsewhere a line for each group of rows.
+struct Bar(ProgressBar);
+
+impl Bar {
+    fn new() -> Self {
+        let target = if std::io::stderr().is_terminal() { ProgressDrawTarget::stderr() } else { ProgressDrawTarget::hidden() };
+        let bar = ProgressBar::with_draw_target(Some(1), target);
+        if let Ok(style) = ProgressStyle::with_template("{msg:36} {wide_bar} {percent:>3} % {elapsed}") {
+            bar.set_style(style);
+        }
+        bar.enable_steady_tick(Duration::from_millis(200));
+        Self(bar)
+    }
+
+    fn show(&self, Step { what, done, total }: Step) {
+        if self.0.is_hidden() {
+            eprintln!("farbus: {}/{total} {what}", done + 1);
+        }
+        self.0.set_length(total as u64);
+        self.0.set_position(done as u64);
+        self.0.set_message(what);
+    }
+}
+
+impl Drop for Bar {
+    fn drop(&mut self) {
+        self.0.finish_and_clear();
+    }
+}
+
+/// `--seconds` of a row and side, in `--pairs` parts.
+fn soft_roce_effort(args: &BenchArgs) -> anyhow::Result<soft_roce::Effort> {
+    let full = soft_roce::Effort::default();
+    let pairs = args.pairs.unwrap_or(full.pairs);
+    if !(LEAST_ROUNDS..=1000).contains(&pairs) {
+        bail!("--pairs takes {LEAST_ROUNDS} to 1000: fewer have no median that means anything");
+    }
+    let seconds = args.seconds.unwrap_or(full.side.as_secs_f64() * full.pairs as f64);
+    Ok(soft_roce::Effort { pairs, side: Duration::from_secs_f64(seconds / pairs as f64), ..full })
+}
+
 /// What `--seconds` for each NVMe case and side means for the other rows: in proportion, and never too few to mean something.
-fn effort(seconds: f64) -> Effort {
-    let full = Effort::default();
+fn shm_effort(seconds: f64) -> shm::Effort {
+    let full = shm::Effort::default();
     let scaled = |count: u64, least: u64| ((count as f64 * seconds) as u64).max(least);
     let rounds = if seconds < 0.5 { LEAST_ROUNDS } else { full.rounds };
-    Effort {
+    shm::Effort {
         rounds,
         samples: scaled(full.samples, 5000),
         stream_bytes: scaled(full.stream_bytes, 128 << 20),
         nvme: Duration::from_secs_f64(seconds / rounds as f64),
         operations: scaled(full.operations, 10_000),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn refused(args: BenchArgs) -> String {
+        match run(&args) {
+            Ok(()) => panic!("a suite without its device ran"),
+            Err(error) => format!("{error:#}"),
+        }
+    }
+
+    fn args(suite: Suite) -> BenchArgs {
+        BenchArgs { suite, seconds: None, pairs: None, dev: None, json: false }
+    }
+
+    #[test]
+    fn a_suite_without_its_device_says_where_there_is_one() {
+        let said = refused(BenchArgs { dev: Some("no-such-device".to_owned()), ..args(Suite::SoftRoce) });
+        assert!(said.contains("ci/softroce target/release/farbus bench soft-roce"), "{said}");
+        // Either the device is missing or, more often, all of RDMA is.
+        assert!(said.contains("no-such-device") || said.contains("RDMA"), "{said}");
+    }
+
+    #[test]
+    fn arguments_that_mean_nothing_are_refused() {
+        assert!(refused(BenchArgs { pairs: Some(4), ..args(Suite::SoftRoce) }).contains("--pairs takes 5 to 1000"));
+        assert!(refused(BenchArgs { seconds: Some(-1.0), ..args(Suite::SoftRoce) }).contains("--seconds takes 0 to 3600"));
+        assert!(refused(BenchArgs { dev: Some("rxe0".to_owned()), ..args(Suite::Shm) }).contains("soft-roce"));
     }
 }

@@ -313,13 +313,23 @@ pub struct DevicesArgs {
 
 /// `farbus bench`
 #[derive(Debug, Args)]
+#[command(after_help = "Examples:
+  farbus bench shm --seconds 0.5
+  farbus bench soft-roce --dev rxe0
+  ci/softroce target/release/farbus bench soft-roce --json    in the lab, where this host has no RDMA")]
 pub struct BenchArgs {
-    /// Which suite: shm
+    /// Which suite
     #[arg(value_enum)]
     pub suite: Suite,
-    /// Seconds for each NVMe case and side
-    #[arg(long, value_name = "SECONDS", default_value_t = 1.0)]
-    pub seconds: f64,
+    /// Seconds for each side: of an NVMe case (shm, 1 by default), of a row (soft-roce, 1.65 by default)
+    #[arg(long, value_name = "SECONDS")]
+    pub seconds: Option<f64>,
+    /// Pairs of measurements for each row, at least 5 (soft-roce)
+    #[arg(long, value_name = "N")]
+    pub pairs: Option<usize>,
+    /// The RDMA device (soft-roce); without it the only one with an active port
+    #[arg(long, value_name = "NAME")]
+    pub dev: Option<String>,
     /// Print one JSON object
     #[arg(long)]
     pub json: bool,
@@ -330,6 +340,8 @@ pub struct BenchArgs {
 pub enum Suite {
     /// Shared memory, against the limits of this machine
     Shm,
+    /// RDMA verbs, against perftest over the same device in the same run
+    SoftRoce,
 }
 
 /// `80us`, `2s`, `1.5ms`, `100ns`.

@@ -1,4 +1,4 @@
-//! Judges what `farbus demo --json` or `farbus bench shm --json` printed, as it comes on standard input.
+//! Judges what `farbus demo --json`, `farbus bench shm --json` or `farbus bench soft-roce --json` printed, as it comes on standard input.
 //!
 //! `farbus demo --json | cargo run -p farbus-tests --example json_shape demo` fails with "cases: read-128k is missing" where one is missing,
 //! so that a script that reads the object keeps working.
@@ -18,8 +18,9 @@ fn main() -> Result<()> {
     let object = value.as_object().context("not an object")?;
     match std::env::args().nth(1).as_deref() {
         Some("demo") => demo(object),
-        Some("bench") => bench(object),
-        other => bail!("usage: json_shape demo|bench, not {other:?}"),
+        Some("bench") => bench(object, "shm"),
+        Some("bench-soft-roce") => bench(object, "soft-roce"),
+        other => bail!("usage: json_shape demo|bench|bench-soft-roce, not {other:?}"),
     }
 }
 
@@ -52,8 +53,8 @@ fn demo(object: &Map<String, Value>) -> Result<()> {
     Ok(())
 }
 
-fn bench(object: &Map<String, Value>) -> Result<()> {
-    ensure!(text(object, "suite")? == "shm", "suite is {:?}", object["suite"]);
+fn bench(object: &Map<String, Value>, suite: &str) -> Result<()> {
+    ensure!(text(object, "suite")? == suite, "suite is {:?}", object["suite"]);
     let rows = array(object, "rows")?;
     ensure!(rows.len() >= 10, "only {} rows", rows.len());
     for row in rows {
@@ -61,8 +62,13 @@ fn bench(object: &Map<String, Value>) -> Result<()> {
         let case = text(row, "case")?;
         let shape = || -> Result<()> {
             text(row, "unit")?;
-            number(row, "value")?;
-            ensure!(row.get("meets").is_some_and(Value::is_boolean), "meets is {:?}", row.get("meets"));
+            // Beside perftest a row may have no verdict, and then says why: too noisy, or not yet there.
+            if suite == "soft-roce" && row.get("meets").is_some_and(Value::is_null) {
+                text(row, "note")?;
+            } else {
+                number(row, "value")?;
+                ensure!(row.get("meets").is_some_and(Value::is_boolean), "meets is {:?}", row.get("meets"));
+            }
             // Counts, such as of system calls, have no reference but a target.
             for key in ["reference", "reference_value", "ratio", "target"] {
                 ensure!(row.contains_key(key), "{key} is missing");

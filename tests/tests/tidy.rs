@@ -87,6 +87,7 @@ const UNFINISHED: &[(&str, &str)] = &[
 /// Files with ignored tests, and the test program that a step of ci/run, or the list of ci/lab/tests, runs them by.
 const IGNORED: &[(&str, &str)] = &[
     ("bench/tests/verbs.rs", "verbs"),
+    ("bench/tests/verbs_counts.rs", "verbs_counts"),
     ("pci-shim/tests/vfio_user_latency.rs", "vfio_user_latency"),
     ("pci-shim/tests/vfio_user_qemu.rs", "vfio_user_qemu"),
     ("remote-dma/tests/common/links.rs", "session"),

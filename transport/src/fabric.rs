@@ -157,6 +157,14 @@ impl Message {
         Some(message)
     }
 
+    /// A message of `len` bytes, written by `fill`; `None` where they are more than [`MAX_MESSAGE`].
+    #[inline]
+    pub(crate) fn filled(len: u8, fill: impl FnOnce(&mut [u8])) -> Option<Self> {
+        let mut message = Self { len, bytes: [0; MAX_MESSAGE] };
+        fill(message.bytes.get_mut(..usize::from(len))?);
+        Some(message)
+    }
+
     /// A message as it lay in a slot; bytes past `len` are zero.
     #[inline]
     pub(crate) fn of_slot(len: u8, bytes: [u8; MAX_MESSAGE]) -> Option<Self> {

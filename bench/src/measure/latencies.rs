@@ -55,6 +55,11 @@ impl Latencies {
         bytes as f64 * 1e9 / self.p50_ns().max(1) as f64
     }
 
+    /// The shortest in nanoseconds; 0 where nothing was recorded.
+    pub fn least_ns(&self) -> u64 {
+        if self.0.is_empty() { 0 } else { self.0.min() }
+    }
+
     /// The median in nanoseconds.
     pub fn p50_ns(&self) -> u64 {
         self.percentile_ns(50.0)

@@ -79,6 +79,10 @@ pub enum Target {
     AtLeast(f64),
     /// The value itself must be zero.
     Zero,
+    /// The value itself must be this.
+    Exactly(f64),
+    /// The value itself must not be over this.
+    ValueAtMost(f64),
     /// The row is for information: any ratio will do.
     None,
 }
@@ -100,9 +104,12 @@ pub struct Row {
     pub ratio: Option<f64>,
     /// "<= 2.0", say.
     pub target: String,
-    /// Whether it is met; `None`: not measured.
+    /// Whether it is met; `None`: not measured, or too noisy to say.
     pub meets: Option<bool>,
-    /// Why it was not measured; left out where it was.
+    /// Between what the median of the pairs' ratios lies; left out where a row has no pairs, or does not say.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ratio_between: Option<(f64, f64)>,
+    /// Why it was not measured or not judged; left out where it was.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub note: Option<String>,
 }
@@ -168,6 +175,8 @@ impl Row {
             Target::AtMost(limit) => ratio <= limit,
             Target::AtLeast(limit) => ratio >= limit,
             Target::Zero => value == 0.0,
+            Target::Exactly(wanted) => value == wanted,
+            Target::ValueAtMost(limit) => value <= limit,
             Target::None => true,
         };
         // A ratio that is no number (nothing over nothing) meets nothing, and JSON has no word for it.
@@ -181,11 +190,33 @@ impl Row {
             ratio: number(ratio, 3),
             target: target.to_string(),
             meets: Some(meets),
+            ratio_between: None,
             note: None,
         }
     }
 
-    /// A row that has no reference: a count that must be zero. A figure that is not zero is never rounded to it.
+    /// A row of pairs that may be too noisy to say. The target is met, or missed, where all of the interval in which the median of the pairs'
+    /// ratios lies ([`Series::interval`]) meets it, or misses it, and the ratio of the medians with it.
+    pub fn judged(
+        case: &str,
+        unit: &str,
+        (subjects, reference, references): (&Series, &str, &Series),
+        ratios: &Series,
+        target: Target,
+    ) -> Self {
+        let (value, of) = (subjects.median(), references.median());
+        let mut row = Self::measured(case, unit, value, (reference, of), value / of, target);
+        let (low, high) = ratios.interval();
+        let verdicts = [low, high].map(|ratio| Self::measured(case, unit, value, (reference, of), ratio, target).meets);
+        row.ratio_between = Some((round_to(low, 3), round_to(high, 3)));
+        if verdicts.iter().any(|verdict| *verdict != row.meets) {
+            row.meets = None;
+            row.note = Some(format!("too noisy to say: the pairs' ratios lie between {low:.2} and {high:.2}"));
+        }
+        row
+    }
+
+    /// A row that has no reference: a count. A figure that is not zero is never rounded to it.
     pub fn exact(case: &str, unit: &str, value: f64, reference: &str, target: Target) -> Self {
         let mut row = Self::measured(case, unit, value, (reference, f64::NAN), f64::NAN, target);
         row.value = value.is_finite().then_some(value);
@@ -203,6 +234,7 @@ impl Row {
             ratio: None,
             target: target.to_string(),
             meets: None,
+            ratio_between: None,
             note: Some(why),
         }
     }
@@ -214,6 +246,8 @@ impl std::fmt::Display for Target {
             Self::AtMost(limit) => write!(f, "<= {limit}"),
             Self::AtLeast(limit) => write!(f, ">= {limit}"),
             Self::Zero => f.write_str("0"),
+            Self::Exactly(wanted) => write!(f, "{wanted}"),
+            Self::ValueAtMost(limit) => write!(f, "<= {limit}"),
             Self::None => f.write_str("none"),
         }
     }
@@ -291,7 +325,24 @@ mod tests {
         assert_eq!(meets(0.94, Target::AtLeast(0.95)), Some(false));
         assert_eq!(meets(f64::NAN, Target::AtLeast(0.95)), Some(false), "no figure must not pass");
         assert_eq!(meets(0.0, Target::Zero), Some(true));
+        assert_eq!(Row::exact("", "", 2.0, "", Target::Exactly(2.0)).meets, Some(true));
+        assert_eq!(Row::exact("", "", 1.999, "", Target::Exactly(2.0)).meets, Some(false));
+        assert_eq!(Row::exact("", "", 2.001, "", Target::ValueAtMost(2.0)).meets, Some(false));
         let missing = Row::missing("x", "ns", "y", Target::Zero, "no second core".to_owned());
         assert!(serde_json::to_string(&missing).unwrap().contains(r#""meets":null,"note":"no second core""#));
+    }
+
+    #[test]
+    fn pairs_that_scatter_around_the_target_are_not_judged() {
+        let judged = |subjects: [f64; 5]| {
+            let (subjects, references) = (Series::new(subjects.to_vec()), Series::new(vec![100.0; 5]));
+            let ratios = Series::new(subjects.figures().iter().map(|figure| figure / 100.0).collect());
+            Row::judged("", "ns", (&subjects, "", &references), &ratios, Target::AtMost(1.2))
+        };
+        assert_eq!(judged([100.0, 110.0, 112.0, 115.0, 119.0]).meets, Some(true));
+        assert_eq!(judged([121.0, 130.0, 140.0, 125.0, 190.0]).meets, Some(false));
+        let noisy = judged([100.0, 110.0, 112.0, 115.0, 150.0]);
+        assert_eq!((noisy.meets, noisy.ratio_between), (None, Some((1.0, 1.5))));
+        assert_eq!(noisy.note.as_deref(), Some("too noisy to say: the pairs' ratios lie between 1.00 and 1.50"));
     }
 }

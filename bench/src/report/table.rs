@@ -51,6 +51,7 @@ pub fn suite_table(report: &SuiteReport) -> String {
             Some(_) if row.target == Target::None.to_string() => "-".to_owned(),
             Some(true) => "yes".to_owned(),
             Some(false) => "NO".to_owned(),
+            None if row.value.is_some() => row.note.clone().unwrap_or_else(|| "?".to_owned()),
             None => format!("not measured: {}", row.note.as_deref().unwrap_or("no reason given")),
         };
         rows.push(vec![
@@ -80,6 +81,7 @@ pub fn duration(ns: f64) -> String {
 fn in_unit(value: f64, unit: &str) -> String {
     match unit {
         "ns" => duration(value),
+        "bytes/s" if value < 1e9 => format!("{:.1} MB/s", value / 1e6),
         "bytes/s" => format!("{:.2} GB/s", value / 1e9),
         "iops" => count(value),
         unit => format!("{value} {unit}"),

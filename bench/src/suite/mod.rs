@@ -3,7 +3,24 @@
 //! `shm::run(&mut subjects, &Effort::default(), …)` measures a cache-line round trip and a remote register read five times each, in turns, and
 //! makes the row "mmio read p50, 250 ns, cache-line round trip 125 ns, 2.0, <= 2.0, yes".
 
+mod engine;
+mod link;
+pub mod perftest;
 pub mod shm;
 mod shm_subjects;
+pub mod soft_roce;
+mod soft_roce_subjects;
 
 pub use shm_subjects::ShmSession;
+pub use soft_roce_subjects::{LentNvme, LentRegister, SoftRoce, Traffic, pinned_by_a_link};
+
+/// What the caller of a suite hears before each group of rows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Step {
+    /// What is measured next.
+    pub what: &'static str,
+    /// Groups done.
+    pub done: usize,
+    /// Groups in all.
+    pub total: usize,
+}

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use anyhow::Result;
 
+use super::Step;
 use crate::measure::{
     Latencies, Pairs, cache_line_round_trip, eventfd_wake, interleave, memcpy_bandwidth, memcpy_hot, pin_to, socket_ping_pong,
     two_cores,
@@ -127,17 +128,6 @@ impl Default for Effort {
     fn default() -> Self {
         Self { rounds: 15, samples: 20_000, stream_bytes: 256 << 20, nvme: Duration::from_millis(67), operations: 100_000 }
     }
-}
-
-/// What the caller hears before each group of rows.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Step {
-    /// What is measured next.
-    pub what: &'static str,
-    /// Groups done.
-    pub done: usize,
-    /// Groups in all.
-    pub total: usize,
 }
 
 /// Measures all rows.

@@ -28,6 +28,22 @@ pub struct DeviceChoice {
     pub grants: GrantMethod,
 }
 
+impl DeviceChoice {
+    /// The choice that a link would make now, with nothing left open.
+    ///
+    /// # Errors
+    /// [`VerbsError::NoRdma`] where nothing fits.
+    pub fn resolve(&self) -> Result<Self, VerbsError> {
+        let open = OpenPort::open(self)?;
+        Ok(Self {
+            device: Some(open.context.name().to_owned()),
+            port: Some(open.number),
+            gid: Some(open.gid_index),
+            ..self.clone()
+        })
+    }
+}
+
 /// An address of a port.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Gid {

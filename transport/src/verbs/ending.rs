@@ -116,7 +116,7 @@ impl VerbsFabric {
                 return false;
             }
             // No credits are told meanwhile, so that the peer's slots and our own reports bound what comes.
-            if self.take_now() > 0 {
+            if self.take_now(None) > 0 {
                 empty = 0;
                 continue;
             }
@@ -133,7 +133,7 @@ impl VerbsFabric {
         self.looked_at = now;
         if let Err(reason) = self.books.take_frames(&mut *self.control) {
             // A goodbye that the device has taken already is better news than a connection that ended after it.
-            while self.take() > 0 {}
+            while self.take(None) > 0 {}
             return self.end(reason);
         }
         while let Some(event) = self.context.next_async_event() {

@@ -71,10 +71,7 @@ impl VerbsFabric {
 
         // Receives are there before anybody may send.
         let slots = Memory::memfd("farbus-receive-slots", u64::from(SLOTS) * SLOT_BYTES as u64)?;
-        let mut receives = Receives::new(MemoryRegion::new(&domain, &slots, IBV_ACCESS_LOCAL_WRITE)?);
-        for slot in 0..SLOTS {
-            receives.push(RECEIVE | u64::from(slot), slot);
-        }
+        let mut receives = Receives::new(MemoryRegion::new(&domain, &slots, IBV_ACCESS_LOCAL_WRITE)?, RECEIVE);
         pair.post_receives(&mut receives).map_err(context.refused("take receive buffers"))?;
 
         let ours = attributes_of(&pair, &port);

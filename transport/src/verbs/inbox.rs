@@ -4,13 +4,17 @@
 //! goes back; a sender keeps eight in hand, so that two sides that are both full can still tell each other.
 
 use super::chain::Receives;
-use super::wire::{SLOT_BYTES, SLOTS};
+use super::wire::SLOTS;
 
 /// Slots that ordinary messages leave free at the peer.
 const RESERVE: u32 = 8;
 
 /// Taken slots after which the peer is told, though there is nothing else to say.
 const TELL_AFTER: u32 = SLOTS / 4;
+
+/// Taken slots that are posted again though there is work to do; fewer wait for a poll that finds nothing, because to post them takes as long as
+/// half a message.
+const POST_AT_LAST: u32 = SLOTS / 8;
 
 /// Slots of both sides.
 pub(super) struct Inbox {
@@ -19,8 +23,6 @@ pub(super) struct Inbox {
     returned: u32,
     /// Of those, what the peer was told.
     told: u32,
-    /// Slots of ours that were taken and are not posted again yet.
-    taken: u32,
     /// Slots of the peer's that we have sent into, counted around.
     sent: u32,
     /// Of those, what the peer has posted again.
@@ -29,7 +31,7 @@ pub(super) struct Inbox {
 
 impl Inbox {
     pub(super) fn new(receives: Receives) -> Self {
-        Self { receives, returned: 0, told: 0, taken: 0, sent: 0, returned_by_peer: 0 }
+        Self { receives, returned: 0, told: 0, sent: 0, returned_by_peer: 0 }
     }
 
     fn free_at_peer(&self) -> u32 {
@@ -72,25 +74,22 @@ impl Inbox {
         plausible
     }
 
-    /// Takes what lies in a slot; the slot goes back with the next post.
+    /// Whether so many slots wait for their post that it must not wait for an idle moment.
     #[inline]
-    pub(super) fn take(&mut self, id: u64, slot: u32) -> [u8; SLOT_BYTES] {
-        let bytes = self.receives.read(slot);
-        self.receives.push(id, slot);
-        self.taken += 1;
-        bytes
+    pub(super) fn must_post(&self) -> bool {
+        self.receives.len() >= POST_AT_LAST
     }
 
     /// Whether the peer has sent more than it was ever told that there is room for.
     #[inline]
     pub(super) fn overrun(&self) -> bool {
-        self.returned.wrapping_add(self.taken).wrapping_sub(self.told) > SLOTS
+        self.returned.wrapping_add(self.receives.len()).wrapping_sub(self.told) > SLOTS
     }
 
     /// The slots taken so far are posted again.
     #[inline]
-    pub(super) fn posted_again(&mut self) {
-        self.returned = self.returned.wrapping_add(std::mem::take(&mut self.taken));
+    pub(super) fn posted_again(&mut self, count: u32) {
+        self.returned = self.returned.wrapping_add(count);
     }
 
     /// Whether the peer must be told of free slots although there is nothing else to say.

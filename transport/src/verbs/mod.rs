@@ -9,6 +9,7 @@
 
 mod chain;
 mod context;
+mod counters;
 mod device;
 mod ending;
 mod error;
@@ -26,9 +27,9 @@ mod tests;
 mod windows;
 mod wire;
 
+pub use counters::{Counters, Watch};
 pub use device::{DeviceChoice, DeviceInfo, Gid, PortInfo, check, devices};
 pub use error::{NoRdma, VerbsError};
-pub use outbox::Counters;
 pub use windows::GrantMethod;
 #[doc(hidden)]
 pub use wire::{frame_again, slot_again};
@@ -40,6 +41,7 @@ use std::time::Duration;
 
 use self::chain::MAX_INLINE;
 use self::context::Context;
+use self::counters::Tally;
 use self::inbox::Inbox;
 use self::objects::{CompletionQueue, QueuePair};
 use self::outbox::Outbox;
@@ -47,7 +49,7 @@ use self::regions::Books;
 use self::sending::Kind;
 use self::sleep::Bed;
 use self::sys::{IBV_WC_RECV_RDMA_WITH_IMM, IBV_WC_SUCCESS, ibv_wc};
-use self::wire::Slot;
+use self::wire::{SLOT_BYTES, Slot};
 use crate::fabric::{CloseReason, Event, Events, Fabric, Limits, MAX_MESSAGE, Message, Op, OpError, PostError, Signal};
 use crate::link::control::Control;
 use crate::span::RemoteSpan;
@@ -116,7 +118,12 @@ pub struct VerbsFabric {
 impl VerbsFabric {
     /// What was posted, and how, since the link began.
     pub fn counters(&self) -> Counters {
-        self.outbox.counters
+        self.outbox.tally.read()
+    }
+
+    /// The same, for whoever looks on from another thread.
+    pub fn watch(&self) -> Watch {
+        Tally::watch(&self.outbox.tally)
     }
 
     /// The limits of an end whose device takes `piece` bytes at once.
@@ -136,12 +143,13 @@ impl VerbsFabric {
 
     /// Takes completions once, where there is room for what they tell; how many there were.
     #[inline]
-    fn take(&mut self) -> usize {
-        if self.ready.len() > READY_ENOUGH { 0 } else { self.take_now() }
+    fn take(&mut self, out: Option<&mut Events>) -> usize {
+        if self.ready.len() > READY_ENOUGH { 0 } else { self.take_now(out) }
     }
 
+    /// Events go to `out`, and to `ready` where it is full or there is none.
     #[inline]
-    fn take_now(&mut self) -> usize {
+    fn take_now(&mut self, mut out: Option<&mut Events>) -> usize {
         if self.pair.is_none() {
             return 0;
         }
@@ -156,27 +164,36 @@ impl VerbsFabric {
         for index in 0..count {
             let Some(completion) = self.found.get(index).copied() else { break };
             match (completion.status, completion.wr_id & RECEIVE != 0) {
-                (IBV_WC_SUCCESS, true) => self.received(&completion),
-                (IBV_WC_SUCCESS, false) => self.sent(completion.wr_id),
+                (IBV_WC_SUCCESS, true) => self.received(&completion, &mut out),
+                (IBV_WC_SUCCESS, false) => self.sent(completion.wr_id, &mut out),
                 _ => {
                     self.broken(index, count);
                     break;
                 }
             }
         }
-        if count > 0 {
+        if self.inbox.must_post() {
             self.give_slots_back();
         }
         count
     }
 
+    /// Events come in order: past those that wait already none goes straight to the caller.
     #[inline]
-    fn sent(&mut self, number: u64) {
+    fn tell(&mut self, event: Event, out: &mut Option<&mut Events>) {
+        let told = self.ready.is_empty() && out.as_mut().is_some_and(|out| out.push(event));
+        if !told {
+            self.ready.push_back(event);
+        }
+    }
+
+    #[inline]
+    fn sent(&mut self, number: u64, out: &mut Option<&mut Events>) {
         if !self.outbox.complete(number) {
             return self.end(CloseReason::Device("it reported a request that was not made"));
         }
         while let Some(event) = self.outbox.next_event() {
-            self.ready.push_back(event);
+            self.tell(event, out);
         }
         if let Phase::Closing { goodbye } = self.phase
             && self.outbox.is_done(goodbye)
@@ -186,22 +203,50 @@ impl VerbsFabric {
     }
 
     #[inline]
-    fn received(&mut self, completion: &ibv_wc) {
+    fn received(&mut self, completion: &ibv_wc, out: &mut Option<&mut Events>) {
         let slot = (completion.wr_id & !RECEIVE) as u32;
-        let bytes = self.inbox.take(completion.wr_id, slot);
-        self.outbox.counters.received += 1;
+        self.outbox.tally.received();
+        if !self.inbox.receives.came_back(slot) {
+            return self.end(CloseReason::Device("it reported a receive slot that it did not have"));
+        }
+        let event = if completion.opcode == IBV_WC_RECV_RDMA_WITH_IMM {
+            Some(Event::Notify(objects::immediate(completion)))
+        } else {
+            self.said(slot, completion.byte_len).map(Event::Message)
+        };
+        self.inbox.receives.push(slot);
         if self.inbox.overrun() {
             return self.end(CloseReason::Protocol("more messages than it was given room for"));
         }
-        if completion.opcode == IBV_WC_RECV_RDMA_WITH_IMM {
-            return self.tell(Event::Notify(objects::immediate(completion)));
+        // What comes after this side said goodbye, or behind the peer's, is not told.
+        if let Some(event) = event
+            && self.phase == Phase::Open
+        {
+            self.tell(event, out);
         }
-        match Slot::parse(&bytes, completion.byte_len) {
+    }
+
+    /// What lies in a slot, where that is a message for the caller.
+    #[inline]
+    fn said(&mut self, slot: u32, len: u32) -> Option<Message> {
+        let Some((message_len, taken)) = wire::message(self.inbox.receives.header(slot), len) else {
+            self.said_by_the_fabric(slot, len);
+            return None;
+        };
+        if !self.inbox.credited(taken) {
+            self.end(CloseReason::Protocol("credits that cannot be true"));
+            return None;
+        }
+        Message::filled(message_len, |bytes| self.inbox.receives.read(slot, wire::HEADER, bytes))
+    }
+
+    /// As [`Self::said`], for the words of the fabric's own and for what is none.
+    #[cold]
+    fn said_by_the_fabric(&mut self, slot: u32, len: u32) {
+        let mut bytes = [0; SLOT_BYTES];
+        self.inbox.receives.read(slot, 0, &mut bytes);
+        match Slot::parse(&bytes, len) {
             Ok((_, returned)) if !self.inbox.credited(returned) => self.end(CloseReason::Protocol("credits that cannot be true")),
-            Ok((Slot::Message(message), _)) => match Message::new(message) {
-                Some(message) => self.tell(Event::Message(message)),
-                None => self.end(CloseReason::Protocol("a message that is too long")),
-            },
             Ok((Slot::Credits, _)) => {}
             Ok((Slot::Revoke(number), _)) => {
                 if let Err(reason) = self.books.revoked_by_peer(number) {
@@ -209,26 +254,20 @@ impl VerbsFabric {
                 }
             }
             Ok((Slot::Goodbye, _)) => self.end(CloseReason::PeerClosed),
+            Ok((Slot::Message(_), _)) => self.end(CloseReason::Protocol("a message that is too long")),
             Err(what) => self.end(CloseReason::Protocol(what)),
         }
     }
 
-    /// What comes after this side said goodbye, or behind the peer's, is not told.
-    #[inline]
-    fn tell(&mut self, event: Event) {
-        if self.phase == Phase::Open {
-            self.ready.push_back(event);
-        }
-    }
-
-    #[inline]
+    /// Posts the slots again that were taken.
     fn give_slots_back(&mut self) {
         let Some(pair) = &mut self.pair else { return };
+        let count = self.inbox.receives.len();
         if let Err(error) = pair.post_receives(&mut self.inbox.receives) {
             tracing::error!(%error, "the device refused receive buffers");
             return self.end(CloseReason::Device("it refused a receive buffer"));
         }
-        self.inbox.posted_again();
+        self.inbox.posted_again(count);
     }
 }
 
@@ -301,16 +340,22 @@ impl Fabric for VerbsFabric {
             while let Some(event) = self.outbox.next_event() {
                 self.ready.push_back(event);
             }
-            if self.take() > 0 {
+            let found = self.take(Some(&mut *out));
+            if found > 0 {
                 self.heard_at = now;
-            } else if self.ready.is_empty() && !matches!(self.phase, Phase::Ended(_)) {
+            }
+            // Fewer than were asked for: there are no others, and the caller has something to do.
+            if found < AT_ONCE && self.ready.is_empty() && !matches!(self.phase, Phase::Ended(_)) {
+                if found == 0 && self.inbox.receives.len() > 0 {
+                    self.give_slots_back();
+                }
                 break;
             }
         }
         if self.inbox.owes_credits() && self.phase == Phase::Open && self.say(Slot::Credits, false) {
             self.hand_over();
         }
-        if now.since(self.looked_at) >= LOOK_EVERY {
+        if now.0.saturating_sub(self.looked_at.0) >= LOOK_EVERY.as_nanos() as u64 {
             self.look(now);
         }
     }
@@ -322,7 +367,8 @@ impl Fabric for VerbsFabric {
             self.end(CloseReason::Device("its completion queue cannot be armed"));
         }
         // What came before the queue was armed wakes nobody, and none of it may be more than the fabric's own words.
-        while self.take() > 0 {}
+        while self.take(None) > 0 {}
+        self.give_slots_back();
         while let Some(event) = self.outbox.next_event() {
             self.ready.push_back(event);
         }
@@ -366,7 +412,7 @@ impl std::fmt::Debug for VerbsFabric {
         f.debug_struct("VerbsFabric")
             .field("device", &self.context.name())
             .field("phase", &self.phase)
-            .field("counters", &self.outbox.counters)
+            .field("counters", &self.counters())
             .finish_non_exhaustive()
     }
 }

@@ -4,8 +4,10 @@
 //! free. A write that its caller wants to hear of reports with the last request of its batch, a read by itself.
 
 use std::collections::VecDeque;
+use std::sync::Arc;
 
 use super::chain::{BATCH, Bytes, Sends, What};
+use super::counters::Tally;
 use crate::fabric::{Event, OpError, Signal};
 
 /// Work requests that may be posted and not yet known to be done.
@@ -19,19 +21,6 @@ const SIGNAL_EVERY: u32 = 32;
 
 /// Reports that may wait: one for each request, and as many operations that were refused before they were posted.
 pub(super) const MAX_REPORTS: usize = 2 * DEPTH as usize;
-
-/// What was done so far; for tests and for counting what an operation costs.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Counters {
-    /// Work requests handed to the device.
-    pub work_requests: u64,
-    /// Times that the device was told of new requests.
-    pub doorbells: u64,
-    /// Requests that were made to report.
-    pub signalled: u64,
-    /// Messages and notifications received.
-    pub received: u64,
-}
 
 /// What the caller is to be told of requests `first` to `last`; of none, where it was refused before it was posted.
 struct Report {
@@ -52,7 +41,7 @@ pub(super) struct Outbox {
     /// A report waits for a request of the present batch that does not report.
     owes_signal: bool,
     reports: VecDeque<Report>,
-    pub(super) counters: Counters,
+    pub(super) tally: Arc<Tally>,
 }
 
 impl Outbox {
@@ -64,7 +53,7 @@ impl Outbox {
             unsignalled: 0,
             owes_signal: false,
             reports: VecDeque::with_capacity(MAX_REPORTS),
-            counters: Counters::default(),
+            tally: Arc::default(),
         }
     }
 
@@ -103,7 +92,9 @@ impl Outbox {
             return false;
         }
         self.posted += 1;
-        self.counters.signalled += u64::from(signalled);
+        if signalled {
+            self.tally.signalled();
+        }
         self.unsignalled = if signalled { 0 } else { self.unsignalled + 1 };
         self.owes_signal &= !signalled;
         true
@@ -135,12 +126,11 @@ impl Outbox {
         }
         if self.owes_signal {
             self.sends.signal_last();
-            self.counters.signalled += 1;
+            self.tally.signalled();
             self.owes_signal = false;
             self.unsignalled = 0;
         }
-        self.counters.work_requests += count as u64;
-        self.counters.doorbells += 1;
+        self.tally.handing_over(count as u64);
         true
     }
 
@@ -262,15 +252,15 @@ mod tests {
     fn one_request_in_thirty_two_reports_and_a_batch_with_a_report_ends_with_one() {
         let mut outbox = Outbox::new();
         write(&mut outbox, Signal::No, 200);
-        assert_eq!(outbox.counters.signalled, 200 / 32);
+        assert_eq!(outbox.tally.read().signalled, 200 / 32);
         outbox.prepare();
         outbox.sends.link();
-        let before = outbox.counters.signalled;
+        let before = outbox.tally.read().signalled;
         for number in 0..20 {
             write(&mut outbox, Signal::Yes(OpId(number)), 1);
         }
         assert!(outbox.prepare());
-        assert!(outbox.counters.signalled - before <= 2);
+        assert!(outbox.tally.read().signalled - before <= 2);
     }
 
     #[test]
@@ -279,11 +269,11 @@ mod tests {
         write(&mut outbox, Signal::No, 1);
         hand_over(&mut outbox);
         write(&mut outbox, Signal::No, BATCH as u32 - 1);
-        let before = outbox.counters.signalled;
+        let before = outbox.tally.read().signalled;
         write(&mut outbox, Signal::Yes(OpId(1)), 1);
         assert!(outbox.sends.is_full());
         hand_over(&mut outbox);
-        assert_eq!(outbox.counters.signalled, before + 1);
+        assert_eq!(outbox.tally.read().signalled, before + 1);
     }
 
     #[test]

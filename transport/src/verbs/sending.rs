@@ -4,7 +4,7 @@
 //! that carries its slot inside.
 
 use super::chain::{Bytes, What};
-use super::wire::Slot;
+use super::wire::{self, Slot};
 use super::{MAX_READY, Phase, VerbsFabric};
 use crate::fabric::{CloseReason, Event, OpError, PostError, Signal};
 use crate::span::{LocalSpan, RemoteSpan};
@@ -24,7 +24,8 @@ impl VerbsFabric {
         let reads = kind == Kind::Read;
         let (from, to) = if reads { (remote.len, local.len) } else { (local.len, remote.len) };
         let fits = from == to && from <= self.limits.max_op_len;
-        let pieces = if fits { from.div_ceil(self.piece).max(1) } else { 1 };
+        // One, nearly always: a division takes as long as the rest of the checks.
+        let pieces = if fits && from > self.piece { from.div_ceil(self.piece) } else { 1 };
         let notifies = matches!(kind, Kind::WriteNotify(_));
         if !self.outbox.has_room(pieces) || (notifies && !self.inbox.may_send()) {
             return Err(PostError::Full);
@@ -112,8 +113,14 @@ impl VerbsFabric {
     #[inline]
     pub(super) fn put(&mut self, slot: Slot<'_>, signalled: bool) {
         self.make_room();
-        let (bytes, len) = slot.encode(self.inbox.sending());
-        let pushed = self.outbox.push(signalled, What::Send, Bytes::Copied(bytes.get(..len).unwrap_or_default()));
+        let taken = self.inbox.sending();
+        let pushed = if let Slot::Message(body) = slot {
+            let header = wire::message_header(body.len() as u8, taken);
+            self.outbox.push(signalled, What::Send, Bytes::Slot { header, body })
+        } else {
+            let (bytes, len) = slot.encode(taken);
+            self.outbox.push(signalled, What::Send, Bytes::Copied(bytes.get(..len).unwrap_or_default()))
+        };
         if !pushed {
             self.end(CloseReason::Device("its batch of work requests cannot be handed over"));
         }

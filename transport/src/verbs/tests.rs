@@ -86,7 +86,7 @@ fn credits_for_more_than_was_sent_are_not_believed_however_often_they_went_aroun
         victim.post(Signal::No, Op::Send { message: b"one" }).unwrap();
         victim.flush();
         let deadline = Instant::now() + AMPLE;
-        while attacker.outbox.counters.received <= u64::from(round) {
+        while attacker.counters().received <= u64::from(round) {
             assert!(Instant::now() < deadline);
             attacker.poll(Nanos::now(), &mut events);
             events.clear();
@@ -107,10 +107,10 @@ fn more_than_there_is_room_for_ends_the_link() {
     for sent in 1..=u64::from(SLOTS) + 1 {
         send_raw(&mut attacker, &message);
         // The victim takes, and says nothing.
-        while victim.outbox.counters.received < sent {
+        while victim.counters().received < sent {
             assert!(Instant::now() < deadline, "{sent} sent");
-            victim.take_now();
-            attacker.take_now();
+            victim.take_now(None);
+            attacker.take_now(None);
         }
     }
     let heard = heard(&mut victim, &mut attacker);

@@ -32,6 +32,25 @@ pub(super) const SLOT_BYTES: usize = HEADER + MAX_MESSAGE;
 /// Receive slots of each side: what the peer may send before this side polls.
 pub(super) const SLOTS: u32 = 256;
 
+/// The kind of a slot with the caller's message.
+const MESSAGE: u8 = 1;
+
+/// The header of a slot with a message of `len` bytes.
+#[inline]
+pub(super) fn message_header(len: u8, taken: u32) -> [u8; HEADER] {
+    let [a, b, c, d] = taken.to_le_bytes();
+    [MESSAGE, len, 0, 0, a, b, c, d]
+}
+
+/// Of a slot of `len` bytes that is a message: the message's length, and its sender's credits. `None` for every other slot, which
+/// [`Slot::parse`] judges.
+#[inline]
+pub(super) fn message(header: [u8; HEADER], len: u32) -> Option<(u8, u32)> {
+    let [MESSAGE, message_len, 0, 0, a, b, c, d] = header else { return None };
+    let fits = usize::from(message_len) <= MAX_MESSAGE && HEADER + usize::from(message_len) == len as usize;
+    fits.then(|| (message_len, u32::from_le_bytes([a, b, c, d])))
+}
+
 /// What a slot says.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Slot<'a> {
@@ -47,11 +66,10 @@ pub(super) enum Slot<'a> {
 
 impl<'a> Slot<'a> {
     /// The bytes to send, and how many.
-    #[inline]
     pub(super) fn encode(self, taken: u32) -> ([u8; SLOT_BYTES], usize) {
         let number;
         let (kind, body): (u8, &[u8]) = match self {
-            Slot::Message(message) => (1, message),
+            Slot::Message(message) => (MESSAGE, message),
             Slot::Credits => (2, &[]),
             Slot::Goodbye => (3, &[]),
             Slot::Revoke(grant) => {
@@ -86,7 +104,7 @@ impl<'a> Slot<'a> {
         }
         let body = bytes.get(HEADER..end).ok_or("a slot of the wrong length")?;
         let slot = match (kind, body) {
-            (1, message) => Slot::Message(message),
+            (MESSAGE, message) => Slot::Message(message),
             (2, []) => Slot::Credits,
             (3, []) => Slot::Goodbye,
             (4, number) => Slot::Revoke(u64::from_le_bytes(number.try_into().map_err(|_| "a slot of the wrong length")?)),
@@ -255,6 +273,9 @@ mod tests {
             let (bytes, len) = slot.encode(0x0102_0304);
             assert_eq!(Slot::parse(&bytes, len as u32), Ok((slot, 0x0102_0304)));
             assert!(Slot::parse(&bytes, len as u32 + 1).is_err());
+            if let Slot::Message(message) = slot {
+                assert_eq!(bytes[..HEADER], message_header(message.len() as u8, 0x0102_0304));
+            }
         }
     }
 
@@ -292,14 +313,24 @@ mod tests {
 
     proptest! {
         #[test]
-        fn no_bytes_panic(bytes in proptest::collection::vec(any::<u8>(), 0..80), slot: [u8; 32], len in 0_u32..100) {
+        fn no_bytes_panic(bytes in proptest::collection::vec(any::<u8>(), 0..80), mut slot: [u8; 32], kind in 0_u8..6, len in 0_u32..100) {
             if let Ok(frame) = Frame::parse(&bytes) {
                 prop_assert_eq!(frame.encode(), bytes);
             }
+            // One of the kinds that exist, now and then with the length that it says.
+            (slot[0], slot[2], slot[3]) = (kind, 0, slot[3] & kind);
+            slot[1] = if slot[1] & 1 == 0 { (len as u8).wrapping_sub(HEADER as u8) } else { slot[1] };
             let mut whole = [0; SLOT_BYTES];
             whole[..32].copy_from_slice(&slot);
-            if let Ok((parsed, taken)) = Slot::parse(&whole, len) {
-                prop_assert_eq!(parsed.encode(taken).1, len as usize);
+            let parsed = Slot::parse(&whole, len);
+            if let Ok((slot, taken)) = parsed {
+                prop_assert_eq!(slot.encode(taken).1, len as usize);
+            }
+            // The short way takes just what the long one calls a message.
+            let short = message(whole[..HEADER].try_into().unwrap(), len);
+            match parsed {
+                Ok((Slot::Message(bytes), taken)) => prop_assert_eq!(short, Some((bytes.len() as u8, taken))),
+                _ => prop_assert_eq!(short, None),
             }
         }
     }

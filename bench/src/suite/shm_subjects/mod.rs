@@ -3,8 +3,6 @@
 //! `ShmSession::new()?.mmio_read(50_000)` starts a lender on the second core, reads a register of its device 50,000 times through the function
 //! that a guest would see, and ends the lender again. The NVMe sides stay from round to round and sleep while it is not their turn.
 
-mod engine;
-mod link;
 mod nvme;
 mod served;
 
@@ -13,11 +11,12 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 use farbus_pci_shim::{Function, IrqfdSink, RecorderSink};
 use farbus_remote_dma::{BarAddress, Iova, Width};
+use farbus_transport::shm::{ShmFabric, ShmOptions};
 use farbus_transport::{Memory, Nanos};
 
-use self::engine::{Engine, Job, register};
-use self::link::Lender;
 use self::nvme::NvmeSide;
+use super::engine::{self, Engine, Job, register};
+use super::link::{self, Lender};
 use super::shm::{Direction, OperationCounts, ShmSubjects, Side};
 use crate::function::FunctionRegisters;
 use crate::measure::{Latencies, Stopwatch, Wake, eventfd_sleeper, pin_to, two_cores};
@@ -52,7 +51,7 @@ impl ShmSession {
 
     fn engine<S: farbus_pci_shim::IrqSink>(&self, sink: S, guest_bytes: u64, buffer_bytes: u64) -> Result<Bench<S>> {
         let (engine, orders) = Engine::new(buffer_bytes)?;
-        let (lender, session) = Lender::start(Box::new(engine), self.there, ALWAYS)?;
+        let (lender, session) = Lender::start(ends()?, Box::new(engine), self.there, ALWAYS)?;
         let guest = link::filled("bench-guest", guest_bytes)?;
         let registers = FunctionRegisters::open(Box::new(session), sink, &guest, BASE)?;
         Ok(Bench { registers, orders, _lender: lender })
@@ -208,6 +207,11 @@ fn pause() {
     for _ in 0..32 {
         std::hint::spin_loop();
     }
+}
+
+/// Both ends of a link.
+fn ends() -> Result<(ShmFabric, ShmFabric)> {
+    Ok(ShmFabric::pair(ShmOptions::default())?)
 }
 
 /// The memory of a driver: queues, and buffers for every case.

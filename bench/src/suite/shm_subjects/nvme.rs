@@ -18,11 +18,11 @@ use farbus_remote_dma::wait::Waker;
 use farbus_transport::Memory;
 use rand::{RngCore, SeedableRng};
 
-use super::link::Lender;
-use super::{ALWAYS, BASE, driver_memory};
+use super::{ALWAYS, BASE, driver_memory, ends};
 use crate::driver::{DmaMemory, Driver, DriverOptions, QueueIndex};
 use crate::function::FunctionRegisters;
 use crate::measure::{Latencies, SyscallCounts, allocations_here, count_syscalls, pin_to};
+use crate::suite::link::Lender;
 use crate::suite::shm::{OperationCounts, Side};
 use crate::workload::{Budget, Case, CaseRun, Contents, Workload};
 
@@ -59,7 +59,7 @@ impl NvmeSide {
                 (Box::new(Native::threaded(Box::new(nvme), PollOptions { spin: SPIN })?), None)
             }
             Side::Remote => {
-                let (lender, session) = Lender::start(Box::new(nvme), there, SPIN)?;
+                let (lender, session) = Lender::start(ends()?, Box::new(nvme), there, SPIN)?;
                 (Box::new(session), Some(lender))
             }
         };
@@ -111,7 +111,7 @@ pub(super) fn count_operations(here: usize, there: usize, operations: u64) -> Re
     let (counted, theirs): (_, Counted) = std::sync::mpsc::channel();
     let (lender, session) = {
         let (warm, over, counting) = (warm.clone(), over.clone(), Arc::clone(&counting));
-        Lender::serve(Box::new(nvme), there, move |session, stop| {
+        Lender::serve(ends()?, Box::new(nvme), there, move |session, stop| {
             session.run(PollOptions { spin: ALWAYS }, &warm);
             // The very loop that a lender runs, from the first counted operation to the last.
             let (allocations, calls) = count_syscalls(|| {

@@ -12,8 +12,8 @@ use farbus_pci_shim::{Function, FunctionOptions, InterruptOwner};
 use farbus_remote_dma::Backend;
 use farbus_remote_dma::native::Native;
 
-use super::engine::{Engine, register};
 use crate::measure::{Latencies, Stopwatch, pin_to};
+use crate::suite::engine::{Engine, register};
 use crate::suite::shm::{REGION_READ_REPLY, REGION_READ_REQUEST};
 
 /// A reply that takes longer is no figure but a failure.

@@ -1,4 +1,4 @@
-//! The device of the suite's register, DMA and interrupt rows: a register, and a DMA engine that times itself.
+//! The device of the suites' register, DMA and interrupt rows: a register, and a DMA engine that times itself.
 //!
 //! A write to `START` makes it copy 4 KiB between its buffer and iova 0x1_0000_0000 as often as its order says, look at the clock before and
 //! after every 32 copies, and leave the distribution where the order came from.
