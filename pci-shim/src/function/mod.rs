@@ -87,6 +87,11 @@ impl<S: IrqSink> Function<S> {
         &self.description
     }
 
+    /// What lies where in its BARs.
+    pub(crate) fn routes(&self) -> &Routes {
+        &self.routes
+    }
+
     /// The sink.
     pub fn sink(&self) -> &S {
         &self.front.sink
