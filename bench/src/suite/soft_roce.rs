@@ -420,7 +420,7 @@ mod tests {
         assert_eq!(row("read-4k p50").meets, None, "too noisy to say");
         assert!(near("mmio-read-4 p50", 1.1), "beside twice the reference");
         assert_eq!(row("mmio-write-4 at the caller p50").meets, Some(false));
-        assert_eq!(row("mmio-write-4 at the caller, of 64 together p50").meets, Some(true));
+        assert_eq!(row("mmio-write-4 with its doorbell, of 64 together p50").meets, Some(true));
         assert_eq!(row("write-stream-64k").meets, Some(true));
         assert!(row("read-stream-64k").note.as_ref().is_some_and(|note| note.contains("it is broken")));
         assert_eq!((row("mmio read: work requests").value, row("mmio read: work requests").meets), (Some(2.01), Some(false)));
