@@ -15,6 +15,7 @@ use x509_cert::ext::pkix::name::GeneralName;
 use x509_cert::ext::pkix::{BasicConstraints, SubjectAltName};
 
 use crate::identity::Identity;
+use crate::read::{ReadError, read};
 
 /// A moment, written as in 2026-11-27T05:21:17Z.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -103,13 +104,13 @@ pub struct Certificate {
 /// Why there is no certificate to read.
 #[derive(Debug, Error)]
 pub enum CertificateError {
-    /// The file does not open.
+    /// The file cannot be read.
     #[error("cannot read {path}: {source}")]
     Unreadable {
         /// The file.
         path: PathBuf,
-        /// What the kernel answered.
-        source: std::io::Error,
+        /// Why.
+        source: ReadError,
     },
     /// It is no PEM file with certificates.
     #[error("{path} holds no certificate in PEM form: {why}")]
@@ -158,7 +159,7 @@ impl Certificate {
     /// # Errors
     /// [`CertificateError`].
     pub fn read(path: &Path) -> Result<Vec<Self>, CertificateError> {
-        let pem = std::fs::read(path).map_err(|source| CertificateError::Unreadable { path: path.to_path_buf(), source })?;
+        let pem = read(path).map_err(|source| CertificateError::Unreadable { path: path.to_path_buf(), source })?;
         let chain = chain(&pem).map_err(|why| CertificateError::NoPem { path: path.to_path_buf(), why })?;
         chain.iter().map(|der| Self::parse(der)).collect()
     }

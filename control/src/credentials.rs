@@ -16,6 +16,7 @@ use thiserror::Error;
 
 use crate::certificate::{Certificate, CertificateError, Moment, Untimely, chain};
 use crate::identity::Identity;
+use crate::read::{ReadError, read};
 use crate::store::{AUTHORITY, CERTIFICATE, KEY};
 
 /// The cryptography of both sides: ring's.
@@ -42,13 +43,13 @@ impl CredentialFiles {
 /// Why there are no credentials. The culprit is this side.
 #[derive(Debug, Error)]
 pub enum CredentialsError {
-    /// A file does not open.
+    /// A file cannot be read.
     #[error("cannot read {path}: {source}")]
     Unreadable {
         /// The file.
         path: PathBuf,
-        /// What the kernel answered.
-        source: std::io::Error,
+        /// Why.
+        source: ReadError,
     },
     /// Whoever reads the key can pose as its owner.
     #[error("{path} can be read by everybody on this host (mode {mode:04o})")]
@@ -122,8 +123,7 @@ impl Credentials {
     /// # Errors
     /// [`CredentialsError`].
     pub fn load(files: &CredentialFiles) -> Result<Self, CredentialsError> {
-        let read =
-            |path: &Path| std::fs::read(path).map_err(|source| CredentialsError::Unreadable { path: path.to_path_buf(), source });
+        let read = |path: &Path| read(path).map_err(|source| CredentialsError::Unreadable { path: path.to_path_buf(), source });
         let (certificate, authority, key) = (read(&files.certificate)?, read(&files.authority)?, read(&files.key)?);
         if let Ok(found) = std::fs::metadata(&files.key)
             && found.permissions().mode() & 0o004 != 0

@@ -114,7 +114,8 @@ fn certificates_that_make_no_sense_are_refused_with_what_would() {
     let nowhere = place.name("nowhere");
     run(&["cert", "issue", &nowhere, "--name", "a", "--role", "lender"])
         .assert_refusal(1, &["no authority in", "farbus cert init"]);
-    run(&["cert", "show", &place.name("disk.img")]).assert_refusal(1, &["no certificate in PEM form", "cert.pem"]);
+    place.image("small.img", 4096);
+    run(&["cert", "show", &place.name("small.img")]).assert_refusal(1, &["no certificate in PEM form", "cert.pem"]);
     run(&["cert", "show", &nowhere]).assert_refusal(1, &["No such file"]);
     // Over a file there is no folder.
     run(&["cert", "init", &place.name("disk.img/lab")]).assert_refusal(1, &["cannot make", "may write"]);
@@ -167,6 +168,39 @@ fn a_list_that_is_wrong_is_refused_at_the_start() {
 }
 
 #[test]
+/// What a user may name where a file is wanted, and what it is called: none of them may be waited for or read without end.
+fn no_files(place: &Place) -> [(String, &'static str); 4] {
+    let (fifo, socket) = (place.path("fifo"), place.path("socket"));
+    rustix::fs::mknodat(rustix::fs::CWD, &fifo, rustix::fs::FileType::Fifo, rustix::fs::Mode::from(0o600), 0).unwrap();
+    drop(std::os::unix::net::UnixListener::bind(&socket).unwrap());
+    [
+        (place.name("fifo"), "it is no file but a pipe"),
+        (place.name("socket"), "it is no file but a socket"),
+        (place.name("lab"), "it is no file but a directory"),
+        ("/dev/zero".to_owned(), "it is no file but a device"),
+    ]
+}
+
+#[test]
+fn what_is_no_file_or_too_long_is_never_waited_for_nor_read() {
+    let place = lab();
+    let nas = |file: &str| place.name(&format!("lab/lender/nas/{file}"));
+    let (cert, key, authority) = (nas("cert.pem"), nas("key.pem"), nas("authority.pem"));
+    std::fs::File::create(place.path("long")).unwrap().set_len((1 << 20) + 1).unwrap();
+    let long = (place.name("long"), "it has more than 1048576 bytes");
+    for (name, said) in no_files(&place).into_iter().chain([long]) {
+        run(&["cert", "show", &name]).assert_refusal(1, &[said]);
+        lend(&place, "rdma:127.0.0.1:0", &["--tls", &nas(""), "--allow-file", &name]).assert_refusal(1, &[said]);
+        for [cert, key, authority] in [[&name, &key, &authority], [&cert, &name, &authority], [&cert, &key, &name]] {
+            let files = ["--cert", cert, "--key", key, "--authority", authority];
+            lend(&place, "rdma:127.0.0.1:0", &[&files[..], &["--allow", "vm7"]].concat()).assert_refusal(1, &[said]);
+            borrow(&place, "rdma:127.0.0.1:7000", &files).assert_refusal(1, &[said]);
+        }
+    }
+    std::fs::rename(place.path("fifo"), place.path("lab/authority.key")).unwrap();
+    run(&["cert", "issue", &place.name("lab"), "--name", "a", "--role", "lender"]).assert_refusal(1, &["no file but a pipe"]);
+}
+
 fn credentials_that_cannot_be_used_are_refused_with_what_to_do() {
     let place = lab();
     let from = "rdma:127.0.0.1:7000";
