@@ -56,6 +56,10 @@ pub fn run(args: &BorrowArgs) -> anyhow::Result<ExitCode> {
         Unshared::Messages => OnUnshared::Messages,
         Unshared::Refuse => OnUnshared::Refuse,
     };
+    server.on_loss(move |why| {
+        let what = format!("{}: the VM reads all ones until it leaves, then this ends", culprit(why));
+        events.say("lender-gone", json!({ "reason": why.to_string() }), &what);
+    });
     let options = Options { spin: args.spin, on_unshared, ..Options::default() };
     // The thread cannot be awaited; what it holds until its end can.
     let (held, released) = oneshot::channel::<()>();
@@ -77,8 +81,7 @@ pub fn run(args: &BorrowArgs) -> anyhow::Result<ExitCode> {
         (Ended::Stopped, None) => (signal.unwrap_or("stopped").to_owned(), 0),
         // A VMM was still there and saw a dead device.
         (Ended::Stopped, Some(why)) => (format!("{}, after the lender: {why}", signal.unwrap_or("stopped")), 0),
-        (Ended::DeviceGone(why @ CloseReason::Device(_)), _) => (format!("here: {why}"), LENDER_LOST),
-        (Ended::DeviceGone(why), _) => (format!("the lender: {why}"), if is_goodbye(why) { 0 } else { LENDER_LOST }),
+        (Ended::DeviceGone(why), _) => (culprit(why), if is_goodbye(why) { 0 } else { LENDER_LOST }),
     };
     events.say("ended", json!({ "reason": reason, "status": code }), &format!("ended: {reason}"));
     Ok(ExitCode::from(code))
@@ -89,5 +92,13 @@ fn is_goodbye(reason: CloseReason) -> bool {
     match reason {
         CloseReason::PeerClosed | CloseReason::Local => true,
         CloseReason::PeerGone | CloseReason::Device(_) | CloseReason::Protocol(_) => false,
+/// Why there is no lender any more, with whose doing it was.
+fn culprit(reason: CloseReason) -> String {
+    match reason {
+        CloseReason::Device(_) => format!("here: {reason}"),
+        _ => format!("the lender: {reason}"),
+    }
+}
+
     }
 }

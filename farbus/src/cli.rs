@@ -137,6 +137,9 @@ Exit status: 0 after a signal or the lender's goodbye, 3 where the lender is gon
 pub struct BorrowArgs {
     /// The lender.
     #[arg(
+Where the lender is gone while a VM is connected, that is said at once (with --json as the event \"lender-gone\"); the VM reads all ones,
+and the command stays until the VM leaves.
+
         long,
         value_name = "ADDR",
         help = "The lender: shm:PATH, or rdma:HOST:PORT[,dev=NAME][,port=N][,gid=N] with the lender's host and TCP port, and the RDMA device \

@@ -3,6 +3,7 @@
 //! `Server::bind("/run/nvme.sock")` takes over a socket file that a killed server left behind, but neither one that answers nor a file
 //! that is no socket; `serve` then runs on the caller's thread until `stop_handle().stop()` is called from another.
 
+use std::fmt;
 use std::fs;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -96,7 +97,18 @@ pub struct Server {
     identity: Option<(u64, u64)>,
     stop: StopHandle,
     /// Done when the first client was served, whose user is told what a migration would do.
-    no_migration: Once,
+    pub(super) no_migration: Once,
+    /// Hears that the device is gone under a client; without it the log does.
+    pub(super) gone: Option<OnLoss>,
+}
+
+type OnLoss = Box<dyn Fn(CloseReason) + Send + Sync>;
+
+impl fmt::Debug for Told {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (migration, gone) = (self.no_migration.is_completed(), self.gone.is_some());
+        f.debug_struct("Told").field("no_migration", &migration).field("gone", &gone).finish()
+    }
 }
 
 impl Server {
@@ -117,13 +129,18 @@ impl Server {
         listener.set_nonblocking(true).map_err(failed)?;
         let identity = fs::symlink_metadata(&path).ok().map(|data| (data.dev(), data.ino()));
         let stop = StopHandle::new().map_err(failed)?;
-        Ok(Self { listener, path, identity, stop, no_migration: Once::new() })
+        Ok(Self { listener, path, identity, stop, told: Told { no_migration: Once::new(), gone: None } })
     }
 
     /// Where it listens.
     pub fn path(&self) -> &Path {
         &self.path
     }
+    told: Told,
+}
+
+/// What somebody is told once, and how.
+pub(super) struct Told {
 
     /// Ends [`Server::serve`].
     pub fn stop_handle(&self) -> StopHandle {
@@ -163,7 +180,7 @@ impl Server {
                     None => self.wait(door, device, activity)?,
                 }
             };
-            let end = serve_client(device, options, client.as_fd(), &self.stop, &self.no_migration)?;
+            let end = serve_client(device, options, client.as_fd(), &self.stop, &self.told)?;
             drop(client);
             door.left();
             match end {
@@ -180,6 +197,12 @@ impl Server {
             Activity::Idle(limit) => limit,
         };
         let armed = device.arm();
+    /// Calls `hear` as soon as the device is gone under a client that goes on being served ([`super::OnGone::ServeAllOnes`]), on the thread that
+    /// serves. Without it the log says so.
+    pub fn on_loss(&mut self, hear: impl Fn(CloseReason) + Send + Sync + 'static) {
+        self.told.gone = Some(Box::new(hear));
+    }
+
         if !armed && device.wake_fd().is_some() {
             return Ok(());
         }
