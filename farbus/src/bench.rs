@@ -8,8 +8,8 @@ use std::time::Duration;
 
 use anyhow::{Context, bail};
 use farbus_bench::measure::LEAST_ROUNDS;
-use farbus_bench::report::suite_table;
-use farbus_bench::suite::{ShmSession, SoftRoce, Step, shm, soft_roce};
+use farbus_bench::report::{suite_row, suite_table};
+use farbus_bench::suite::{Heard, ShmSession, SoftRoce, Step, shm, soft_roce};
 use farbus_transport::verbs::DeviceChoice;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
@@ -28,7 +28,7 @@ pub fn run(args: &BenchArgs) -> anyhow::Result<()> {
             }
             let mut subjects = ShmSession::new().context("the suite measures between two cores")?;
             let bar = Bar::new();
-            shm::run(&mut subjects, &shm_effort(args.seconds.unwrap_or(1.0)), |step| bar.show(step))
+            shm::run(&mut subjects, &shm_effort(args.seconds.unwrap_or(1.0)), |heard| bar.hear(heard))
         }
         Suite::SoftRoce => {
             let effort = soft_roce_effort(args)?;
@@ -38,7 +38,7 @@ pub fn run(args: &BenchArgs) -> anyhow::Result<()> {
                  ci/softroce target/release/farbus bench soft-roce",
             )?;
             let bar = Bar::new();
-            soft_roce::run(&mut subjects, &effort, |step| bar.show(step))
+            soft_roce::run(&mut subjects, &effort, |heard| bar.hear(heard))
         }
     };
     if args.json {
@@ -49,7 +49,7 @@ pub fn run(args: &BenchArgs) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Progress: a bar on a terminal, which goes when this is dropped, and elsewhere a line for each group of rows.
+/// Progress: each row as it comes, and a bar on a terminal, which goes when this is dropped, elsewhere a line for each group of rows.
 struct Bar(ProgressBar);
 
 impl Bar {
@@ -61,6 +61,16 @@ impl Bar {
         }
         bar.enable_steady_tick(Duration::from_millis(200));
         Self(bar)
+    /// What was measured is shown at once: a suite may be ended before its end.
+    fn hear(&self, heard: Heard<'_>) {
+        match heard {
+            Heard::Begins(step) => self.show(step),
+            Heard::Measured(rows) => {
+                self.0.suspend(|| rows.iter().for_each(|row| eprintln!("  {}", suite_row(row))));
+            }
+        }
+    }
+
     }
 
     fn show(&self, Step { what, done, total }: Step) {

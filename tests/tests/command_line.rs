@@ -9,6 +9,7 @@ use std::process::{Command, Stdio};
 
 use farbus_tests::farbus;
 use farbus_tests::place::{Place, assert_end_in_order, assert_nvme};
+use farbus_tests::{Running, farbus};
 use farbus_tests::process::{AMPLE, run};
 use serde_json::Value;
 
@@ -168,6 +169,14 @@ fn a_core_that_does_not_exist_is_refused_with_those_that_do() {
         assert!(!place.path("link").exists());
     }
 }
+#[test]
+fn a_suite_shows_each_row_as_it_comes_so_that_what_was_measured_outlives_it() {
+    let bench = Running::farbus(&["bench", "shm", "--json", "--seconds", "0.01"]);
+    bench.complaint("mmio-read-4 p50  ", AMPLE);
+    bench.kill();
+    assert_eq!(bench.wait(AMPLE).signal(), Some(9));
+}
+
 
 /// The one object that a command which failed printed, after what it says of itself as every other object does.
 #[track_caller]
