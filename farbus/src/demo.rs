@@ -64,19 +64,12 @@ fn run_over(args: &DemoArgs, given: Option<&Given>) -> anyhow::Result<()> {
         // The lender has it open when it listens, and keeps it.
         None => FarSide::here(args, Copy::of(&original, &scratch, "remote.img")?.path(), &scratch, cores.device())?,
     };
-    let mut remote = remote(&far, &original)?;
-    let mut native = native(native_copy.path(), &original, cores)?;
-    scratch.remove_names();
-    let pinned = cores.drive()?;
-    let mut bytes_verified = verify(&mut remote, "verifying every block, remote")?;
-    bytes_verified += verify(&mut native, "verifying every block, native")?;
-
-    let report = measure(args, &mut native, &mut remote)?;
-    bytes_verified += verify(&mut remote, "verifying what was written, remote")?;
-    bytes_verified += verify(&mut native, "verifying what was written, native")?;
-    drop(pinned);
-    native.shut_down()?;
-    remote.shut_down()?;
+    let sides = || Ok((native(native_copy.path(), &original, cores)?, remote(&far, &original)?));
+    let compared = sides().and_then(|(native, remote)| {
+        scratch.remove_names();
+        compare(args, native, remote, cores)
+    });
+    let (bytes_verified, (cases, distributions)) = far.blame(compared)?;
     let (fabric, link) = (far.fabric(), far.link());
     far.end()?;
 
@@ -94,6 +87,20 @@ fn run_over(args: &DemoArgs, given: Option<&Given>) -> anyhow::Result<()> {
     drawn?;
     if !args.json {
         print_line(&format!("both latency distributions: {}", args.svg.display()));
+/// Runs all cases on both sides, and compares every byte before and after; the bytes that were compared, and the figures.
+fn compare(args: &DemoArgs, mut native: DriverSide, mut remote: DriverSide, cores: Cores) -> anyhow::Result<(u64, Measured)> {
+    let pinned = cores.drive()?;
+    let mut bytes_verified = verify(&mut remote, "verifying every block, remote")?;
+    bytes_verified += verify(&mut native, "verifying every block, native")?;
+    let measured = measure(args, &mut native, &mut remote)?;
+    bytes_verified += verify(&mut remote, "verifying what was written, remote")?;
+    bytes_verified += verify(&mut native, "verifying what was written, native")?;
+    drop(pinned);
+    native.shut_down()?;
+    remote.shut_down()?;
+    Ok((bytes_verified, measured))
+}
+
     }
     Ok(())
 }

@@ -104,6 +104,36 @@ fn a_demo_that_is_ended_leaves_no_images_behind() {
     assert!(!folder.exists(), "{}", folder.display());
 }
 
+#[test]
+fn a_lender_process_that_is_killed_is_noticed_at_once_and_named() {
+    let place = Place::new();
+    let args = ["demo", "--json", "--seconds", "60", "--image", &place.name("disk.img"), "--svg", &place.name("demo.svg")];
+    let demo = Running::farbus(&args);
+    images_of(&demo, "(deleted)");
+    let lender = child_of(demo.id());
+    let killed = Instant::now();
+    rustix::process::kill_process(lender, Signal::KILL).unwrap();
+    let end = demo.wait(AMPLE);
+    end.assert_refusal(1, &["the lender process died (signal: 9 (SIGKILL))", "hint: look for what ended it"]);
+    // A command of the driver may take 10 s.
+    assert!(killed.elapsed().as_secs() < 5, "{:?}", killed.elapsed());
+    let object: Value = serde_json::from_str(&end.stdout).unwrap();
+    assert!(object["causes"].as_array().is_some_and(|causes| !causes.is_empty()), "{object}");
+}
+
+/// The only child of a process (proc(5): stat's second field is a name in parentheses, its fourth the parent).
+#[track_caller]
+fn child_of(parent: u32) -> rustix::process::Pid {
+    let parent = parent.to_string();
+    let processes = std::fs::read_dir("/proc").unwrap().filter_map(|entry| entry.ok()?.file_name().into_string().ok());
+    let mut children = processes.filter_map(|id| id.parse::<i32>().ok()).filter(|id| {
+        let stat = std::fs::read_to_string(format!("/proc/{id}/stat")).unwrap_or_default();
+        stat.rsplit_once(')').is_some_and(|(_, rest)| rest.split_whitespace().nth(1) == Some(&parent))
+    });
+    let child = children.next().and_then(rustix::process::Pid::from_raw);
+    child.unwrap_or_else(|| panic!("the demo has no child"))
+}
+
 /// Waits until the demo has a file of its scratch folder open whose name ends in `with`.
 #[track_caller]
 fn images_of(demo: &Running, with: &str) -> PathBuf {

@@ -82,6 +82,14 @@ impl FarSide {
         }
     }
 
+    /// Explains a failure by the process that was started, if that died.
+    pub fn blame<T>(&mut self, result: anyhow::Result<T>) -> anyhow::Result<T> {
+        match &mut self.lender {
+            Some(lender) => lender.blame(result),
+            None => result,
+        }
+    }
+
     /// Waits for the end of the process that was started.
     pub fn end(self) -> anyhow::Result<()> {
         self.lender.map_or(Ok(()), LenderProcess::end)
