@@ -3,6 +3,7 @@
 //! One thread owns the link, the function and the socket; tokio waits for signals beside it. The command says why it ended: a signal, a lender
 //! that said goodbye, or (exit status 3) one that is gone without a word.
 
+use std::io::ErrorKind;
 use std::process::ExitCode;
 
 use anyhow::{Context, bail};
@@ -18,6 +19,7 @@ use crate::cli::{BorrowArgs, Unshared};
 use crate::failure::Advise;
 use crate::output::Events;
 use crate::signals::EndSignals;
+use crate::socket_access;
 
 /// The exit status where the lender is gone without a goodbye or broke the protocol.
 const LENDER_LOST: u8 = 3;
@@ -31,10 +33,13 @@ pub fn run(args: &BorrowArgs) -> anyhow::Result<ExitCode> {
     };
     let events = Events::new(args.json);
     // Bound before the lender is asked, so that a device is not taken for a socket that cannot be served.
-    let mut server = Server::bind(&args.vfio_user).or_else(|error| {
+    let mut server = Server::bind_for(&args.vfio_user, socket_access::of(args)?).or_else(|error| {
         let hint = match &error {
             BindError::InUse(_) => "choose another path for --vfio-user, or end what uses this one",
             BindError::NotASocket(_) => "choose another path for --vfio-user, or remove what is there",
+            BindError::Host { source, .. } if source.kind() == ErrorKind::PermissionDenied && args.socket_group.is_some() => {
+                "use a --socket-group that this user is in, and a folder that it may write to"
+            }
             BindError::Host { .. } => "choose a path for --vfio-user in a folder that is there and may be written to",
         };
         Err(error).advise("cannot serve a VMM there", hint)
@@ -51,15 +56,15 @@ pub fn run(args: &BorrowArgs) -> anyhow::Result<ExitCode> {
         &format!("serving {name} from {} at {socket}", args.from),
     );
 
+    server.on_loss(move |why| {
+        let what = format!("{}: the VM reads all ones until it leaves, then this ends", culprit(why));
+        events.say("lender-gone", json!({ "reason": why.to_string() }), &what);
+    });
     let stop = server.stop_handle();
     let on_unshared = match args.unshared {
         Unshared::Messages => OnUnshared::Messages,
         Unshared::Refuse => OnUnshared::Refuse,
     };
-    server.on_loss(move |why| {
-        let what = format!("{}: the VM reads all ones until it leaves, then this ends", culprit(why));
-        events.say("lender-gone", json!({ "reason": why.to_string() }), &what);
-    });
     let options = Options { spin: args.spin, on_unshared, ..Options::default() };
     // The thread cannot be awaited; what it holds until its end can.
     let (held, released) = oneshot::channel::<()>();
@@ -87,11 +92,6 @@ pub fn run(args: &BorrowArgs) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::from(code))
 }
 
-/// Whether a lender that is gone has left in order.
-fn is_goodbye(reason: CloseReason) -> bool {
-    match reason {
-        CloseReason::PeerClosed | CloseReason::Local => true,
-        CloseReason::PeerGone | CloseReason::Device(_) | CloseReason::Protocol(_) => false,
 /// Why there is no lender any more, with whose doing it was.
 fn culprit(reason: CloseReason) -> String {
     match reason {
@@ -100,5 +100,10 @@ fn culprit(reason: CloseReason) -> String {
     }
 }
 
+/// Whether a lender that is gone has left in order.
+fn is_goodbye(reason: CloseReason) -> bool {
+    match reason {
+        CloseReason::PeerClosed | CloseReason::Local => true,
+        CloseReason::PeerGone | CloseReason::Device(_) | CloseReason::Protocol(_) => false,
     }
 }

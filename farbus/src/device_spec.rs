@@ -11,7 +11,8 @@ use farbus_remote_dma::model::edu::Edu;
 use farbus_remote_dma::model::nvme::{Nvme, NvmeOptions};
 use thiserror::Error;
 
-use crate::cli::parse_duration;
+use crate::failure::Advise;
+use crate::values::parse_duration;
 
 /// A device that can be lent.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -70,7 +71,10 @@ impl FromStr for DeviceSpec {
                     options.serial = Some(value.to_owned());
                 }
                 Some(("serial", _)) => {
-                    return Err(SpecError::Value { option: "serial", why: "at most 20 printable characters".to_owned() });
+                    return Err(SpecError::Value {
+                        option: "serial",
+                        why: "use 1 to 20 printable ASCII characters, without spaces".to_owned(),
+                    });
                 }
                 _ => return Err(SpecError::Option(part.to_owned())),
             }

@@ -56,7 +56,7 @@ fn a_picture_is_refused_where_it_cannot_be_and_nothing_there_is_touched() {
 #[test]
 fn a_short_demo_verifies_and_its_picture_and_object_name_the_machine() {
     let place = Place::new();
-    let end = run(&["demo", "--json", "--seconds", "0", "--image", &place.name("disk.img"), "--svg", &place.name("demo.svg")]);
+    let end = run(&["demo", "--json", "--seconds", "0.01", "--image", &place.name("disk.img"), "--svg", &place.name("demo.svg")]);
     assert_eq!(end.code(), Some(0), "{end:?}");
     let report: Value = serde_json::from_str(&end.stdout).unwrap();
     assert_eq!(report["verified"], true);
