@@ -48,9 +48,15 @@ fn a_picture_is_refused_where_it_cannot_be_and_nothing_there_is_touched() {
     assert_eq!(std::fs::read(&image).unwrap(), before);
     demo(&place.name("")).assert_refusal(1, &["cannot leave the picture", "--svg"]);
     demo(&place.name("no/folder.svg")).assert_refusal(1, &["cannot leave the picture", "No such file"]);
-    std::fs::write(place.path("old.svg"), "an old picture").unwrap();
+    std::fs::write(place.path("precious"), "data").unwrap();
+    demo(&place.name("precious")).assert_refusal(1, &["no picture in SVG", "--svg"]);
+    assert_eq!(std::fs::read_to_string(place.path("precious")).unwrap(), "data");
+    let fifo = place.path("fifo");
+    rustix::fs::mknodat(rustix::fs::CWD, &fifo, rustix::fs::FileType::Fifo, rustix::fs::Mode::from(0o600), 0).unwrap();
+    demo(&place.name("fifo")).assert_refusal(1, &["it is no file", "--svg"]);
+    std::fs::write(place.path("old.svg"), "<svg>an old picture</svg>").unwrap();
     run(&["demo", "--image", &place.name("missing.img"), "--svg", &place.name("old.svg")]).assert_refusal(1, &["missing.img"]);
-    assert_eq!(std::fs::read_to_string(place.path("old.svg")).unwrap(), "an old picture");
+    assert_eq!(std::fs::read_to_string(place.path("old.svg")).unwrap(), "<svg>an old picture</svg>");
 }
 
 #[test]
