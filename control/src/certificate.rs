@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
 use rustls::pki_types::CertificateDer;
-use rustls::pki_types::pem::PemObject;
+use rustls::pki_types::pem::{self, PemObject};
 use thiserror::Error;
 use x509_cert::der::{DateTime, Decode};
 use x509_cert::ext::pkix::name::GeneralName;
@@ -167,8 +167,20 @@ impl Certificate {
 
 /// The certificates of a PEM text, at least one.
 pub(crate) fn chain(pem: &[u8]) -> Result<Vec<CertificateDer<'static>>, String> {
-    let chain = CertificateDer::pem_slice_iter(pem).collect::<Result<Vec<_>, _>>().map_err(|error| error.to_string())?;
+    let chain = CertificateDer::pem_slice_iter(pem).collect::<Result<Vec<_>, _>>().map_err(|error| pem_problem(&error))?;
     if chain.is_empty() { Err("there is no BEGIN CERTIFICATE in it".to_owned()) } else { Ok(chain) }
+}
+
+/// What is wrong with a PEM text, in letters where the library prints bytes.
+pub(crate) fn pem_problem(error: &pem::Error) -> String {
+    match error {
+        pem::Error::MissingSectionEnd { end_marker } => {
+            format!("it is cut off: there is no line -----END {}-----", end_marker.escape_ascii())
+        }
+        pem::Error::IllegalSectionStart { line } => format!("the line {} begins no part of it", line.escape_ascii()),
+        pem::Error::NoItemsFound => "there is nothing of the kind in it".to_owned(),
+        other => other.to_string(),
+    }
 }
 
 fn address(name: &GeneralName) -> Option<String> {
@@ -208,6 +220,8 @@ mod tests {
             std::fs::write(&path, text).unwrap();
             assert!(matches!(Certificate::read(&path), Err(CertificateError::NoPem { .. })), "{text}");
         }
+        let said = Certificate::read(&path).unwrap_err().to_string();
+        assert!(said.ends_with("it is cut off: there is no line -----END CERTIFICATE-----"), "{said}");
         std::fs::write(&path, "-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n").unwrap();
         assert!(matches!(Certificate::read(&path), Err(CertificateError::Malformed(_))));
     }

@@ -14,7 +14,7 @@ use rustls::pki_types::pem::PemObject;
 use rustls::sign::CertifiedKey;
 use thiserror::Error;
 
-use crate::certificate::{Certificate, CertificateError, Moment, Untimely, chain};
+use crate::certificate::{Certificate, CertificateError, Moment, Untimely, chain, pem_problem};
 use crate::identity::Identity;
 use crate::read::{ReadError, read};
 use crate::store::{AUTHORITY, CERTIFICATE, KEY};
@@ -144,7 +144,7 @@ impl Credentials {
         // A chain is never empty.
         let Some(parsed) = parsed else { return Err(unusable("certificate")("there is none".to_owned())) };
         let Some(identity) = parsed.identity.clone() else { return Err(CredentialsError::Unnamed { subject: parsed.subject }) };
-        let key = PrivateKeyDer::from_pem_slice(key).map_err(|error| unusable("key")(error.to_string()))?;
+        let key = PrivateKeyDer::from_pem_slice(key).map_err(|error| unusable("key")(pem_problem(&error)))?;
         let own = CertifiedKey::from_der(own, key, &PROVIDER).map_err(|error| match error {
             rustls::Error::InconsistentKeys(_) => CredentialsError::OtherKey,
             other => unusable("key")(other.to_string()),
