@@ -157,7 +157,7 @@ mod tests {
         let text = suite_table(&SuiteReport { suite: "shm".to_owned(), rows });
         assert!(text.contains("not measured: one core only"), "{text}");
         let row = Row::measured("mmio-read-4 p50", "ns", 250.0, ("one round trip", 125.0), 2.0, Target::AtMost(2.0));
-        assert_eq!(suite_row(&row), "mmio-read-4 p50  250 ns  one round trip  125 ns  2.00  <= 2.0  yes");
+        assert_eq!(suite_row(&row), "mmio-read-4 p50  250 ns  one round trip  125 ns  2.00  <= 2  yes");
     }
 
     #[test]
