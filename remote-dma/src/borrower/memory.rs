@@ -69,17 +69,17 @@ impl Memories {
         // Where it had windows before, marks of then may wait to be taken.
         let log = self.logs.of_or_new(memory).map_err(GrantError::from)?;
         let access = if memory.writable() { Access::READ_WRITE } else { Access::READ };
-        let not_registered = |_| GrantError::TooMany { limit: u32::MAX };
-        let region = fabric.register_for_peer(Arc::clone(memory), access).map_err(not_registered)?;
-        let result =
-            fabric.register_for_peer(Arc::clone(log.marks()), Access::READ_WRITE).map_err(not_registered).and_then(|log_region| {
+        let region = fabric.register_for_peer(Arc::clone(memory), access).map_err(GrantError::from)?;
+        let result = fabric.register_for_peer(Arc::clone(log.marks()), Access::READ_WRITE).map_err(GrantError::from).and_then(
+            |log_region| {
                 let grants =
                     fabric.export(&region, access).and_then(|memory| Ok((memory, fabric.export(&log_region, Access::READ_WRITE)?)));
                 if grants.is_err() {
                     take_back(fabric, log_region);
                 }
                 grants.map(|grants| (log_region, grants))
-            });
+            },
+        );
         match result {
             Ok((log_region, (granted, dirty))) => {
                 let regions = [region, log_region];
