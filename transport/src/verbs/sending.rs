@@ -103,7 +103,8 @@ impl VerbsFabric {
 
     /// Sends a word of the fabric's own, where both queues have room for it.
     pub(super) fn say(&mut self, slot: Slot<'_>, signalled: bool) -> bool {
-        if self.pair.is_none() || !self.inbox.may_send_own() || !self.outbox.has_reserve() {
+        let fits = if slot == Slot::Credits { self.inbox.may_send_credits() } else { self.inbox.may_send_own() };
+        if self.pair.is_none() || !fits || !self.outbox.has_reserve() {
             return false;
         }
         self.put(slot, signalled);
