@@ -1,7 +1,7 @@
 //! How a link ends, and what makes it end without a completion: a failed request, a device event, a connection that is gone, a peer that is silent.
 //!
 //! A peer whose host lost power acknowledges nothing: 0.8 s after the last word of it a write of no bytes asks its device, the retries of that write are used
-//! up half a second later, and the link ends as "the peer is gone".
+//! up a second later, and the link ends as "the peer is gone". Where our own device says nothing of it either, the link ends after 2 s all the same.
 
 use std::time::{Duration, Instant};
 
@@ -9,7 +9,7 @@ use super::sys::{
     self, IBV_WC_LOC_PROT_ERR, IBV_WC_REM_ACCESS_ERR, IBV_WC_REM_INV_REQ_ERR, IBV_WC_REM_OP_ERR, IBV_WC_RETRY_EXC_ERR,
     IBV_WC_RNR_RETRY_EXC_ERR, IBV_WC_SUCCESS, IBV_WC_WR_FLUSH_ERR, ibv_wc,
 };
-use super::{DRAIN_LIMIT, Phase, RECEIVE, SILENCE, VerbsFabric};
+use super::{DRAIN_LIMIT, GIVE_UP, Phase, READY_ENOUGH, RECEIVE, SILENCE, VerbsFabric};
 use crate::fabric::{CloseReason, OpError};
 use crate::time::Nanos;
 
@@ -155,9 +155,34 @@ impl VerbsFabric {
                 other => tracing::debug!(device = self.context.name(), event = other, "the device reports"),
             }
         }
-        if self.phase == Phase::Open && now.since(self.heard_at) >= SILENCE && now.since(self.asked_at) >= SILENCE {
-            self.asked_at = now;
-            self.push_nothing(false);
+        self.note_heard(now);
+        if self.phase != Phase::Open || now.since(self.heard_at) < SILENCE || self.ready.len() > READY_ENOUGH {
+            return;
         }
+        // Who has not polled for long has heard nothing for long, and may find the answer now.
+        self.take_now(None);
+        self.note_heard(now);
+        if self.phase != Phase::Open || self.heard_at == now {
+            return;
+        }
+        if !self.is_asking() {
+            self.asked_at = now;
+            self.push_nothing();
+        } else if now.since(self.asked_at) >= GIVE_UP {
+            tracing::warn!(device = self.context.name(), "the device reports neither an answer nor that there is none");
+            let down = self.port_is_down();
+            self.end(if down { CloseReason::Device("its port is down") } else { CloseReason::PeerGone });
+        }
+    }
+
+    pub(super) fn note_heard(&mut self, now: Nanos) {
+        if std::mem::take(&mut self.heard) {
+            self.heard_at = now;
+        }
+    }
+
+    /// Whether the peer's device was asked and nothing came since.
+    pub(super) fn is_asking(&self) -> bool {
+        self.asked_at > self.heard_at
     }
 }

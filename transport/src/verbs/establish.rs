@@ -34,9 +34,9 @@ use crate::time::Nanos;
 /// How long the peer may take to describe its queue pair and bring it up.
 pub(super) const PEER_LIMIT: Duration = Duration::from_secs(5);
 
-/// How long an acknowledgement may take: 4.096 us times 2 to this power, so 67 ms. Longer than any switch holds a packet, and short enough that
-/// all retries together end within half a second.
-const ACK_TIMEOUT: u8 = 14;
+/// How long an acknowledgement may take: 4.096 us times 2 to this power, so 134 ms. Longer than any switch holds a packet or a busy host pauses, and short
+/// enough that all retries together end within a second.
+const ACK_TIMEOUT: u8 = 15;
 
 /// How often a packet is sent again before the link is given up. Not 7: rxe takes that as for ever.
 const RETRIES: u8 = 6;
@@ -107,6 +107,7 @@ impl VerbsFabric {
             asleep: false,
             limits: Self::limits_for(piece),
             piece,
+            heard: false,
             heard_at: now,
             looked_at: now,
             asked_at: now,

@@ -65,10 +65,14 @@ const AT_ONCE: usize = 16;
 const LOOK_EVERY: Duration = Duration::from_millis(100);
 
 /// How long a peer may be silent before its device is asked whether it is there, by a write of no bytes. A black hole raises no event, so only a question
-/// that is not acknowledged tells: together with all retries (see `establish::RETRIES`) and the time until a look, a peer that is gone is known within 1.5 s.
+/// that is not acknowledged tells: together with all retries (see `establish::RETRIES`) and the time until a look, a peer that is gone is known within 2 s.
 const SILENCE: Duration = Duration::from_millis(800);
 
-/// How long a goodbye, or what must be done before memory is given back, may take: a peer that is gone is known within 0.5 s.
+/// How long our own device may report nothing of such a question, neither an answer nor that its retries are used up. Soft-RoCE (Linux 6.1) sometimes stops
+/// sending again where its port goes down under load, and would be silent for ever.
+const GIVE_UP: Duration = Duration::from_millis(2000);
+
+/// How long a goodbye, or what must be done before memory is given back, may take: a peer that is gone is known within a second.
 const DRAIN_LIMIT: Duration = Duration::from_secs(2);
 
 /// Events that wait, from which on no completions are taken.
@@ -109,6 +113,8 @@ pub struct VerbsFabric {
     /// Bytes of the longest single work request.
     piece: u32,
     inline: u32,
+    /// Completions came since `heard_at`.
+    heard: bool,
     heard_at: Nanos,
     looked_at: Nanos,
     asked_at: Nanos,
@@ -161,6 +167,7 @@ impl VerbsFabric {
                 return 0;
             }
         };
+        self.heard |= count > 0;
         for index in 0..count {
             let Some(completion) = self.found.get(index).copied() else { break };
             match (completion.status, completion.wr_id & RECEIVE != 0) {
@@ -341,9 +348,6 @@ impl Fabric for VerbsFabric {
                 self.ready.push_back(event);
             }
             let found = self.take(Some(&mut *out));
-            if found > 0 {
-                self.heard_at = now;
-            }
             // Fewer than were asked for: there are no others, and the caller has something to do.
             if found < AT_ONCE && self.ready.is_empty() && !matches!(self.phase, Phase::Ended(_)) {
                 if found == 0 && self.inbox.receives.len() > 0 {
@@ -373,7 +377,9 @@ impl Fabric for VerbsFabric {
             self.ready.push_back(event);
         }
         self.asleep = true;
-        self.bed.wake_at(self.heard_at.max(self.asked_at) + SILENCE, Nanos::now());
+        let now = Nanos::now();
+        self.note_heard(now);
+        self.bed.wake_at(if self.is_asking() { self.asked_at + GIVE_UP } else { self.heard_at + SILENCE }, now);
         self.ready.is_empty() && !matches!(self.phase, Phase::Ended(_))
     }
 
