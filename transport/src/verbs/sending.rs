@@ -1,6 +1,6 @@
 //! How operations become work requests, and work requests a batch.
 //!
-//! A write of 20 MiB over a device that takes 8 MiB at once is three requests in one chain; its caller's report hangs on the last. A message is one request
+//! A write of 20 MiB is twenty requests in one chain; its caller's report hangs on the last. A message is one request
 //! that carries its slot inside.
 
 use super::chain::{Bytes, What};
