@@ -5,11 +5,12 @@
 
 use std::time::{Duration, Instant};
 
+use super::silence::Due;
 use super::sys::{
     self, IBV_WC_LOC_PROT_ERR, IBV_WC_REM_ACCESS_ERR, IBV_WC_REM_INV_REQ_ERR, IBV_WC_REM_OP_ERR, IBV_WC_RETRY_EXC_ERR,
     IBV_WC_RNR_RETRY_EXC_ERR, IBV_WC_SUCCESS, IBV_WC_WR_FLUSH_ERR, ibv_wc,
 };
-use super::{DRAIN_LIMIT, GIVE_UP, Phase, READY_ENOUGH, RECEIVE, SILENCE, VerbsFabric};
+use super::{DRAIN_LIMIT, Phase, READY_ENOUGH, RECEIVE, VerbsFabric};
 use crate::fabric::{CloseReason, OpError};
 use crate::time::Nanos;
 
@@ -155,34 +156,24 @@ impl VerbsFabric {
                 other => tracing::debug!(device = self.context.name(), event = other, "the device reports"),
             }
         }
-        self.note_heard(now);
-        if self.phase != Phase::Open || now.since(self.heard_at) < SILENCE || self.ready.len() > READY_ENOUGH {
+        if self.phase != Phase::Open || self.ready.len() > READY_ENOUGH || self.silence.due(now) == Due::Nothing {
             return;
         }
-        // Who has not polled for long has heard nothing for long, and may find the answer now.
         self.take_now(None);
-        self.note_heard(now);
-        if self.phase != Phase::Open || self.heard_at == now {
+        if self.phase != Phase::Open {
             return;
         }
-        if !self.is_asking() {
-            self.asked_at = now;
-            self.push_nothing();
-        } else if now.since(self.asked_at) >= GIVE_UP {
-            tracing::warn!(device = self.context.name(), "the device reports neither an answer nor that there is none");
-            let down = self.port_is_down();
-            self.end(if down { CloseReason::Device("its port is down") } else { CloseReason::PeerGone });
+        match self.silence.due(now) {
+            Due::Nothing => {}
+            Due::Question => {
+                self.silence.asked(now);
+                self.push_nothing();
+            }
+            Due::End => {
+                tracing::warn!(device = self.context.name(), "the device reports neither an answer nor that there is none");
+                let down = self.port_is_down();
+                self.end(if down { CloseReason::Device("its port is down") } else { CloseReason::PeerGone });
+            }
         }
-    }
-
-    pub(super) fn note_heard(&mut self, now: Nanos) {
-        if std::mem::take(&mut self.heard) {
-            self.heard_at = now;
-        }
-    }
-
-    /// Whether the peer's device was asked and nothing came since.
-    pub(super) fn is_asking(&self) -> bool {
-        self.asked_at > self.heard_at
     }
 }

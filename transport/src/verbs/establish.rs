@@ -17,6 +17,7 @@ use super::inbox::Inbox;
 use super::objects::{CompletionQueue, MemoryRegion, QueuePair, no_completion, zeroed};
 use super::outbox::{DEPTH, MAX_PIECE, Outbox};
 use super::regions::Books;
+use super::silence::Silence;
 use super::sleep::Bed;
 use super::sys::{
     IBV_ACCESS_LOCAL_WRITE, IBV_ACCESS_REMOTE_READ, IBV_ACCESS_REMOTE_WRITE, IBV_QP_ACCESS_FLAGS, IBV_QP_AV, IBV_QP_DEST_QPN,
@@ -107,10 +108,8 @@ impl VerbsFabric {
             asleep: false,
             limits: Self::limits_for(piece),
             piece,
-            heard: false,
-            heard_at: now,
+            silence: Silence::new(now),
             looked_at: now,
-            asked_at: now,
             port_down: false,
         })
     }
