@@ -95,6 +95,7 @@ const IGNORED: &[(&str, &str)] = &[
     ("remote-dma/tests/session_two_hosts.rs", "session_two_hosts"),
     ("tests/oracle/tests/interop.rs", "interop"),
     ("tests/tests/command_line_rdma.rs", "command_line_rdma"),
+    ("tests/tests/command_line_two_hosts.rs", "command_line_two_hosts"),
     ("transport/src/verbs/tests.rs", "farbus_transport"),
     ("transport/tests/broken_rules.rs", "broken_rules"),
     ("transport/tests/conformance_verbs.rs", "conformance_verbs"),

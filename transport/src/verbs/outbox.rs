@@ -20,7 +20,7 @@ const FOR_CALLERS: u32 = DEPTH - 8;
 const SIGNAL_EVERY: u32 = 32;
 
 /// After how many bytes without a report one is made to. Of a link that carries half a mebibyte a second something is then heard before its peer counts
-/// as gone (`GIVE_UP` in mod.rs).
+/// as gone (`GIVE_UP` in silence.rs).
 const SIGNAL_BYTES: u32 = MAX_PIECE;
 
 /// Bytes of the longest single work request, whatever the device takes.
