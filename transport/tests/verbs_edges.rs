@@ -2,8 +2,6 @@
 //!
 //! A notification of 16 MiB is 16 work requests; when it is heard the last byte of the last is there, and it is heard once.
 
-#![expect(clippy::unwrap_used, reason = "a panic is how a test fails, in its helpers too")]
-
 mod verbs_support;
 
 use std::time::{Duration, Instant};
