@@ -101,6 +101,7 @@ const IGNORED: &[(&str, &str)] = &[
     ("transport/tests/conformance_verbs.rs", "conformance_verbs"),
     ("transport/tests/verbs_absent.rs", "verbs_absent"),
     ("transport/tests/verbs_bare_host.rs", "verbs_bare_host"),
+    ("transport/tests/verbs_edges.rs", "verbs_edges"),
     ("transport/tests/verbs_hostile.rs", "verbs_hostile"),
     ("transport/tests/verbs_life.rs", "verbs_life"),
     ("transport/tests/verbs_two_hosts.rs", "verbs_two_hosts"),

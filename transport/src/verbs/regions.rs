@@ -304,10 +304,13 @@ impl Regions for VerbsFabric {
         };
         self.books.last_grant += 1;
         let announcement = Announcement { number: self.books.last_grant, address, len: region.len, key, access };
-        self.control.send(&Frame::Grant(announcement).encode()).map_err(|error| {
+        if let Err(error) = self.control.send(&Frame::Grant(announcement).encode()) {
             tracing::debug!(%error, "a grant cannot be told");
-            GrantError::Closed
-        })?;
+            // A window goes before its queue pair. Nothing can follow half a frame, so this was the last grant.
+            drop(opening);
+            self.end(reason(&error));
+            return Err(GrantError::Closed);
+        }
         self.books.granted.push(Granted { number: announcement.number, of: region.name, opening });
         Ok(Grant { key: announcement.number, len: region.len, access })
     }
