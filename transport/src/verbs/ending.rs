@@ -110,7 +110,7 @@ impl VerbsFabric {
     /// Takes completions until `done`, the end, or the limit; events wait for the next poll.
     #[cold]
     pub(super) fn drain(&mut self, done: impl Fn(&Self) -> bool) -> bool {
-        let deadline = Instant::now() + DRAIN_LIMIT;
+        let mut deadline = Instant::now() + DRAIN_LIMIT;
         let mut empty = 0_u32;
         while self.pair.is_some() && !done(self) {
             if Instant::now() > deadline {
@@ -118,6 +118,8 @@ impl VerbsFabric {
             }
             // No credits are told meanwhile, so that the peer's slots and our own reports bound what comes.
             if self.take_now(None) > 0 {
+                // A slow link is no dead one.
+                deadline = Instant::now() + DRAIN_LIMIT;
                 empty = 0;
                 continue;
             }

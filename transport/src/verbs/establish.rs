@@ -15,7 +15,7 @@ use super::device::{DeviceChoice, OpenPort};
 use super::error::VerbsError;
 use super::inbox::Inbox;
 use super::objects::{CompletionQueue, MemoryRegion, QueuePair, no_completion, zeroed};
-use super::outbox::{DEPTH, Outbox};
+use super::outbox::{DEPTH, MAX_PIECE, Outbox};
 use super::regions::Books;
 use super::silence::Silence;
 use super::sleep::Bed;
@@ -90,7 +90,7 @@ impl VerbsFabric {
 
         let bed = Bed::new(&[completions.fd(), context.async_fd(), control.fd()]).map_err(context.refused("wait for events"))?;
         rustix::io::ioctl_fionbio(context.async_fd(), true).map_err(|errno| context.refused("wait for events")(errno.into()))?;
-        let piece = port.port.max_msg_sz.clamp(4096, 1 << 30);
+        let piece = port.port.max_msg_sz.clamp(4096, MAX_PIECE);
         let now = Nanos::now();
         Ok(Self {
             inline: pair.max_inline().min(MAX_INLINE as u32),

@@ -262,8 +262,13 @@ impl Regions for VerbsFabric {
             self.end(CloseReason::Protocol("an operation on memory that is given back does not end"));
         }
         // With the regions the peer's access ends: whatever arrives from now on is refused by the device.
+        let kept = self.context.kept_memory();
         self.books.granted.retain(|granted| !ends(granted));
         self.books.locals.remove(region.name);
+        if self.context.kept_memory() != kept {
+            // Without a queue pair nobody reaches it.
+            self.end(CloseReason::Device("it does not give memory back"));
+        }
         Ok(())
     }
 
@@ -304,10 +309,13 @@ impl Regions for VerbsFabric {
         };
         self.books.last_grant += 1;
         let announcement = Announcement { number: self.books.last_grant, address, len: region.len, key, access };
-        self.control.send(&Frame::Grant(announcement).encode()).map_err(|error| {
+        if let Err(error) = self.control.send(&Frame::Grant(announcement).encode()) {
             tracing::debug!(%error, "a grant cannot be told");
-            GrantError::Closed
-        })?;
+            // A window goes before its queue pair. Nothing can follow half a frame, so this was the last grant.
+            drop(opening);
+            self.end(reason(&error));
+            return Err(GrantError::Closed);
+        }
         self.books.granted.push(Granted { number: announcement.number, of: region.name, opening });
         Ok(Grant { key: announcement.number, len: region.len, access })
     }

@@ -288,22 +288,21 @@ impl LentNvme {
     }
 }
 
-/// What a link with both its sides in this process has pinned beyond the guest's memory, with a guest of 64 MiB mapped for a device without DMA memory
+/// What a link with both its sides in this process has pinned beyond the guest's memory, with `guest` bytes of it mapped for a device without DMA memory
 /// of its own.
 ///
 /// # Errors
 /// Where there is no link over `choice`, or the kernel does not say.
-pub fn pinned_by_a_link(choice: &DeviceChoice, there: usize) -> Result<u64> {
-    const GUEST: u64 = 64 << 20;
+pub fn pinned_by_a_link(choice: &DeviceChoice, there: usize, guest: u64) -> Result<u64> {
     let before = pinned_bytes()?;
     let (engine, _) = Engine::new(4096)?;
     let (ends, _) = Watches::link(choice)?;
     let (_lender, turns, session) = Lender::in_turns(ends, Box::new(engine), there)?;
     let _turn = turns.begin()?;
-    let _registers = FunctionRegisters::open(Box::new(session), RecorderSink::default(), &filled("bench-guest", GUEST)?, BASE)?;
+    let _registers = FunctionRegisters::open(Box::new(session), RecorderSink::default(), &filled("bench-guest", guest)?, BASE)?;
     let with_guest = pinned_bytes()? - before;
-    ensure!(with_guest >= GUEST, "{with_guest} bytes are pinned with a guest of {GUEST}: the kernel counts them elsewhere");
-    Ok(with_guest - GUEST)
+    ensure!(with_guest >= guest, "{with_guest} bytes are pinned with a guest of {guest}: the kernel counts them elsewhere");
+    Ok(with_guest - guest)
 }
 
 /// Bytes that this process has pinned, its own and the kernel's for its devices (proc_pid_status(5)).

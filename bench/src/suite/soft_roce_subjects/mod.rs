@@ -115,6 +115,6 @@ impl RoceSubjects for SoftRoce {
     }
 
     fn pinned(&mut self) -> Result<u64> {
-        pinned_by_a_link(&self.choice, self.there)
+        pinned_by_a_link(&self.choice, self.there, 64 << 20)
     }
 }
