@@ -186,7 +186,7 @@ pub struct DemoArgs {
     /// A disk image to lend (it is only read; writes go to a copy); without it real files of this machine are packed into one of 256 MiB
     #[arg(long, value_name = "FILE")]
     pub image: Option<PathBuf>,
-    /// Where to leave the picture of both latency distributions
+    /// Where to leave the picture of both latency distributions; a file that is there already is only replaced if it is a picture in SVG
     #[arg(long, value_name = "FILE", default_value = "farbus-demo.svg")]
     pub svg: PathBuf,
     /// Seconds for each case and side, 0.01 to 3600
