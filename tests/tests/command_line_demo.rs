@@ -82,7 +82,7 @@ fn an_image_that_somebody_writes_to_meanwhile_is_blamed_and_not_the_device() {
     let image = place.name("disk.img");
     let args = ["demo", "--seconds", "1", "--image", &image, "--svg", &place.name("demo.svg")];
     let demo = Running::farbus(&args);
-    images_of(&demo, "(deleted)");
+    comparing(&demo);
     std::fs::write(&image, vec![0xa5; 8 << 20]).unwrap();
     demo.wait(AMPLE).assert_refusal(1, &["was changed while the demo compared", "hint: give --image a file that nobody writes to"]);
 }
@@ -104,7 +104,7 @@ fn a_demo_that_is_ended_leaves_no_images_behind() {
     // Later they are gone already.
     let image = place.name("disk.img");
     let demo = Running::farbus(&["demo", "--seconds", "60", "--image", &image, "--svg", &svg]);
-    let folder = images_of(&demo, "(deleted)").parent().unwrap().to_owned();
+    let (_, folder) = comparing(&demo);
     demo.kill();
     assert_eq!(demo.wait(AMPLE).signal(), Some(9));
     assert!(!folder.exists(), "{}", folder.display());
@@ -115,8 +115,7 @@ fn a_lender_process_that_is_killed_is_noticed_at_once_and_named() {
     let place = Place::new();
     let args = ["demo", "--json", "--seconds", "60", "--image", &place.name("disk.img"), "--svg", &place.name("demo.svg")];
     let demo = Running::farbus(&args);
-    images_of(&demo, "(deleted)");
-    let lender = child_of(demo.id());
+    let (lender, _) = comparing(&demo);
     let killed = Instant::now();
     rustix::process::kill_process(lender, Signal::KILL).unwrap();
     let end = demo.wait(AMPLE);
@@ -127,17 +126,32 @@ fn a_lender_process_that_is_killed_is_noticed_at_once_and_named() {
     assert!(object["causes"].as_array().is_some_and(|causes| !causes.is_empty()), "{object}");
 }
 
-/// The only child of a process (proc(5): stat's second field is a name in parentheses, its fourth the parent).
+/// Waits until the demo compares: its lender has everything, so its scratch folder is gone. Returns the lender, and where the folder was.
 #[track_caller]
-fn child_of(parent: u32) -> rustix::process::Pid {
-    let parent = parent.to_string();
+fn comparing(demo: &Running) -> (rustix::process::Pid, PathBuf) {
+    let started = Instant::now();
+    loop {
+        if let Some((lender, folder)) = lender_of(demo.id()).filter(|(_, folder)| !folder.exists()) {
+            return (lender, folder);
+        }
+        assert!(started.elapsed() < AMPLE, "the demo does not begin to compare");
+        std::thread::sleep(std::time::Duration::from_millis(2));
+    }
+}
+
+/// The only child of the demo, and the folder of the link that it is told to listen at.
+fn lender_of(demo: u32) -> Option<(rustix::process::Pid, PathBuf)> {
+    let parent = demo.to_string();
     let processes = std::fs::read_dir("/proc").unwrap().filter_map(|entry| entry.ok()?.file_name().into_string().ok());
     let mut children = processes.filter_map(|id| id.parse::<i32>().ok()).filter(|id| {
+        // The second field is a name in parentheses, the fourth the parent (proc(5)).
         let stat = std::fs::read_to_string(format!("/proc/{id}/stat")).unwrap_or_default();
         stat.rsplit_once(')').is_some_and(|(_, rest)| rest.split_whitespace().nth(1) == Some(&parent))
     });
-    let child = children.next().and_then(rustix::process::Pid::from_raw);
-    child.unwrap_or_else(|| panic!("the demo has no child"))
+    let child = children.next()?;
+    let words = std::fs::read_to_string(format!("/proc/{child}/cmdline")).ok()?;
+    let link = words.split('\0').find_map(|word| word.strip_prefix("shm:"))?;
+    Some((rustix::process::Pid::from_raw(child)?, PathBuf::from(link).parent()?.to_owned()))
 }
 
 /// Waits until the demo has a file of its scratch folder open whose name ends in `with`.
