@@ -18,7 +18,7 @@ pub struct EndSignals {
 impl EndSignals {
     /// From now on these signals no longer kill the process. Needs a tokio runtime.
     pub fn new() -> io::Result<Self> {
-        let hangup = if hangup_is_ignored()? { None } else { Some(signal(SignalKind::hangup())?) };
+        let hangup = if hangup_is_ignored() { None } else { Some(signal(SignalKind::hangup())?) };
         Ok(Self { interrupt: signal(SignalKind::interrupt())?, terminate: signal(SignalKind::terminate())?, hangup })
     }
 
@@ -42,10 +42,11 @@ async fn heard(signal: &mut Option<Signal>) {
 }
 
 /// Whether whoever started this wants it to outlive its terminal: nohup(1) says so by ignoring the signal.
-fn hangup_is_ignored() -> io::Result<bool> {
-    let status = std::fs::read_to_string("/proc/self/status")?;
+fn hangup_is_ignored() -> bool {
+    // Where it cannot be told, the terminal's end is ours.
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
     let ignored = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
     let ignored = ignored.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok());
     // Bit n is signal n + 1 (proc(5)), and SIGHUP is 1.
-    Ok(ignored.is_some_and(|mask| mask & 1 != 0))
+    ignored.is_some_and(|mask| mask & 1 != 0)
 }

@@ -74,12 +74,28 @@ impl Tap {
         Some((taken.kind, message))
     }
 
+    /// The first half of [`Tap::arm`], for one of several: false where a message is there. Then [`barrier`], once for all, and [`Tap::is_quiet`] of each.
+    pub fn announce(&mut self) -> bool {
+        self.asleep = true;
+        self.ring.arm(|| ())
+    }
+
+    /// The second half: whether there is still nothing.
+    pub fn is_quiet(&self) -> bool {
+        !self.ring.is_ready()
+    }
+
     /// Prepares to sleep: true where [`Tap::fd`] will become readable with the next message, false where one is there.
     pub fn arm(&mut self) -> bool {
         let mut ordered = true;
         self.asleep = self.ring.arm(|| ordered = barrier::global()) && ordered;
         self.asleep
     }
+}
+
+/// Orders every announcement of this thread before its last look; false where the kernel will not, and then nobody may sleep.
+pub fn barrier() -> bool {
+    !barrier::register() || barrier::global()
 }
 
 /// A direction: its two ends.

@@ -1,7 +1,8 @@
 //! A function on a thread of its own, for a VMM with several vCPUs: they reach it through ports, without a lock, and none waits for a doorbell.
 //!
 //! With four vCPUs `FunctionThread::start(embedded, 4, FunctionThreadOptions::default())` gives four ports; a burst of 64 stores through one of them is one
-//! doorbell of the fabric, rung by this thread, which polls the link anyway and signals the interrupts that come over it.
+//! doorbell of the fabric, rung by this thread, which polls the link anyway and signals the interrupts that come over it. The device sees the accesses of
+//! all vCPUs in an order in which they can have been made.
 //!
 //! ```
 //! use farbus_pci_shim::{Embedded, FunctionThread, FunctionThreadOptions, IrqSink, VcpuPort};
@@ -24,18 +25,19 @@
 use std::io;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
 use farbus_remote_dma::wait::{Patience, SpinThenSleep, Waker, relax, sleep_until_readable};
+use farbus_remote_dma::wire::barrier;
 use farbus_remote_dma::{Activity, GuestMemory};
 
 use super::Embedded;
-use super::vcpu::{Access, Served, Shared, VcpuPort, port};
+use super::vcpu::{Access, Served, Shared, Ticket, VcpuPort, port};
 use crate::irq::IrqSink;
 
-/// Accesses taken from one port before the next has its turn.
+/// Accesses for each port that are carried out before the link has its turn.
 const TURN: usize = 64;
 /// Accesses that wait in one port, at most.
 const SLOTS: usize = 256;
@@ -53,7 +55,8 @@ impl Default for FunctionThreadOptions {
     }
 }
 
-/// The thread. Dropped, it ends, and its ports read all ones.
+/// The thread. Dropped, it ends, and its ports read all ones. The sink and the guest memory must not wait for anything that a vCPU holds while it waits at
+/// its port. What else a function can do (map, reset from outside, decode, the dirty log) is done before it has a thread, or after [`FunctionThread::stop`].
 pub struct FunctionThread<S: IrqSink, M: GuestMemory> {
     stop: Waker,
     thread: Option<JoinHandle<Embedded<S, M>>>,
@@ -66,7 +69,11 @@ impl<S: IrqSink + Send + 'static, M: GuestMemory + 'static> FunctionThread<S, M>
     /// What eventfd(2) or starting a thread answers.
     pub fn start(function: Embedded<S, M>, vcpus: usize, options: FunctionThreadOptions) -> io::Result<(Self, Vec<VcpuPort>)> {
         let stop = Waker::new()?;
-        let shared = Arc::new(Shared { routes: function.function.routes().clone(), over: AtomicBool::new(false) });
+        let shared = Arc::new(Shared {
+            routes: function.function.routes().clone(),
+            over: AtomicBool::new(false),
+            next_ticket: AtomicU64::new(0),
+        });
         let (ports, served): (Vec<_>, Vec<_>) =
             (0..vcpus).map(|_| port(&shared)).collect::<io::Result<Vec<_>>>()?.into_iter().unzip();
         let owner = Owner { function, served, stop: stop.clone(), over: Over(shared) };
@@ -137,18 +144,27 @@ impl<S: IrqSink, M: GuestMemory> Owner<S, M> {
         for _ in 0..=SLOTS / TURN {
             self.serve();
         }
+        self.function.function.send_all();
         drop(self.over);
         self.function
     }
 
     /// Carries out what the vCPUs ask; whether they asked anything. What is posted together is sent together.
     fn serve(&mut self) -> bool {
-        let mut any = false;
-        for port in &mut self.served {
-            for _ in 0..TURN {
-                let Some(access) = port.take() else { break };
+        let (mut any, mut first) = (false, self.first());
+        for _ in 0..TURN * self.served.len() {
+            let Some(before) = first else { break };
+            // What some vCPU knows to have come before it was pushed before it was: a look at all ports that begins now finds that.
+            let again = self.first();
+            if again == first
+                && let Some(port) = self.served.get_mut(before.1)
+                && let Some(access) = port.take()
+            {
                 any = true;
                 carry_out(&mut self.function, port, access);
+                first = self.first();
+            } else {
+                first = again;
             }
         }
         if any {
@@ -157,8 +173,14 @@ impl<S: IrqSink, M: GuestMemory> Owner<S, M> {
         any
     }
 
+    /// The least ticket that is seen, and at which port.
+    fn first(&mut self) -> Option<(Ticket, usize)> {
+        self.served.iter_mut().enumerate().filter_map(|(number, port)| Some((port.look()?, number))).min()
+    }
+
     fn sleep(&mut self, limit: Option<Duration>) {
-        if !self.function.arm() || !self.served.iter_mut().all(Served::arm) {
+        let announced = self.function.arm() && self.served.iter_mut().all(Served::announce);
+        if !announced || !barrier() || !self.served.iter().all(Served::is_quiet) {
             return;
         }
         let mut fds: Vec<Option<BorrowedFd<'_>>> = self.served.iter().map(|port| Some(port.fd())).collect();

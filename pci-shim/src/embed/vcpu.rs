@@ -1,10 +1,13 @@
 //! A vCPU's way to a function that another thread owns: what it writes is posted, what it reads it waits for, in its own order.
 //!
-//! The guest's store of 17 to BAR0 + 0x1018 exits on vCPU 2; its thread puts 18 bytes into its own wire, one cache line, and resumes the guest. The
+//! The guest's store of 17 to BAR0 + 0x1018 exits on vCPU 2; its thread puts 26 bytes into its own wire, one cache line, and resumes the guest. The
 //! function's thread rings the fabric's doorbell, once for all that came meanwhile.
+//!
+//! Eight of the bytes are a ticket. A driver that stores 5 under a lock on vCPU 0 and 6 under the same lock on vCPU 1 has the device see 5 first, as on
+//! hardware (Linux: memory-barriers.txt, "Kernel I/O barrier effects"): who draws a ticket later, in whatever way he knows that it is later, has a higher one.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use farbus_remote_dma::wait::{Patience, SpinThenSleep, sleep_until_readable};
@@ -41,44 +44,51 @@ pub(super) enum Access {
     ConfigRead { offset: u16, len: usize },
 }
 
-/// BAR or nothing, bytes, offset, value.
-type Fields = [u8; 18];
+/// The place in the order of all vCPUs' accesses.
+pub(super) type Ticket = u64;
 
-fn fields(bar: u8, len: u8, offset: u64, value: [u8; 8]) -> Fields {
-    let mut fields = [0; 18];
+/// BAR or nothing, bytes, offset, value, ticket.
+type Fields = [u8; 26];
+
+fn fields(ticket: Ticket, (bar, len): (u8, u8), offset: u64, value: [u8; 8]) -> Fields {
+    let mut fields = [0; 26];
     let (head, rest) = fields.split_at_mut(2);
     head.copy_from_slice(&[bar, len]);
-    let (place, what) = rest.split_at_mut(8);
-    place.copy_from_slice(&offset.to_le_bytes());
-    what.copy_from_slice(&value);
+    for (place, bytes) in rest.chunks_exact_mut(8).zip([offset.to_le_bytes(), value, ticket.to_le_bytes()]) {
+        place.copy_from_slice(&bytes);
+    }
     fields
 }
 
 impl Access {
-    fn encode(&self) -> (u8, Fields) {
+    fn encode(&self, ticket: Ticket) -> (u8, Fields) {
         match *self {
             Self::BarWrite { at, width, value } => {
-                (kind::BAR_WRITE, fields(at.bar, width.bytes() as u8, at.offset, value.to_le_bytes()))
+                (kind::BAR_WRITE, fields(ticket, (at.bar, width.bytes() as u8), at.offset, value.to_le_bytes()))
             }
-            Self::BarRead { at, width } => (kind::BAR_READ, fields(at.bar, width.bytes() as u8, at.offset, [0; 8])),
-            Self::ConfigWrite { offset, len, bytes } => (kind::CONFIG_WRITE, fields(0, len as u8, u64::from(offset), bytes)),
-            Self::ConfigRead { offset, len } => (kind::CONFIG_READ, fields(0, len as u8, u64::from(offset), [0; 8])),
+            Self::BarRead { at, width } => (kind::BAR_READ, fields(ticket, (at.bar, width.bytes() as u8), at.offset, [0; 8])),
+            Self::ConfigWrite { offset, len, bytes } => {
+                (kind::CONFIG_WRITE, fields(ticket, (0, len as u8), u64::from(offset), bytes))
+            }
+            Self::ConfigRead { offset, len } => (kind::CONFIG_READ, fields(ticket, (0, len as u8), u64::from(offset), [0; 8])),
         }
     }
 
-    fn parse(kind: u8, bytes: &[u8]) -> Option<Self> {
+    fn parse(kind: u8, bytes: &[u8]) -> Option<(Ticket, Self)> {
         let ([bar, len], rest) = bytes.split_first_chunk::<2>()?;
         let (offset, rest) = rest.split_first_chunk::<8>()?;
-        let bytes = *rest.first_chunk::<8>()?;
+        let (bytes, ticket) = rest.split_first_chunk::<8>()?;
+        let (bytes, ticket) = (*bytes, u64::from_le_bytes(*ticket.first_chunk()?));
         let (offset, len) = (u64::from_le_bytes(*offset), usize::from(*len));
         let at = BarAddress { bar: *bar, offset };
-        Some(match kind {
+        let access = match kind {
             kind::BAR_WRITE => Self::BarWrite { at, width: Width::from_bytes(len as u64)?, value: u64::from_le_bytes(bytes) },
             kind::BAR_READ => Self::BarRead { at, width: Width::from_bytes(len as u64)? },
             kind::CONFIG_WRITE => Self::ConfigWrite { offset: u16::try_from(offset).ok()?, len, bytes },
             kind::CONFIG_READ => Self::ConfigRead { offset: u16::try_from(offset).ok()?, len },
             _ => return None,
-        })
+        };
+        Some((ticket, access))
     }
 }
 
@@ -86,6 +96,7 @@ impl Access {
 #[derive(Debug)]
 pub(super) struct Shared {
     pub(super) routes: Routes,
+    pub(super) next_ticket: AtomicU64,
     /// The function's thread takes nothing any more.
     pub(super) over: AtomicBool,
 }
@@ -100,6 +111,8 @@ pub struct VcpuPort {
 
 /// The function's end of a port.
 pub(super) struct Served {
+    /// Looked at and not carried out.
+    head: Option<(Ticket, Access)>,
     asked: Tap,
     answers: Wire,
 }
@@ -108,12 +121,13 @@ pub(super) struct Served {
 pub(super) fn port(shared: &Arc<Shared>) -> std::io::Result<(VcpuPort, Served)> {
     let ((out, asked), (answers, answered)) = (wire()?, wire()?);
     let port = VcpuPort { shared: Arc::clone(shared), out, answers: answered, patience: SpinThenSleep::new(SPIN) };
-    Ok((port, Served { asked, answers }))
+    Ok((port, Served { head: None, asked, answers }))
 }
 
 impl VcpuPort {
-    /// Writes a register: posted, in the order of this port, and not seen by the device when this returns. It costs a cache line, and waits only where
-    /// 256 accesses of this port wait already. A function whose thread has ended takes it as an empty slot would.
+    /// Writes a register: posted, behind everything that any port was told before, and not seen by the device when this returns. It costs a cache line, and a
+    /// system call where the function's thread sleeps; it waits only where 256 accesses of this port wait already. A function whose thread has ended takes it
+    /// as an empty slot would.
     ///
     /// # Errors
     /// As [`crate::Function::bar_write`].
@@ -124,7 +138,8 @@ impl VcpuPort {
         Ok(())
     }
 
-    /// Reads a register, behind everything that this port wrote; see [`crate::Embedded::bar_read`]. All ones where the function's thread has ended.
+    /// Reads a register, behind everything that was written before at any port; see [`crate::Embedded::bar_read`]. It waits for the reads and resets of other
+    /// ports before it, each up to its own deadline. All ones where the function's thread has ended.
     ///
     /// # Errors
     /// As [`crate::Function::bar_read`].
@@ -164,7 +179,12 @@ impl VcpuPort {
     /// False where there is nobody who would take it.
     #[inline]
     fn post(&mut self, access: &Access) -> bool {
-        let (kind, bytes) = access.encode();
+        self.post_with(self.shared.next_ticket.fetch_add(1, Ordering::Relaxed), access)
+    }
+
+    #[inline]
+    pub(super) fn post_with(&mut self, ticket: Ticket, access: &Access) -> bool {
+        let (kind, bytes) = access.encode(ticket);
         while !self.out.try_push(kind, &bytes) {
             if self.shared.over.load(Ordering::Acquire) {
                 return false;
@@ -202,13 +222,21 @@ impl VcpuPort {
 }
 
 impl Served {
-    /// The next access of the vCPU.
+    /// The ticket of the vCPU's next access.
+    #[inline]
+    pub(super) fn look(&mut self) -> Option<Ticket> {
+        if self.head.is_none() {
+            let (kind, message) = self.asked.take()?;
+            self.head = Access::parse(kind, message.bytes());
+            debug_assert!(self.head.is_some(), "both ends are this file's");
+        }
+        self.head.map(|(ticket, _)| ticket)
+    }
+
+    /// The access that was looked at.
     #[inline]
     pub(super) fn take(&mut self) -> Option<Access> {
-        let (kind, message) = self.asked.take()?;
-        let access = Access::parse(kind, message.bytes());
-        debug_assert!(access.is_some(), "both ends are this file's");
-        access
+        self.head.take().map(|(_, access)| access)
     }
 
     /// Answers a read, or says that a write of configuration space was made. Who waits has room for it.
@@ -217,9 +245,14 @@ impl Served {
         self.answers.flush();
     }
 
-    /// As [`Tap::arm`].
-    pub(super) fn arm(&mut self) -> bool {
-        self.asked.arm()
+    /// As [`Tap::announce`].
+    pub(super) fn announce(&mut self) -> bool {
+        self.head.is_none() && self.asked.announce()
+    }
+
+    /// As [`Tap::is_quiet`].
+    pub(super) fn is_quiet(&self) -> bool {
+        self.asked.is_quiet()
     }
 
     /// As [`Tap::fd`].

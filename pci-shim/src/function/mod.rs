@@ -46,6 +46,8 @@ pub struct Function<S: IrqSink> {
     profile: Box<dyn Profile>,
     front: Front<S>,
     lazy: Lazy,
+    /// Between [`Function::arm`] and the next poll somebody sleeps, and nobody would send what waits for company.
+    armed: bool,
     /// What the attachment was told last.
     bus_master: bool,
     mode: InterruptMode,
@@ -69,6 +71,7 @@ impl<S: IrqSink> Function<S> {
             description,
             front,
             lazy: Lazy::default(),
+            armed: false,
             bus_master: false,
             mode: InterruptMode::Pin,
             decoded: 0,
@@ -221,7 +224,7 @@ impl<S: IrqSink> Function<S> {
                 self.front.counters.bar_writes_remote += 1;
                 match self.profile.write(at, width, value) {
                     // The pin may be lowered by it.
-                    Verdict::ForwardWithNext if self.mode != InterruptMode::Pin => {
+                    Verdict::ForwardWithNext if self.mode != InterruptMode::Pin && !self.armed => {
                         self.lazy.keep(at, width, value, &mut *self.attachment, &mut self.front);
                     }
                     Verdict::Forward | Verdict::ForwardWithNext => {
@@ -315,6 +318,7 @@ impl<S: IrqSink> Function<S> {
 
     /// Takes what has happened at the device: interrupts go to the sink, mediations to [`Function::next_mediation`]. Never blocks.
     pub fn poll(&mut self, now: Nanos) -> Activity {
+        self.armed = false;
         if self.lazy.release_late(now, &mut *self.attachment, &mut self.front) {
             self.attachment.flush();
         }
@@ -330,9 +334,9 @@ impl<S: IrqSink> Function<S> {
     /// Prepares to sleep: true where [`Function::wake_fd`] will become readable at the next event; false where there is work.
     pub fn arm(&mut self) -> bool {
         if self.lazy.waits() {
-            self.release_lazy();
-            self.attachment.flush();
+            self.send_all();
         }
+        self.armed = true;
         let idle = !self.front.mediations.waiting() && self.front.mediations.refused() == 0;
         idle && self.attachment.arm()
     }
@@ -397,6 +401,12 @@ impl<S: IrqSink> Function<S> {
         self.bus_master = bus_master;
         self.front.tell();
         self.settle();
+    }
+
+    /// Sends everything that waits.
+    pub(crate) fn send_all(&mut self) {
+        self.release_lazy();
+        self.attachment.flush();
     }
 
     /// What comes now must find what was written before.

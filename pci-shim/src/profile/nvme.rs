@@ -91,6 +91,8 @@ pub struct Nvme {
     /// What the driver wrote to CC up to and with ACQ (0x14 to 0x37), byte for byte.
     written: [u8; 0x38],
     admin: Option<AdminQueues>,
+    /// The highest number of a completion queue that can have a vector of its own: what lies behind may be no doorbell.
+    last_queue: u16,
 }
 
 impl Nvme {
@@ -100,7 +102,13 @@ impl Nvme {
         for constant in description.constants.iter().filter(|constant| constant.bar == 0) {
             described.learn(constant.offset, &constant.bytes);
         }
-        Self { described, fixed: described, written: [0; 0x38], admin: None }
+        Self {
+            described,
+            fixed: described,
+            written: [0; 0x38],
+            admin: None,
+            last_queue: description.msix.map_or(0, |msix| msix.vectors),
+        }
     }
 
     /// The admin queues, while the driver has the controller enabled.
@@ -185,7 +193,11 @@ impl Profile for Nvme {
             }
             // A head only makes room (NVM Express 1.4, section 4.1): a controller looks for that when it has more to say.
             return match self.register(at) {
-                Some(RegisterName::CompletionHead { .. }) if width == Width::B4 && self.admin.is_some() => Verdict::ForwardWithNext,
+                Some(RegisterName::CompletionHead { queue })
+                    if width == Width::B4 && self.admin.is_some() && queue <= self.last_queue =>
+                {
+                    Verdict::ForwardWithNext
+                }
                 _ => Verdict::Forward,
             };
         }
@@ -313,7 +325,7 @@ mod tests {
     }
 
     proptest! {
-        /// Whatever the guest writes is forwarded; whatever it reads, only CAP and VS are ever answered without the device.
+        /// Whatever the guest writes is forwarded, heads with what comes next; whatever it reads, only CAP and VS are ever answered without the device.
         #[test]
         fn no_register_with_a_life_of_its_own_is_answered_from_memory(
             accesses in prop::collection::vec((0..3u8, prop_oneof![0..0x60u64, 0xff8..0x1040u64, any::<u64>()], 0..4u32, any::<u64>()), 0..80),

@@ -14,6 +14,9 @@ use super::{DRAIN_LIMIT, Phase, READY_ENOUGH, RECEIVE, VerbsFabric};
 use crate::fabric::{CloseReason, OpError};
 use crate::time::Nanos;
 
+/// How many times its limit a wait may last in all while requests are still done.
+const LONGEST_DRAINS: u32 = 15;
+
 impl VerbsFabric {
     /// Completion `index` of the `count` found failed: the queue pair is dead, and the first that says more than "flushed" is the cause.
     #[cold]
@@ -110,16 +113,19 @@ impl VerbsFabric {
     /// Takes completions until `done`, the end, or the limit; events wait for the next poll.
     #[cold]
     pub(super) fn drain(&mut self, done: impl Fn(&Self) -> bool) -> bool {
-        let mut deadline = Instant::now() + DRAIN_LIMIT;
-        let mut empty = 0_u32;
+        let started = Instant::now();
+        let (mut deadline, mut left, mut empty) = (started + DRAIN_LIMIT, self.outbox.outstanding(), 0_u32);
         while self.pair.is_some() && !done(self) {
-            if Instant::now() > deadline {
+            let now = Instant::now();
+            if now > deadline || now - started > DRAIN_LIMIT * LONGEST_DRAINS {
                 return false;
             }
             // No credits are told meanwhile, so that the peer's slots and our own reports bound what comes.
             if self.take_now(None) > 0 {
-                // A slow link is no dead one.
-                deadline = Instant::now() + DRAIN_LIMIT;
+                // A slow link is no dead one; what the peer says does not count.
+                if self.outbox.outstanding() < left {
+                    (deadline, left) = (now + DRAIN_LIMIT, self.outbox.outstanding());
+                }
                 empty = 0;
                 continue;
             }

@@ -19,12 +19,12 @@ const FOR_CALLERS: u32 = DEPTH - 8;
 /// After how many requests without a signal one is made to report.
 const SIGNAL_EVERY: u32 = 32;
 
-/// After how many bytes without a report one is made to. Of a link that carries half a mebibyte a second something is then heard before its peer counts
-/// as gone (`GIVE_UP` in silence.rs).
+/// After how many bytes without a report one is made to. With a piece behind it at most a mebibyte goes without; of a link that carries half a mebibyte a
+/// second something is then heard before its peer counts as gone (`GIVE_UP` in silence.rs).
 const SIGNAL_BYTES: u32 = MAX_PIECE;
 
 /// Bytes of the longest single work request, whatever the device takes.
-pub(super) const MAX_PIECE: u32 = 1 << 20;
+pub(super) const MAX_PIECE: u32 = 512 << 10;
 
 /// Reports that may wait: one for each request, and as many operations that were refused before they were posted.
 pub(super) const MAX_REPORTS: usize = 2 * DEPTH as usize;

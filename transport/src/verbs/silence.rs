@@ -15,6 +15,9 @@ pub(super) const SILENCE: Duration = Duration::from_millis(800);
 /// sending again where its port goes down under load, and would be silent for ever.
 pub(super) const GIVE_UP: Duration = Duration::from_secs(2);
 
+/// Between the two looks that must find nothing before the end is believed: after a pause of the whole machine its device may be a little later than we.
+const SECOND_LOOK: Duration = Duration::from_millis(100);
+
 /// What is to be done about it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Due {
@@ -29,11 +32,13 @@ pub(super) struct Silence {
     heard: bool,
     heard_at: Nanos,
     asked_at: Nanos,
+    /// When the end was due for the first time.
+    doubted_at: Option<Nanos>,
 }
 
 impl Silence {
     pub(super) fn new(now: Nanos) -> Self {
-        Self { heard: false, heard_at: now, asked_at: now }
+        Self { heard: false, heard_at: now, asked_at: now, doubted_at: None }
     }
 
     /// Completions came, at a time that is asked for later: this is called for every poll.
@@ -51,7 +56,8 @@ impl Silence {
         match (now.since(since) >= patience, asking) {
             (false, _) => Due::Nothing,
             (true, false) => Due::Question,
-            (true, true) => Due::End,
+            (true, true) if now.since(*self.doubted_at.get_or_insert(now)) >= SECOND_LOOK => Due::End,
+            (true, true) => Due::Nothing,
         }
     }
 
@@ -63,12 +69,17 @@ impl Silence {
     /// When something is due next, if nothing is heard.
     pub(super) fn alarm(&mut self, now: Nanos) -> Nanos {
         self.note(now);
-        if self.is_asking() { self.asked_at + GIVE_UP } else { self.heard_at + SILENCE }
+        match self.doubted_at {
+            Some(doubted_at) => doubted_at + SECOND_LOOK,
+            None if self.is_asking() => self.asked_at + GIVE_UP,
+            None => self.heard_at + SILENCE,
+        }
     }
 
     fn note(&mut self, now: Nanos) {
         if std::mem::take(&mut self.heard) {
             self.heard_at = now;
+            self.doubted_at = None;
         }
     }
 
@@ -93,7 +104,10 @@ mod tests {
         silence.asked(asked);
         assert_eq!(silence.alarm(asked), asked + GIVE_UP, "nobody is woken for nothing");
         assert_eq!((silence.due(asked + SILENCE), silence.due(asked + GIVE_UP - JUST)), (Due::Nothing, Due::Nothing));
-        assert_eq!(silence.due(asked + GIVE_UP), Due::End);
+        assert_eq!(silence.due(asked + GIVE_UP), Due::Nothing, "once more");
+        let again = asked + GIVE_UP + SECOND_LOOK;
+        assert_eq!(silence.alarm(asked + GIVE_UP), again);
+        assert_eq!((silence.due(again - JUST), silence.due(again)), (Due::Nothing, Due::End));
     }
 
     #[test]
@@ -101,6 +115,7 @@ mod tests {
         let mut silence = Silence::new(START);
         let asked = START + SILENCE;
         silence.asked(asked);
+        assert_eq!(silence.due(asked + GIVE_UP), Due::Nothing);
         silence.hear();
         // It was heard by now, if only this late.
         let late = asked + 2 * GIVE_UP;

@@ -2,6 +2,8 @@
 //!
 //! Two vCPUs store 0 to 499 each to a register of their own; the device sees each of the two series in order.
 
+use std::time::Instant;
+
 use farbus_remote_dma::guest_memory::SliceMemory;
 use farbus_remote_dma::{BarAddress, GuestAddress, Width};
 use farbus_transport::Memory;
@@ -60,15 +62,50 @@ fn each_vcpus_writes_arrive_in_its_order_and_its_read_follows_them() {
     assert!(reads.len() == 2 && reads[1] == calls.len() - 1 && reads[0] >= 500, "{reads:?}");
 }
 
-#[test]
-fn what_was_posted_while_the_thread_was_busy_is_one_flush() {
+/// What a thread owns, without the thread, and two vCPUs.
+fn owner() -> (Script, Owner<RecorderSink, SliceMemory>, [VcpuPort; 2]) {
     let script = Script::default();
     let memory = SliceMemory::new(GuestAddress(0), Memory::memfd("guest", 4096).unwrap());
     let mut function = Embedded::new(script.attachment(description()), RecorderSink::default(), memory).unwrap();
     function.config_write(COMMAND, &[0x07, 0]).unwrap();
-    let shared = Arc::new(Shared { routes: function.function.routes().clone(), over: AtomicBool::new(false) });
-    let (mut vcpu, served) = port(&shared).unwrap();
-    let mut owner = Owner { function, served: vec![served], stop: Waker::new().unwrap(), over: Over(shared) };
+    script.calls();
+    let shared = Arc::new(Shared {
+        routes: function.function.routes().clone(),
+        over: AtomicBool::new(false),
+        next_ticket: AtomicU64::new(0),
+    });
+    let ((first, first_served), (second, second_served)) = (port(&shared).unwrap(), port(&shared).unwrap());
+    let served = vec![first_served, second_served];
+    (script, Owner { function, served, stop: Waker::new().unwrap(), over: Over(shared) }, [first, second])
+}
+
+#[test]
+fn what_one_vcpu_wrote_before_another_is_seen_before_it() {
+    let (script, mut owner, mut vcpus) = owner();
+    for value in 0..100 {
+        // As under a lock that goes from one to the other.
+        vcpus[[0, 1, 1, 0, 1][value as usize % 5]].bar_write(register(0x1008), Width::B4, value).unwrap();
+    }
+    assert!(owner.serve());
+    assert_eq!(writes(&script, 0x1008), (0..100).collect::<Vec<_>>());
+}
+
+#[test]
+fn an_older_access_that_is_found_late_goes_first() {
+    let (script, mut owner, mut vcpus) = owner();
+    // The younger one is all that the first look finds.
+    let older = owner.over.0.next_ticket.fetch_add(1, Ordering::Relaxed);
+    vcpus[1].bar_write(register(0x1008), Width::B4, 6).unwrap();
+    let seen = owner.first();
+    vcpus[0].post_with(older, &Access::BarWrite { at: register(0x1008), width: Width::B4, value: 5 });
+    assert_ne!(owner.first(), seen);
+    assert!(owner.serve());
+    assert_eq!(writes(&script, 0x1008), [5, 6]);
+}
+
+#[test]
+fn what_was_posted_while_the_thread_was_busy_is_one_flush() {
+    let (script, mut owner, [mut vcpu, _]) = owner();
     for value in 0..64 {
         vcpu.bar_write(register(0x1008), Width::B4, value).unwrap();
     }
@@ -85,11 +122,15 @@ fn a_thread_that_sleeps_is_woken_by_each_access() {
     for value in 0..50 {
         std::thread::sleep(Duration::from_millis(1));
         ports[1].bar_write(register(0x1008), Width::B4, value).unwrap();
+        let started = Instant::now();
+        while writes(&script, 0x1008) != [value] {
+            assert!(started.elapsed() < Duration::from_secs(10), "nobody wakes for write {value}");
+            std::thread::sleep(Duration::from_micros(50));
+        }
         std::thread::sleep(Duration::from_micros(value * 20));
         assert_eq!(ports[0].bar_read(register(0x1c), Width::B4).unwrap(), 0);
     }
     assert!(thread.stop().is_some());
-    assert_eq!(writes(&script, 0x1008), (0..50).collect::<Vec<_>>());
 }
 
 #[test]

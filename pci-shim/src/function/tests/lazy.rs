@@ -4,6 +4,8 @@
 
 use std::time::Duration;
 
+use farbus_remote_dma::{Window, WindowMemory};
+use farbus_transport::Access;
 use proptest::prelude::*;
 
 use super::*;
@@ -16,6 +18,10 @@ const OTHER_HEAD: u64 = 0x1014;
 
 fn written(offset: u64, value: u64) -> Call {
     Call::Write(BarAddress { bar: 0, offset }, Width::B4, value)
+}
+
+fn window() -> Window {
+    Window { iova: Iova(0x1000), len: 4096, access: Access::READ_WRITE, memory: WindowMemory::Mediated }
 }
 
 /// A driver's function with its controller enabled.
@@ -46,9 +52,10 @@ fn a_completion_queues_head_goes_with_the_next_write_and_before_it() {
 #[test]
 fn whatever_could_tell_the_order_finds_the_head_written() {
     type Act = fn(&mut Bench);
-    let acts: [(&str, Act); 6] = [
+    let acts: [(&str, Act); 7] = [
         ("a register read", |bench| assert_eq!(bench.read(0x1c, Width::B4), 0)),
         ("sleep", |bench| assert!(bench.function.arm())),
+        ("a map", |bench| bench.function.map(window()).unwrap()),
         ("an unmap", |bench| bench.function.unmap(Iova(0), 4096).unwrap()),
         ("bus mastering", |bench| bench.config(COMMAND, 0x0003)),
         ("another interrupt mode", |bench| bench.config(MSIX_CONTROL, 0x0000)),
@@ -75,6 +82,17 @@ fn a_head_that_has_no_company_goes_alone_after_a_while() {
     bench.function.poll(late);
     assert_eq!(bench.script.calls(), [written(HEAD, 2)]);
     bench.function.poll(late + PATIENCE);
+    assert_eq!(bench.script.calls(), []);
+}
+
+#[test]
+fn a_head_that_is_written_while_somebody_sleeps_goes_at_once() {
+    let mut bench = enabled();
+    assert!(bench.function.arm());
+    bench.write(HEAD, Width::B4, 1);
+    assert_eq!(bench.script.calls(), [written(HEAD, 1)]);
+    bench.poll();
+    bench.write(HEAD, Width::B4, 2);
     assert_eq!(bench.script.calls(), []);
 }
 

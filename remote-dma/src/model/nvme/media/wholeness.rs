@@ -7,6 +7,8 @@ use std::fs::File;
 use std::os::unix::fs::FileTypeExt;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use rustix::fs::{AtFlags, StatxFlags};
+
 use super::JobError;
 
 /// What is known of a file's length.
@@ -36,11 +38,20 @@ impl Wholeness {
         if self.lost.load(Ordering::Relaxed) {
             return Err(JobError::Failed);
         }
-        match file.metadata() {
-            Ok(found) if found.len() >= wanted => Ok(()),
-            Ok(found) => Err(self.lose(&format!("it has {} bytes", found.len()))),
+        // The length alone: for a file's times a network file system would write everything back first.
+        match rustix::fs::statx(file, c"", AtFlags::EMPTY_PATH, StatxFlags::SIZE) {
+            Ok(found) if found.stx_size >= wanted => Ok(()),
+            Ok(found) => Err(self.lose(&format!("it has {} bytes", found.stx_size))),
             Err(error) => Err(self.lose(&error)),
         }
+    }
+
+    /// Before what stores nothing, it is enough to know what was found earlier.
+    ///
+    /// # Errors
+    /// As [`Wholeness::check`].
+    pub(super) fn recall(&self) -> Result<(), JobError> {
+        if self.lost.load(Ordering::Relaxed) { Err(JobError::Failed) } else { Ok(()) }
     }
 
     fn lose(&self, what: &dyn std::fmt::Display) -> JobError {

@@ -170,7 +170,7 @@ impl Carrier {
 
     fn outcome(&mut self, job: &Job) -> Result<(), JobError> {
         let stores = matches!(job.kind, JobKind::Write { .. } | JobKind::Zero { .. });
-        self.wholeness.check(&self.file)?;
+        if stores { self.wholeness.check(&self.file) } else { self.wholeness.recall() }?;
         let done = carry_out(&self.file, job, &mut self.room);
         let no_room = matches!(&done, Err(Failure::Host(error)) if error.raw_os_error() == Some(libc::ENOSPC));
         if stores {
