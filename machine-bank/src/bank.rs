@@ -11,7 +11,7 @@ use thiserror::Error;
 use crate::codec::{Input, Malformed};
 use crate::manifest::{Entry, Listing, Manifest, ManifestError};
 use crate::page::{Identity, KEY};
-use crate::store::{Durability, Kind, Store, StoreError};
+use crate::store::{Durability, Guard, Kind, Store, StoreError};
 
 const CONFIG: &str = "bank";
 const MAGIC: &[u8; 8] = b"FBBANK1\n";
@@ -133,6 +133,22 @@ impl Bank {
     /// There is none, or more than one, or the store's fault.
     pub fn find(&self, wish: &str) -> Result<Entry, FindError> {
         self.listing()?.find(wish).cloned().ok_or_else(|| FindError::None(wish.to_owned()))
+    }
+
+    /// Keeps a machine from being removed until the guard is dropped; nothing where the bank can only be read. Then a page that is removed
+    /// meanwhile is missed, and never wrong.
+    ///
+    /// # Errors
+    /// The store's fault.
+    pub fn pin(&self, entry: &Entry) -> Result<Option<Box<dyn Guard>>, StoreError> {
+        match self.store().pin(entry.root) {
+            Ok(pin) => Ok(Some(pin)),
+            Err(StoreError::ReadOnly(error)) => {
+                tracing::debug!(%error, "the bank cannot be written, so nothing keeps the machine from being removed");
+                Ok(None)
+            }
+            Err(error) => Err(error),
+        }
     }
 
     /// The manifest of a machine.

@@ -37,13 +37,14 @@
 //!
 //! # Who owns what
 //!
-//! [`Bank`] owns a [`Store`](store::Store) and says how pages are named. A [`Deposit`](deposit::Deposit) owns the index while it adds to it; a
-//! [`Withdrawal`](withdraw::Withdrawal) owns a manifest and a [`Reader`](reader::Reader), which is all that lazy withdrawal needs: pages by name, verified.
+//! [`Bank`] owns a [`Store`](store::Store) and says how pages are named. A [`Deposit`] owns the index while it adds to it; a
+//! [`Withdrawal`] owns a manifest and a [`Reader`], which is all that lazy withdrawal needs: pages by name, verified.
 
 pub mod bank;
 pub mod codec;
 pub mod deposit;
 pub mod index;
+pub mod keep;
 pub mod manifest;
 pub mod pack;
 pub mod page;

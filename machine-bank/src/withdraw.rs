@@ -81,15 +81,7 @@ impl Bank {
     /// It is damaged, or the store's fault.
     pub fn withdraw(&self, entry: &Entry) -> Result<Withdrawal<'_>, WithdrawError> {
         // First the pin: what is there after it stays.
-        let pin = match self.store().pin(entry.root) {
-            Ok(pin) => Some(pin),
-            // Who may only read cannot say so; a page that is removed meanwhile is missed, never wrong.
-            Err(StoreError::ReadOnly(error)) => {
-                tracing::debug!(%error, "the bank cannot be written, so nothing keeps the machine from being removed");
-                None
-            }
-            Err(error) => return Err(error.into()),
-        };
+        let pin = self.pin(entry)?;
         Ok(Withdrawal { bank: self, manifest: self.manifest(entry)?, reader: Reader::new(self)?, _pin: pin })
     }
 }

@@ -1,7 +1,6 @@
 //! Deposits and withdrawals: what goes in comes out, what is there already does not go in again, and what is damaged does not come out.
 //!
 //! A machine of 9,000 pages is deposited, changed in 700 of them and deposited again by a bitmap: 560 or so are new, and both come out equal.
-#![expect(clippy::unwrap_used, reason = "a panic is how a test fails")]
 
 mod common;
 

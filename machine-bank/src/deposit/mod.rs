@@ -265,7 +265,7 @@ impl Deposit<'_> {
             return Err(DepositError::Empty);
         }
         let counts = self.writer.counts();
-        let mut packs: Vec<_> = self.workers.iter_mut().map(|worker| std::mem::take(&mut worker.pack)).collect();
+        let mut packs: Vec<_> = self.workers.iter_mut().map(|worker| worker.packer.take()).collect();
         // Small deposits make one pack.
         packs.sort_by_key(|pack| std::cmp::Reverse(pack.len()));
         let mut merged = packs.pop().unwrap_or_default();
@@ -345,7 +345,7 @@ fn work(worker: &mut Worker, bank: &Bank, pages: &Pages, shared: &Shared<'_>, jo
         let done = shared.done.fetch_add(bytes, Ordering::Relaxed) + bytes;
         (shared.progress)(Progress { done: done.min(len), total: len });
     }
-    worker.end_group();
+    worker.end();
 }
 
 fn one_leaf(

@@ -10,7 +10,7 @@ use super::source::{Changes, Source};
 use crate::bank::Bank;
 use crate::index::Index;
 use crate::manifest::{Counts, LEAF};
-use crate::pack::{GROUP, GroupEncoder, PackBuilder, Sealed};
+use crate::pack::{Packer, Sealed};
 use crate::page::{PAGE, PageId};
 use crate::store::StoreError;
 
@@ -52,13 +52,10 @@ impl Pages {
 /// A thread's buffers, kept from section to section.
 #[derive(Debug)]
 pub(super) struct Worker {
-    encoder: GroupEncoder,
     buffer: Vec<u8>,
-    group: Vec<u8>,
-    group_ids: Vec<PageId>,
     fresh: Vec<(usize, PageId)>,
-    /// Groups that are in no pack yet.
-    pub pack: PackBuilder,
+    /// What is in no pack of the store yet.
+    pub packer: Packer,
     /// What became of the section's pages.
     pub counts: Counts,
 }
@@ -76,12 +73,9 @@ pub(super) struct Leaf<'a> {
 impl Worker {
     pub fn new() -> Result<Self, DepositError> {
         Ok(Self {
-            encoder: GroupEncoder::new().map_err(DepositError::Memory)?,
             buffer: Vec::new(),
-            group: Vec::with_capacity(GROUP),
-            group_ids: Vec::new(),
             fresh: Vec::new(),
-            pack: PackBuilder::default(),
+            packer: Packer::new().map_err(DepositError::Memory)?,
             counts: Counts::default(),
         })
     }
@@ -181,35 +175,19 @@ impl Worker {
                 return Err(error.into());
             }
         }
-        let found = self.fresh.len();
-        let fresh = std::mem::take(&mut self.fresh);
-        let mut new = 0;
-        for (at, id) in fresh.iter().filter(|(_, id)| pages.claim(*id)) {
-            new += 1;
-            self.group.extend_from_slice(&self.buffer[at * PAGE..(at + 1) * PAGE]);
-            self.group_ids.push(*id);
-            if self.group.len() == GROUP {
-                self.end_group();
-                if self.pack.is_full() {
-                    send(std::mem::take(&mut self.pack).seal())?;
-                }
+        let buffer = self.buffer.as_chunks::<PAGE>().0;
+        for (at, id) in self.fresh.iter().filter(|(_, id)| pages.claim(*id)) {
+            self.counts.new += 1;
+            if let Some(sealed) = self.packer.push(*id, &buffer[*at]) {
+                send(sealed)?;
             }
         }
-        self.counts.new += new;
-        debug_assert!(new <= found as u64, "what is new was not found");
-        self.fresh = fresh;
         Ok(())
     }
 
-    /// Packs what is left of a group.
-    pub fn end_group(&mut self) {
-        if self.group.is_empty() {
-            return;
-        }
-        let group = self.encoder.encode(&self.group);
-        self.counts.new_bytes += group.len() as u64;
-        self.pack.push(group, &self.group_ids);
-        self.group.clear();
-        self.group_ids.clear();
+    /// The section is read.
+    pub fn end(&mut self) {
+        self.packer.end_group();
+        self.counts.new_bytes += self.packer.take_bytes();
     }
 }

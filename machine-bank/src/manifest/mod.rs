@@ -18,6 +18,7 @@ pub mod head;
 pub mod leaf;
 mod listing;
 mod opened;
+mod rewrite;
 mod table;
 mod writer;
 
@@ -25,6 +26,7 @@ pub use head::{Counts, Head, Section, SectionKind, valid_machine};
 pub use leaf::LEAF;
 pub use listing::{Entry, Listing};
 pub use opened::{Manifest, ManifestError};
+pub use rewrite::rewrite;
 pub use table::{Table, split};
 pub use writer::{LeafNames, Writer};
 

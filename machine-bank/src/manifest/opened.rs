@@ -9,7 +9,7 @@ use thiserror::Error;
 
 use super::leaf::{Form, apply_delta, named, parse_full};
 use super::table::{Table, split};
-use super::{Head, Listing, MAGIC, TRAILER};
+use super::{Head, Listing, TRAILER};
 use crate::codec::Malformed;
 use crate::page::{Identity, PageId, Root};
 use crate::store::{Kind, Store, StoreError};
@@ -176,8 +176,15 @@ impl Manifest {
         ManifestError::Malformed { object: self.object.clone(), error }
     }
 
-    /// Whether all of `bytes` begin as a manifest does.
-    pub fn begins(bytes: &[u8]) -> bool {
-        bytes.starts_with(MAGIC)
+    /// The first below it for which `wanted` holds.
+    pub fn below(&self, wanted: &dyn Fn(&Root) -> bool) -> Option<Arc<Self>> {
+        let mut next = self.base.as_ref().map(|(base, _)| base);
+        while let Some(base) = next {
+            if wanted(&base.root) {
+                return Some(base.clone());
+            }
+            next = base.base.as_ref().map(|(base, _)| base);
+        }
+        None
     }
 }

@@ -4,11 +4,13 @@
 //! of 48 bytes; its name is the hash of the directory, so the same pages in the same order are the same pack.
 
 mod group;
+mod packer;
 
 use crate::codec::{Input, Malformed};
 use crate::page::{PAGE, PageId, from_hex, hex};
 
 pub use group::{GROUP, GROUP_PAGES, GroupDecoder, GroupEncoder};
+pub use packer::Packer;
 
 const MAGIC: &[u8; 8] = b"FBPACK1\n";
 const END: &[u8; 8] = b"FBPACKE\n";
@@ -38,7 +40,7 @@ impl PackId {
 }
 
 /// Where in a pack a page is.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, PartialOrd, Ord)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, PartialOrd, Ord, Hash)]
 pub struct Place {
     /// Of the group, in bytes from the pack's beginning.
     pub offset: u32,
