@@ -8,6 +8,7 @@ use std::time::Duration;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use farbus_control::identity::Name;
 
+use crate::bank::args::BankArgs;
 use crate::device_spec::DeviceSpec;
 use crate::link_address::{LinkAddress, socket_path};
 use crate::security::{AllowArgs, PeerArgs, SecurityArgs};
@@ -41,6 +42,8 @@ pub enum Command {
     Cert(CertArgs),
     /// What can be lent here, and which fabrics work
     Devices(DevicesArgs),
+    /// Save machines by content, and take them out again
+    Bank(BankArgs),
     /// Run a benchmark suite
     Bench(BenchArgs),
 }
@@ -65,6 +68,7 @@ impl Command {
             Self::Demo(args) => (args.json, Json::Object),
             Self::Cert(args) => (args.json(), Json::Object),
             Self::Devices(args) => (args.json, Json::Object),
+            Self::Bank(args) => (args.json(), Json::Object),
             Self::Bench(args) => (args.json, Json::Object),
         };
         if wanted { shape } else { Json::No }

@@ -21,18 +21,42 @@
 //!
 //! ## A worked example
 //!
-//! A machine `tiny` with a memory of three pages, `A` 4096 times, zeros, and `A` again, is one pack and one manifest. Both are golden files of the tests
-//! (`machine-bank/tests/golden`):
+//! A machine `tiny` has a memory of three pages: `A` 4096 times, zeros, and `A` again. It is deposited at the millisecond 1,795,000,000,001, and once more
+//! when page 2 has become zero. That is one pack and two manifests, which are golden files of the tests (`machine-bank/tests/golden`):
 //!
 //! ```text
-//! pack 1d6a…                                     manifest tiny@00000001@…
-//!   0  "FBPACK1\n"                                 0  "FBMACH1\n"
-//!   8  01, a zstd frame of 4096 x "A"              8  05                   pages 0 and 2 are not zero
-//!  ..  1 group: its length, 1 page                 9  name of the A page, twice
-//!  ..  name of the A page                         73  head: 1, "tiny", time, no parent, 1 section:
-//!  ..  length of the directory, 0, its hash           memory "memory" of 12288 bytes, counts, 1 leaf hash
-//!  ..  "FBPACKE\n"                                ..  table: no base, depth 0, leaf 0 is full: offset 8, 65 bytes
-//!                                                 ..  lengths of head and table, "FBMACHE\n"
+//! pack 8015421f…, 117 bytes
+//!    0  "FBPACK1\n"
+//!    8  01                            zstd
+//!    9  28 b5 2f fd 60 00 0f 4d …     a frame of 19 bytes: 4096 times "A"
+//!   28  01 00 00 00                   directory: 1 group,
+//!   32  14 00 00 00 01                    of 20 bytes, of 1 page,
+//!   37  45 98 e0 01 cd 6e 4c 4f …         whose name this is
+//!   69  29 00 00 00, 0                the directory has 41 bytes
+//!   77  80 15 42 1f 56 2d 05 ee …     and this hash, of which half is the pack's name
+//!  109  "FBPACKE\n"
+//!
+//! manifest tiny@00000001@a8831790…, 280 bytes
+//!    0  "FBMACH1\n"
+//!    8  05                            a leaf of 3 pages: 0 and 2 are not zero,
+//!    9  45 98 …, 45 98 …                  and have these names
+//!   73  01 00, 04 "tiny"              head: version 1, the machine,
+//!   80  01 5e 56 ee a1 01 00 00           when,
+//!   88  0 (32)                            no parent,
+//!  120  01 00                             1 section:
+//!  122  01, 06 "memory"                       memory, its name,
+//!  130  00 30 00 00 …                         12288 bytes,
+//!  138  3, 1, 0, 1, 1, 24                     pages, zero, as in the parent, known, new, bytes of the new ones (8 bytes each),
+//!  186  bc f6 8e 6a …                         the hash of its leaf
+//!  218  0 (32), 00                    table: no base, depth 0,
+//!  251  02, 8, 65                         the leaf is full, in 65 bytes from byte 8
+//!  264  145, 46, "FBMACHE\n"          bytes of head and table
+//!
+//! manifest tiny@00000002@100e9288…, 221 bytes
+//!    8  00 00, 01 00, 02 00           the leaf: no page has another name, 1 became zero: page 2
+//!   14  …                             head, with a8831790… as the parent
+//!  159  a8 83 17 90 …, 01             table: rests on that one, depth 1,
+//!  192  03, 8, 6                          the leaf is what differs, in 6 bytes from byte 8
 //! ```
 //!
 //! # Who owns what
