@@ -8,8 +8,8 @@ use std::time::Duration;
 
 use anyhow::{Context, bail};
 use farbus_bench::measure::LEAST_ROUNDS;
-use farbus_bench::report::suite_table;
-use farbus_bench::suite::{ShmSession, SoftRoce, Step, shm, soft_roce};
+use farbus_bench::report::{SuiteReport, suite_table};
+use farbus_bench::suite::{BankSeries, ShmSession, SoftRoce, Step, bank, shm, soft_roce};
 use farbus_transport::verbs::DeviceChoice;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
@@ -24,12 +24,13 @@ pub fn run(args: &BenchArgs) -> anyhow::Result<()> {
     let report = match args.suite {
         Suite::Shm => {
             if args.dev.is_some() || args.pairs.is_some() {
-                bail!("--dev and --pairs are for the suite soft-roce");
+                bail!("--dev is for the suite soft-roce, --pairs for soft-roce and bank");
             }
             let mut subjects = ShmSession::new().context("the suite measures between two cores")?;
             let bar = Bar::new();
             shm::run(&mut subjects, &shm_effort(args.seconds.unwrap_or(1.0)), |step| bar.show(step))
         }
+        Suite::Bank => bank(args)?,
         Suite::SoftRoce => {
             let effort = soft_roce_effort(args)?;
             let choice = DeviceChoice { device: args.dev.clone(), ..DeviceChoice::default() };
@@ -47,6 +48,36 @@ pub fn run(args: &BenchArgs) -> anyhow::Result<()> {
         print_line(suite_table(&report).trim_end());
     }
     Ok(())
+}
+
+/// The suite `bank`, in a scratch folder where temporary files are (TMPDIR).
+fn bank(args: &BenchArgs) -> anyhow::Result<SuiteReport> {
+    if args.dev.is_some() || args.seconds.is_some() {
+        bail!("--dev and --seconds are not for the suite bank");
+    }
+    if !(0.0625..=1024.0).contains(&args.large_gib) {
+        bail!("--large-gib takes 0.0625 to 1024");
+    }
+    let full = bank::Effort::default();
+    let effort =
+        bank::Effort { rounds: rounds(args, full.rounds)?, large: (args.large_gib * f64::from(1 << 30)) as u64 / 4096 * 4096 };
+    let scratch = tempfile::tempdir().context("the suite needs a folder for temporary files: set TMPDIR")?;
+    let farbus = std::env::current_exe().context("where is this program?")?;
+    let series = match &args.series {
+        Some(folder) => BankSeries::of(&std::path::absolute(folder)?, scratch.path()),
+        None => BankSeries::small(scratch.path(), 16_384, 1),
+    };
+    let places = bank::Places { farbus, scratch: scratch.path().to_owned() };
+    let bar = Bar::new();
+    Ok(bank::run(&series.context("the suite needs images")?, &places, &effort, |step| bar.show(step)))
+}
+
+fn rounds(args: &BenchArgs, full: usize) -> anyhow::Result<usize> {
+    let pairs = args.pairs.unwrap_or(full);
+    if !(LEAST_ROUNDS..=1000).contains(&pairs) {
+        bail!("--pairs takes {LEAST_ROUNDS} to 1000: fewer have no median that means anything");
+    }
+    Ok(pairs)
 }
 
 /// Progress: a bar on a terminal, which goes when this is dropped, and elsewhere a line for each group of rows.
@@ -82,10 +113,7 @@ impl Drop for Bar {
 /// `--seconds` of a row and side, in `--pairs` parts.
 fn soft_roce_effort(args: &BenchArgs) -> anyhow::Result<soft_roce::Effort> {
     let full = soft_roce::Effort::default();
-    let pairs = args.pairs.unwrap_or(full.pairs);
-    if !(LEAST_ROUNDS..=1000).contains(&pairs) {
-        bail!("--pairs takes {LEAST_ROUNDS} to 1000: fewer have no median that means anything");
-    }
+    let pairs = rounds(args, full.pairs)?;
     let seconds = args.seconds.unwrap_or(full.side.as_secs_f64() * full.pairs as f64);
     Ok(soft_roce::Effort { pairs, side: Duration::from_secs_f64(seconds / pairs as f64), ..full })
 }
@@ -116,7 +144,7 @@ mod tests {
     }
 
     fn args(suite: Suite) -> BenchArgs {
-        BenchArgs { suite, seconds: None, pairs: None, dev: None, json: false }
+        BenchArgs { suite, seconds: None, pairs: None, dev: None, series: None, large_gib: 10.0, json: false }
     }
 
     #[test]
@@ -132,5 +160,7 @@ mod tests {
         assert!(refused(BenchArgs { pairs: Some(4), ..args(Suite::SoftRoce) }).contains("--pairs takes 5 to 1000"));
         assert!(refused(BenchArgs { seconds: Some(-1.0), ..args(Suite::SoftRoce) }).contains("--seconds takes 0 to 3600"));
         assert!(refused(BenchArgs { dev: Some("rxe0".to_owned()), ..args(Suite::Shm) }).contains("soft-roce"));
+        assert!(refused(BenchArgs { seconds: Some(1.0), ..args(Suite::Bank) }).contains("not for the suite bank"));
+        assert!(refused(BenchArgs { series: Some("/nowhere".into()), ..args(Suite::Bank) }).contains("needs images"));
     }
 }

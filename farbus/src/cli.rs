@@ -320,6 +320,7 @@ pub struct DevicesArgs {
 #[command(after_help = "Examples:
   farbus bench shm --seconds 0.5
   farbus bench soft-roce --dev rxe0
+  PATH=$(ci/bank/peers):$PATH farbus bench bank --series series
   ci/softroce target/release/farbus bench soft-roce --json    in the lab, where this host has no RDMA")]
 pub struct BenchArgs {
     /// Which suite
@@ -328,12 +329,18 @@ pub struct BenchArgs {
     /// Seconds for each side: of an NVMe case (shm, 1 by default), of a row (soft-roce, 1.65 by default)
     #[arg(long, value_name = "SECONDS")]
     pub seconds: Option<f64>,
-    /// Pairs of measurements for each row, at least 5 (soft-roce)
+    /// Pairs of measurements for each row, at least 5 (soft-roce, bank)
     #[arg(long, value_name = "N")]
     pub pairs: Option<usize>,
     /// The RDMA device (soft-roce); without it the only one with an active port
     #[arg(long, value_name = "NAME")]
     pub dev: Option<String>,
+    /// A series of a guest's images (bank), as ci/bank/series makes it; without it a small synthetic one
+    #[arg(long, value_name = "DIR")]
+    pub series: Option<PathBuf>,
+    /// GiB of the large machine (bank)
+    #[arg(long, value_name = "GIB", default_value_t = 10.0)]
+    pub large_gib: f64,
     /// Print one JSON object
     #[arg(long)]
     pub json: bool,
@@ -346,6 +353,8 @@ pub enum Suite {
     Shm,
     /// RDMA verbs, against perftest over the same device in the same run
     SoftRoce,
+    /// The Machine Bank, against restic, borg, casync, cp and qemu-img on the same images
+    Bank,
 }
 
 /// `80us`, `2s`, `1.5ms`, `100ns`.

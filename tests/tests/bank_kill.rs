@@ -107,7 +107,7 @@ fn number(machine: &Value) -> u64 {
 }
 
 fn setting(name: &str, otherwise: u64) -> u64 {
-    std::env::var(name).ok().map_or(otherwise, |text| text.parse().unwrap())
+    std::env::var(name).ok().filter(|text| !text.is_empty()).map_or(otherwise, |text| text.parse().unwrap())
 }
 
 /// What a command takes when nobody kills it.

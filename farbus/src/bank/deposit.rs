@@ -60,7 +60,7 @@ pub fn run(args: &DepositArgs) -> anyhow::Result<()> {
             counts.pages,
             counts.zero,
             counts.position,
-            report.parent.as_deref().unwrap_or("no parent"),
+            report.parent.as_deref().unwrap_or("a parent"),
             counts.content,
             counts.new,
             size(report.pack_bytes + report.manifest_bytes),

@@ -25,7 +25,7 @@ use crate::bank::{Bank, FindError};
 use crate::index::{Index, IndexError};
 use crate::manifest::head::{MOST_BYTES, MOST_SECTIONS, leaves, pages_of};
 use crate::manifest::{Counts, Entry, LEAF, LeafNames, Manifest, ManifestError, SectionKind, Writer, valid_machine};
-use crate::pack::Sealed;
+use crate::pack::{FULL, GROUP, Sealed};
 use crate::page::PAGE;
 use crate::store::{Durability, Guard, Hold, Kind, StoreError};
 
@@ -33,6 +33,8 @@ use crate::store::{Durability, Guard, Hold, Kind, StoreError};
 pub const THREADS: usize = 2;
 /// Full packs that wait for being written.
 const QUEUE: usize = 1;
+/// Bytes of the buffers of a deposit: each thread's extent, group and growing pack, and packs that are sealed, wait, or are being written.
+pub const BUFFERS: usize = THREADS * (worker::EXTENT_BYTES + GROUP) + (2 * THREADS + QUEUE + 1) * (FULL + (FULL >> 3));
 
 /// What a machine is compared with.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -270,7 +272,7 @@ impl Deposit<'_> {
         packs.sort_by_key(|pack| std::cmp::Reverse(pack.len()));
         let mut merged = packs.pop().unwrap_or_default();
         for pack in packs.into_iter().rev() {
-            if merged.len() + pack.len() > crate::pack::FULL {
+            if merged.len() + pack.len() > FULL {
                 self.put(std::mem::replace(&mut merged, pack).seal())?;
             } else {
                 merged.append(pack);

@@ -16,6 +16,8 @@ use crate::store::StoreError;
 
 /// Pages that are read at once: 1 MiB.
 const EXTENT: usize = 256;
+/// The same in bytes.
+pub(super) const EXTENT_BYTES: usize = EXTENT * PAGE;
 
 /// What all threads of a deposit share.
 #[derive(Debug)]
@@ -134,7 +136,7 @@ impl Worker {
             return Ok(());
         }
         let there = source.len().saturating_sub(offset).min(bytes) as usize;
-        self.buffer.resize(EXTENT * PAGE, 0);
+        self.buffer.resize(EXTENT_BYTES, 0);
         source.read_at(offset, &mut self.buffer[..there]).map_err(DepositError::Source)?;
         // The last page is filled up with zeros.
         self.buffer[there..bytes as usize].fill(0);

@@ -112,9 +112,10 @@ pub fn remove(bank: &Bank, entries: &[Entry]) -> Result<RemoveReport, RemoveErro
     });
     for entry in going {
         store.remove(Kind::Manifest, &entry.object())?;
+        // A file system promises no order of removals.
+        store.sync(Kind::Manifest)?;
         report.removed.push(entry.to_string());
     }
     report.removed.sort();
-    store.sync(Kind::Manifest)?;
     Ok(report)
 }
