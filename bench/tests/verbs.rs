@@ -84,7 +84,12 @@ fn a_flush_is_one_doorbell_and_nothing_else_allocates_or_asks_the_kernel() {
         let peer = scope.spawn(|| {
             let (mut events, mut heard) = (Events::new(), 0_u64);
             let before = allocations_here();
-            while !stop.load(Ordering::Relaxed) {
+            // What was sent is received, and may still be untaken when the sender hears so.
+            let mut stopped: Option<Instant> = None;
+            while stopped.is_none_or(|stopped| heard < 100 + ROUNDS && stopped.elapsed() < Duration::from_secs(2)) {
+                if stopped.is_none() && stop.load(Ordering::Relaxed) {
+                    stopped = Some(Instant::now());
+                }
                 events.clear();
                 theirs.poll(Nanos::now(), &mut events);
                 heard += events.as_slice().len() as u64;

@@ -58,6 +58,10 @@ fn an_nvme_read_of_4_kib_is_at_most_four_work_requests_and_three_notifications()
 #[test]
 #[ignore = "needs an RDMA device; ci/softroce runs it"]
 fn a_link_pins_at_most_8_mib_beside_the_guests_memory() {
-    let bytes = pinned_by_a_link(&choice(), two_cores().unwrap()[1]).unwrap();
+    let pinned = |guest| pinned_by_a_link(&choice(), two_cores().unwrap()[1], guest).unwrap();
+    let bytes = pinned(64 << 20);
     assert!(bytes <= 8 << 20, "{bytes} bytes");
+    // However much the guest has.
+    let more = pinned(256 << 20);
+    assert_eq!(more, bytes, "a larger guest has more pinned beside its memory");
 }

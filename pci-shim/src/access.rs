@@ -1,6 +1,6 @@
 //! Why an access to a function is refused at the edge, before it can reach a device.
 //!
-//! A 4-byte read at BAR0 + 0x3ffe of a 16 KiB BAR is [`AccessError::Misaligned`]; at BAR0 + 0x4000 it is [`AccessError::PastEnd`]; a
+//! A 4-byte read at BAR0 + 0x1016 of a 16 KiB BAR is [`AccessError::Misaligned`]; at BAR0 + 0x4000 it is [`AccessError::PastEnd`]; a
 //! vfio-user server answers both with an errno, a VMM's bus with all ones.
 
 use farbus_remote_dma::{BarAddress, Width};

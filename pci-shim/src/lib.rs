@@ -18,7 +18,7 @@ pub mod vfio_user;
 
 pub use access::AccessError;
 pub use config::AddressSpace;
-pub use embed::Embedded;
+pub use embed::{Embedded, FunctionThread, FunctionThreadOptions, VcpuPort};
 pub use function::{Counters, Function, FunctionError, FunctionOptions, InterruptOwner};
 pub use irq::{CallbackSink, IrqSink, IrqfdSink, MessageInterrupt, RecorderSink};
 pub use mediation::{MediationKind, MediationRequest};

@@ -45,6 +45,7 @@ struct State {
     saying_in_reset: VecDeque<Say>,
     registers: HashMap<BarAddress, u64>,
     gone: Option<CloseReason>,
+    flushes: usize,
 }
 
 /// The test's end.
@@ -76,6 +77,11 @@ impl Script {
     /// What the attachment was told since the last call.
     pub(crate) fn calls(&self) -> Vec<Call> {
         std::mem::take(&mut self.state().calls)
+    }
+
+    /// How often it was told to send what waits.
+    pub(crate) fn flushes(&self) -> usize {
+        self.state().flushes
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -160,7 +166,9 @@ impl Attachment for Scripted {
         self.note(Call::Write(at, width, value));
     }
 
-    fn flush(&mut self) {}
+    fn flush(&mut self) {
+        self.script.state().flushes += 1;
+    }
 
     fn map(&mut self, window: Window, _host: &mut dyn Host) -> Result<(), MapError> {
         let Window { iova, len, memory, .. } = window;

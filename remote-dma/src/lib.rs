@@ -18,6 +18,7 @@ pub mod message;
 pub mod model;
 pub mod native;
 pub mod wait;
+pub mod wire;
 
 pub use address::{BarAddress, GuestAddress, Iova, Width};
 pub use attachment::{

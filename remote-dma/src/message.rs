@@ -43,7 +43,7 @@ pub enum ToLender {
         sequence: Sequence,
         /// The memory.
         memory: Grant,
-        /// Its dirty log.
+        /// Its dirty log; not looked at where the lender cannot map it.
         dirty: Grant,
         /// Whether it may be accessed directly.
         proven: bool,

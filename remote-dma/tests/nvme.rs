@@ -458,18 +458,6 @@ fn images_that_cannot_be_lent_are_refused_with_a_reason() {
 }
 
 #[test]
-fn an_image_that_was_shortened_fails_its_reads_and_nothing_else() {
-    let file = tempfile::NamedTempFile::new().unwrap();
-    file.as_file().set_len(1 << 20).unwrap();
-    let nvme = Nvme::open(file.path(), NvmeOptions::default()).unwrap();
-    let mut driver = Driver::ready(nvme, TestBus::new(16 << 20), 1, 16);
-    let page = driver.pages(1);
-    file.as_file().set_len(4096).unwrap();
-    assert_eq!(driver.run(1, read_at(page, 1024)).status, 0x281);
-    assert_eq!(driver.run(1, read_at(page, 0)).status, 0);
-}
-
-#[test]
 fn all_64_queue_pairs_work() {
     let mut driver = ready(64, 16);
     let page = driver.pages(1);

@@ -18,7 +18,7 @@ use farbus_remote_dma::borrower::{BorrowerOptions, BorrowerSession};
 use farbus_remote_dma::lender::{LenderSession, MAX_MEDIATIONS, PollOptions};
 use farbus_remote_dma::wait::Waker;
 use farbus_remote_dma::{Attachment, Iova, MapError, MediationAnswer, ResetKind, Width, Window, WindowMemory};
-use farbus_transport::{Access, CloseReason, Memory, Nanos, Op, Signal};
+use farbus_transport::{Access, CloseReason, GrantError, Memory, Nanos, Op, Signal};
 
 on_every_fabric! {
     data_then_polled_word_then_mark_then_vector
@@ -32,6 +32,7 @@ on_every_fabric! {
     a_burst_longer_than_the_ring_arrives_in_order_both_ways
     a_borrower_that_breaks_the_protocol_is_dropped_and_the_device_survives
     a_peer_that_left_before_its_first_message_was_read_left_and_broke_nothing
+    memory_that_cannot_be_registered_is_refused_with_the_fabrics_own_reason
 }
 
 fn pages(pair: &mut Pair, memory: &Arc<Memory>) -> Vec<u64> {
@@ -298,4 +299,26 @@ fn a_peer_that_left_before_its_first_message_was_read_left_and_broke_nothing(con
         borrower.poll(Nanos::now(), &mut Recorder::default());
     }
     assert_eq!(borrower.gone(), Some(CloseReason::PeerClosed));
+}
+
+fn memory_that_cannot_be_registered_is_refused_with_the_fabrics_own_reason(connect: Connect) {
+    const LIMIT: u32 = 4096;
+    // With all places taken, and with just those free that a session takes for itself.
+    for free in [0, 2] {
+        let (_lender, mut borrower) = connect();
+        let page = Memory::memfd("page", 4096).unwrap();
+        for _ in free..LIMIT {
+            borrower.register_for_peer(Arc::clone(&page), Access::READ_WRITE).unwrap();
+        }
+        let session = BorrowerSession::new(borrower, description(), BorrowerOptions::default());
+        let why: Result<(), _> = session.and_then(|mut session| {
+            let memory = WindowMemory::Mapped { memory: guest(), offset: 0, proven: true };
+            let window = Window { iova: Iova(0), len: 4096, access: Access::READ_WRITE, memory };
+            match session.map(window, &mut Recorder::default()) {
+                Err(MapError::Grant(error)) => Err(error),
+                other => panic!("{other:?}"),
+            }
+        });
+        assert!(matches!(why, Err(GrantError::TooMany { limit: LIMIT })), "{free} free: {:?}", why.err());
+    }
 }

@@ -227,6 +227,17 @@ fn memory_that_is_announced_and_never_delivered_ends_the_session_and_nothing_beh
     assert_eq!(ends(&mut session), CloseReason::Protocol("memory that was announced and not delivered"));
     assert_eq!(session.counters().bar_writes, 1, "what came behind the fault");
     session.end().unwrap();
+
+    // The same in one slot, where nothing comes between the messages.
+    let (lender, mut borrower) = connect();
+    let mut session = LenderSession::new(lender, Box::new(CopyEngine::new())).map_err(|(error, _)| error).unwrap();
+    let slot: Vec<u8> =
+        [ToLender::Staging(grant(u64::MAX)), store].iter().flat_map(|message| message.encode().as_slice().to_vec()).collect();
+    borrower.post(Signal::No, Op::Send { message: &slot }).unwrap();
+    borrower.flush();
+    assert_eq!(ends(&mut session), CloseReason::Protocol("staging memory that cannot be used"));
+    assert_eq!(session.counters().bar_writes, 0, "what came behind the fault in its slot");
+    session.end().unwrap();
 }
 
 #[test]

@@ -325,6 +325,16 @@ pub enum GrantError {
     Closed,
 }
 
+/// Memory that cannot be registered cannot be granted, for the same reason.
+impl From<RegisterError> for GrantError {
+    fn from(error: RegisterError) -> Self {
+        match error {
+            RegisterError::TooMany { limit } => Self::TooMany { limit },
+            RegisterError::Memory(error) => Self::Memory(error),
+        }
+    }
+}
+
 /// What the peer needs to reach a region: sent as data, worth nothing on another link.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Grant {

@@ -11,7 +11,7 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use farbus_transport::verbs::{DeviceChoice, VerbsFabric, devices};
-use farbus_transport::{Access, Fabric, Memory, Nanos, Regions, RegisterError};
+use farbus_transport::{Access, Fabric, GrantError, Memory, Nanos, Regions, RegisterError};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use rustix::thread::{CapabilitySet, capabilities, set_capabilities};
 use verbs_support::{Link, choice, pair};
@@ -131,9 +131,12 @@ fn memory_that_may_not_be_locked_is_refused_with_the_limit_and_the_command() {
     .join()
     .unwrap();
     let help = "run `ulimit -l unlimited` first, or set LimitMEMLOCK=infinity in its systemd unit";
-    let Err(RegisterError::Memory(error)) = register else { panic!("{register:?}") };
     let expected = format!("cannot lock 1048576 bytes for the device: this process may lock {LIMIT} in all; {help}");
+    let error = register.unwrap_err();
+    assert!(matches!(error, RegisterError::Memory(_)), "{error:?}");
     assert_eq!(error.to_string(), expected);
+    // What a user sees, whose guest's memory is registered to be granted.
+    assert_eq!(GrantError::from(error).to_string(), expected);
     let why = establish.unwrap_err().to_string();
     assert!(why.starts_with("cannot lock ") && why.contains("this process may lock 4096 in all") && why.ends_with(help), "{why}");
 }

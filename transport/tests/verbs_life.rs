@@ -399,7 +399,7 @@ fn cpu() -> Duration {
 
 #[test]
 #[ignore = "needs an RDMA device; ci/softroce runs it"]
-fn an_idle_link_wakes_a_sleeper_twice_a_second_at_most_and_a_message_wakes_it() {
+fn an_idle_link_wakes_a_sleeper_three_times_a_second_at_most_and_a_message_wakes_it() {
     const SECONDS: u32 = 5;
     let (mut left, mut right) = pair();
     let until = Instant::now() + Duration::from_secs(u64::from(SECONDS));
@@ -415,7 +415,7 @@ fn an_idle_link_wakes_a_sleeper_twice_a_second_at_most_and_a_message_wakes_it() 
     });
     println!("woken and CPU time in {SECONDS} s: {of_left:?}, {of_right:?}");
     for (woken, used) in [of_left, of_right] {
-        assert!(woken <= 2 * SECONDS, "woken {woken} times in {SECONDS} s");
+        assert!(woken <= 3 * SECONDS, "woken {woken} times in {SECONDS} s");
         // An emulated machine is slow: each wake-up may take it a few milliseconds.
         assert!(used < Duration::from_millis(20) * (woken + 5), "{} ms of CPU for {woken} wake-ups", used.as_millis());
     }

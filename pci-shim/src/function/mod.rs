@@ -11,6 +11,7 @@
 //! ```
 
 mod front;
+mod lazy;
 mod options;
 #[cfg(test)]
 mod tests;
@@ -32,6 +33,7 @@ use crate::mediation::MediationRequest;
 use crate::profile::{self, Profile, RegisterName, Verdict};
 use crate::routes::{Route, Routes};
 use front::Front;
+use lazy::Lazy;
 pub use options::{Counters, FunctionError, FunctionOptions, InterruptOwner};
 
 /// A PCI function whose device is behind an [`Attachment`]. One thread at a time uses it; a register access blocks
@@ -43,6 +45,7 @@ pub struct Function<S: IrqSink> {
     routes: Routes,
     profile: Box<dyn Profile>,
     front: Front<S>,
+    lazy: Lazy,
     /// What the attachment was told last.
     bus_master: bool,
     mode: InterruptMode,
@@ -65,6 +68,7 @@ impl<S: IrqSink> Function<S> {
             profile: profile::for_device(&description),
             description,
             front,
+            lazy: Lazy::default(),
             bus_master: false,
             mode: InterruptMode::Pin,
             decoded: 0,
@@ -81,6 +85,11 @@ impl<S: IrqSink> Function<S> {
     /// What the device is.
     pub fn description(&self) -> &DeviceDescription {
         &self.description
+    }
+
+    /// What lies where in its BARs.
+    pub(crate) fn routes(&self) -> &Routes {
+        &self.routes
     }
 
     /// The sink.
@@ -162,6 +171,7 @@ impl<S: IrqSink> Function<S> {
             return Ok(value);
         }
         self.front.counters.bar_reads_remote += 1;
+        self.release_lazy();
         let value = width.truncate(self.attachment.bar_read(at, width, &mut self.front));
         self.profile.answered(at, width, value);
         self.settle();
@@ -169,7 +179,8 @@ impl<S: IrqSink> Function<S> {
         Ok(value)
     }
 
-    /// Sends what [`Function::post_write`] posted.
+    /// Sends what [`Function::post_write`] posted, but for a write that nobody waits for ([`Verdict::ForwardWithNext`]): that goes with what comes next,
+    /// or with a poll soon after.
     pub fn flush(&mut self) {
         self.attachment.flush();
     }
@@ -207,13 +218,18 @@ impl<S: IrqSink> Function<S> {
             Route::Pending(_) => self.front.counters.bar_writes_local += 1,
             Route::Constant(_) | Route::Device => {
                 tracing::trace!(%at, value, register = self.profile.register(at).map(tracing::field::display), "write");
+                self.front.counters.bar_writes_remote += 1;
                 match self.profile.write(at, width, value) {
-                    Verdict::Forward => {
-                        self.front.counters.bar_writes_remote += 1;
+                    // The pin may be lowered by it.
+                    Verdict::ForwardWithNext if self.mode != InterruptMode::Pin => {
+                        self.lazy.keep(at, width, value, &mut *self.attachment, &mut self.front);
+                    }
+                    Verdict::Forward | Verdict::ForwardWithNext => {
+                        self.release_lazy();
                         self.attachment.bar_write(at, width, value, &mut self.front);
-                        self.settle();
                     }
                 }
+                self.settle();
             }
         }
         Ok(())
@@ -224,6 +240,7 @@ impl<S: IrqSink> Function<S> {
     /// # Errors
     /// [`MapError`]; nothing was mapped.
     pub fn map(&mut self, window: Window) -> Result<(), MapError> {
+        self.release_lazy();
         let mapped = self.attachment.map(window, &mut self.front);
         self.settle();
         mapped
@@ -235,6 +252,7 @@ impl<S: IrqSink> Function<S> {
     /// # Errors
     /// [`MapError`]; nothing was taken.
     pub fn unmap(&mut self, iova: Iova, len: u64) -> Result<(), MapError> {
+        self.release_lazy();
         let unmapped = self.attachment.unmap(iova, len, &mut self.front);
         if unmapped.is_ok() {
             self.front.mediations.withdraw(iova, len);
@@ -279,6 +297,7 @@ impl<S: IrqSink> Function<S> {
     /// [`AttachmentError`].
     pub fn reset(&mut self, kind: ResetKind) -> Result<(), AttachmentError> {
         self.front.counters.resets += 1;
+        self.lazy.forget();
         self.front.fence();
         if std::mem::take(&mut self.bus_master) {
             self.attachment.set_bus_master(false, &mut self.front);
@@ -296,6 +315,9 @@ impl<S: IrqSink> Function<S> {
 
     /// Takes what has happened at the device: interrupts go to the sink, mediations to [`Function::next_mediation`]. Never blocks.
     pub fn poll(&mut self, now: Nanos) -> Activity {
+        if self.lazy.release_late(now, &mut *self.attachment, &mut self.front) {
+            self.attachment.flush();
+        }
         let activity = self.attachment.poll(now, &mut self.front);
         self.settle();
         if !self.gone && self.gone().is_some() {
@@ -307,6 +329,10 @@ impl<S: IrqSink> Function<S> {
 
     /// Prepares to sleep: true where [`Function::wake_fd`] will become readable at the next event; false where there is work.
     pub fn arm(&mut self) -> bool {
+        if self.lazy.waits() {
+            self.release_lazy();
+            self.attachment.flush();
+        }
         let idle = !self.front.mediations.waiting() && self.front.mediations.refused() == 0;
         idle && self.attachment.arm()
     }
@@ -329,6 +355,7 @@ impl<S: IrqSink> Function<S> {
 
     /// The attachment itself.
     pub fn attachment_mut(&mut self) -> &mut dyn Attachment {
+        self.release_lazy();
         &mut *self.attachment
     }
 
@@ -356,6 +383,7 @@ impl<S: IrqSink> Function<S> {
     fn follow(&mut self) {
         let (bus_master, mode) = (self.front.space.bus_master(), self.front.mode());
         self.decoded = self.front.decoded();
+        self.release_lazy();
         if self.bus_master && !bus_master {
             self.attachment.set_bus_master(false, &mut self.front);
         }
@@ -369,6 +397,12 @@ impl<S: IrqSink> Function<S> {
         self.bus_master = bus_master;
         self.front.tell();
         self.settle();
+    }
+
+    /// What comes now must find what was written before.
+    #[inline]
+    fn release_lazy(&mut self) {
+        self.lazy.release(&mut *self.attachment, &mut self.front);
     }
 
     /// After every call of the attachment: refused mediations are answered, and signals whose stores are made are told.

@@ -19,6 +19,9 @@ use farbus_remote_dma::{BarAddress, DeviceDescription, ResetKind, Width};
 pub enum Verdict {
     /// The device gets it, in order.
     Forward,
+    /// The device gets it, in order, with whatever comes next, or after some microseconds: nobody waits for what it does. A later write of the same
+    /// register may take its place.
+    ForwardWithNext,
 }
 
 /// What people call a register.

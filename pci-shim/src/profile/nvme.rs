@@ -183,7 +183,11 @@ impl Profile for Nvme {
             if self.admin.is_none() {
                 tracing::debug!(%at, value, "a doorbell of a controller that is not enabled");
             }
-            return Verdict::Forward;
+            // A head only makes room (NVM Express 1.4, section 4.1): a controller looks for that when it has more to say.
+            return match self.register(at) {
+                Some(RegisterName::CompletionHead { .. }) if width == Width::B4 && self.admin.is_some() => Verdict::ForwardWithNext,
+                _ => Verdict::Forward,
+            };
         }
         let bytes = value.to_le_bytes();
         let places = self.written.iter_mut().skip(at.offset as usize);
@@ -319,7 +323,13 @@ mod tests {
                 let width = Width::from_bytes(1 << log2).unwrap();
                 let at = BarAddress { bar, offset: offset & !(width.bytes() - 1) };
                 let _ = nvme.register(at);
-                prop_assert_eq!(nvme.write(at, width, value), Verdict::Forward);
+                match nvme.write(at, width, value) {
+                    Verdict::Forward => {}
+                    Verdict::ForwardWithNext => {
+                        let head = matches!(nvme.register(at), Some(RegisterName::CompletionHead { .. }));
+                        prop_assert!(head, "{}", at);
+                    }
+                }
                 if nvme.read(at, width).is_some() {
                     prop_assert!(bar == 0 && at.offset + width.bytes() <= 12);
                 } else {

@@ -16,7 +16,9 @@ struct Offered {
     key: u64,
     memory: Arc<Memory>,
     log: DirtyLog,
-    regions: [LocalRegion; 2],
+    region: LocalRegion,
+    /// Where the lender marks it.
+    log_region: Option<LocalRegion>,
     windows: usize,
     proven: bool,
 }
@@ -26,6 +28,9 @@ struct Target {
     key: Option<u64>,
     offset: u64,
 }
+
+/// Says that there is none.
+const NO_GRANT: Grant = Grant { key: 0, len: 0, access: Access::NONE };
 
 /// A fresh offer.
 pub(super) struct Offer {
@@ -63,28 +68,28 @@ impl Memories {
         self.logs.of(memory)
     }
 
-    /// Registers and grants memory that no window used so far.
+    /// Registers and grants memory that no window used so far, and its dirty log where the lender can mark it: elsewhere that would pin a byte for each
+    /// page of the guest's for nothing.
     pub(super) fn offer<F: Fabric>(&mut self, fabric: &mut F, memory: &Arc<Memory>, proven: bool) -> Result<Offer, MapError> {
         self.prune_logs();
         // Where it had windows before, marks of then may wait to be taken.
         let log = self.logs.of_or_new(memory).map_err(GrantError::from)?;
         let access = if memory.writable() { Access::READ_WRITE } else { Access::READ };
-        let not_registered = |_| GrantError::TooMany { limit: u32::MAX };
-        let region = fabric.register_for_peer(Arc::clone(memory), access).map_err(not_registered)?;
-        let result =
-            fabric.register_for_peer(Arc::clone(log.marks()), Access::READ_WRITE).map_err(not_registered).and_then(|log_region| {
-                let grants =
-                    fabric.export(&region, access).and_then(|memory| Ok((memory, fabric.export(&log_region, Access::READ_WRITE)?)));
-                if grants.is_err() {
-                    take_back(fabric, log_region);
-                }
-                grants.map(|grants| (log_region, grants))
-            });
-        match result {
-            Ok((log_region, (granted, dirty))) => {
-                let regions = [region, log_region];
-                self.offered.push(Offered { key: granted.key, memory: Arc::clone(memory), log, regions, windows: 0, proven });
-                Ok(Offer { memory: granted, dirty })
+        let (region, granted) = grant(fabric, memory, access)?;
+        let marked = if fabric.limits().peer_mappable { Some(grant(fabric, log.marks(), Access::READ_WRITE)) } else { None };
+        match marked.transpose() {
+            Ok(marked) => {
+                let (log_region, dirty) = marked.unzip();
+                self.offered.push(Offered {
+                    key: granted.key,
+                    memory: Arc::clone(memory),
+                    log,
+                    region,
+                    log_region,
+                    windows: 0,
+                    proven,
+                });
+                Ok(Offer { memory: granted, dirty: dirty.unwrap_or(NO_GRANT) })
             }
             Err(error) => {
                 take_back(fabric, region);
@@ -128,9 +133,11 @@ impl Memories {
         let Some(at) = self.offered.iter().position(|offered| offered.key == key) else {
             return Ok(());
         };
-        let [memory, log] = self.offered.swap_remove(at).regions;
-        let revoked = fabric.deregister(memory);
-        take_back(fabric, log);
+        let Offered { region, log_region, .. } = self.offered.swap_remove(at);
+        let revoked = fabric.deregister(region);
+        if let Some(log_region) = log_region {
+            take_back(fabric, log_region);
+        }
         self.prune_logs();
         revoked
     }
@@ -141,9 +148,11 @@ impl Memories {
     /// [`RevokeError`]: the lender may still be in one of them.
     pub(super) fn revoke_all<F: Fabric>(&mut self, fabric: &mut F) -> Result<(), RevokeError> {
         let mut revoked = Ok(());
-        for Offered { regions: [memory, log], .. } in self.offered.drain(..) {
-            revoked = revoked.and(fabric.deregister(memory));
-            take_back(fabric, log);
+        for Offered { region, log_region, .. } in self.offered.drain(..) {
+            revoked = revoked.and(fabric.deregister(region));
+            if let Some(log_region) = log_region {
+                take_back(fabric, log_region);
+            }
         }
         revoked
     }
@@ -194,6 +203,18 @@ impl Memories {
 
     fn by_key(&self, key: Option<u64>) -> Option<&Offered> {
         self.offered.iter().find(|offered| Some(offered.key) == key)
+    }
+}
+
+/// Registers memory and grants all of it.
+fn grant<F: Fabric>(fabric: &mut F, memory: &Arc<Memory>, access: Access) -> Result<(LocalRegion, Grant), GrantError> {
+    let region = fabric.register_for_peer(Arc::clone(memory), access)?;
+    match fabric.export(&region, access) {
+        Ok(granted) => Ok((region, granted)),
+        Err(error) => {
+            take_back(fabric, region);
+            Err(error)
+        }
     }
 }
 

@@ -37,12 +37,11 @@ pub(super) struct Staging {
 
 impl Staging {
     pub(super) fn new<F: Fabric>(fabric: &mut F) -> Result<Self, GrantError> {
-        let not_registered = |_| GrantError::TooMany { limit: u32::MAX };
         let stores = Memory::memfd("farbus-staging", STAGING_BYTES)?;
-        let store_region = fabric.register(Arc::clone(&stores), Access::READ_WRITE).map_err(not_registered)?;
+        let store_region = fabric.register(Arc::clone(&stores), Access::READ_WRITE)?;
         let store_grant = fabric.export(&store_region, Access::WRITE)?;
         let replies = Memory::memfd("farbus-replies", STAGING_BYTES)?;
-        let reply_region = fabric.register(Arc::clone(&replies), Access::READ).map_err(not_registered)?;
+        let reply_region = fabric.register(Arc::clone(&replies), Access::READ)?;
         let (slots, untaken) = (vec![Slot::Free; 2 * SLOTS as usize], Vec::with_capacity(SLOTS as usize));
         Ok(Self { slots, untaken, stores, store_grant, replies, reply_region, fetch_staging: None })
     }

@@ -208,6 +208,10 @@ impl<F: Fabric> LenderSession<F> {
                     match ToLender::parse(bytes) {
                         Ok((message, rest)) => {
                             self.obey(message);
+                            // Before what lies behind it in the same slot: an announcement that nothing comes of costs seconds, and three fit.
+                            if let Some(reason) = self.bus.fault() {
+                                self.close(reason);
+                            }
                             bytes = rest;
                         }
                         Err(error) => self.close(CloseReason::Protocol(error.text())),

@@ -29,8 +29,18 @@ pub(super) struct Direct {
 
 struct Offered {
     direct: Direct,
-    dirty_region: RemoteRegion,
+    /// Its log, where that can be mapped here.
+    dirty_region: Option<RemoteRegion>,
     proven: bool,
+}
+
+impl Offered {
+    fn release<F: Fabric>(self, fabric: &mut F) {
+        fabric.release(self.direct.region);
+        if let Some(dirty_region) = self.dirty_region {
+            fabric.release(dirty_region);
+        }
+    }
 }
 
 /// What a window leads to.
@@ -70,10 +80,11 @@ impl Windows {
         if self.offered.len() >= MAX_OFFERED {
             return Ok(Outcome::TooMany);
         }
-        if self.offered.contains_key(&memory.key) || dirty.len < DirtyLog::log_bytes(memory.len) {
+        let mappable = fabric.limits().peer_mappable;
+        if self.offered.contains_key(&memory.key) || (mappable && dirty.len < DirtyLog::log_bytes(memory.len)) {
             return Ok(Outcome::Grant);
         }
-        let imported = fabric.import(&memory).and_then(|region| match fabric.import(&dirty) {
+        let imported = fabric.import(&memory).and_then(|region| match mappable.then(|| fabric.import(&dirty)).transpose() {
             Ok(dirty_region) => Ok((region, dirty_region)),
             Err(error) => {
                 fabric.release(region);
@@ -88,14 +99,13 @@ impl Windows {
                 return Ok(Outcome::Grant);
             }
         };
-        let mappable = fabric.limits().peer_mappable;
-        let log = if mappable { dirty_log(fabric, &dirty_region, memory.len) } else { None };
-        if mappable && log.is_none() {
-            fabric.release(region);
-            fabric.release(dirty_region);
+        let log = dirty_region.as_ref().and_then(|dirty_region| dirty_log(fabric, dirty_region, memory.len));
+        let offered = Offered { direct: Direct { region, dirty: log }, dirty_region, proven };
+        if mappable && offered.direct.dirty.is_none() {
+            offered.release(fabric);
             return Ok(Outcome::Grant);
         }
-        self.offered.insert(memory.key, Offered { direct: Direct { region, dirty: log }, dirty_region, proven });
+        self.offered.insert(memory.key, offered);
         Ok(Outcome::Done)
     }
 
@@ -143,8 +153,7 @@ impl Windows {
         }
         match self.offered.remove(&key) {
             Some(offered) => {
-                fabric.release(offered.direct.region);
-                fabric.release(offered.dirty_region);
+                offered.release(fabric);
                 Outcome::Done
             }
             None => Outcome::UnknownKey,

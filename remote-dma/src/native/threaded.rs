@@ -3,15 +3,13 @@
 //! The function's thread pushes "BAR0 + 0x1018 := 17" and goes on; the device's thread takes it, copies slot 16 out of guest memory, copies
 //! 4 KiB in, stores the completion. Maps and resets, which nobody times, go through a channel that the ring points to.
 
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::BorrowedFd;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use farbus_transport::ring::{Consumer, Fencing, HeapLines, Producer};
-use farbus_transport::{CloseReason, Memory, Nanos, barrier};
-use rustix::event::EventfdFlags;
+use farbus_transport::{CloseReason, Memory, Nanos};
 
 use super::QUIESCE_LIMIT;
 use super::bus::{DirectBus, Logs, Raised};
@@ -23,8 +21,8 @@ use crate::dirty_log::DirtyLog;
 use crate::lender::PollOptions;
 use crate::message::{ToBorrower, ToLender};
 use crate::wait::{Patience, SpinThenSleep, relax, sleep_until_readable};
+use crate::wire::{Tap, Wire, wire};
 
-const SLOTS: u32 = 256;
 /// How often a device with nothing else to do looks for room for interrupts that nobody takes.
 const ROOM_CHECK: Duration = Duration::from_millis(1);
 
@@ -40,73 +38,6 @@ enum Control {
     Unmap(Iova, u64, Sender<Result<(), MapError>>),
     Reset(ResetKind, Sender<Result<(), AttachmentError>>),
     End,
-}
-
-/// One direction: a ring and how to wake whoever takes from it.
-struct Wire {
-    ring: Producer<HeapLines>,
-    wake: Arc<OwnedFd>,
-}
-
-impl Wire {
-    /// False where the ring is full.
-    fn try_push(&mut self, kind: u8, bytes: &[u8]) -> bool {
-        // A ring in this process cannot be wrong about its indexes.
-        self.ring.push(kind, bytes) != Ok(false)
-    }
-
-    /// Waits for room: only for what the other thread is bound to take.
-    fn push(&mut self, kind: u8, bytes: &[u8]) {
-        while !self.try_push(kind, bytes) {
-            self.flush();
-            std::thread::yield_now();
-        }
-    }
-
-    fn flush(&mut self) {
-        if self.ring.must_wake()
-            && let Err(errno) = rustix::io::write(&*self.wake, &1_u64.to_ne_bytes())
-        {
-            tracing::debug!(%errno, "a wake-up was there already");
-        }
-    }
-}
-
-/// The other end of a [`Wire`].
-struct Tap {
-    ring: Consumer<HeapLines>,
-    wake: Arc<OwnedFd>,
-    asleep: bool,
-}
-
-impl Tap {
-    fn take(&mut self) -> Option<(u8, farbus_transport::Message)> {
-        if self.asleep {
-            self.asleep = false;
-            self.ring.disarm();
-            let mut count = [0; 8];
-            if let Err(errno) = rustix::io::read(&*self.wake, &mut count) {
-                tracing::trace!(%errno, "woken by something else");
-            }
-        }
-        let taken = self.ring.take().ok().flatten()?;
-        let message = farbus_transport::Message::new(taken.bytes.get(..usize::from(taken.len))?)?;
-        Some((taken.kind, message))
-    }
-
-    fn arm(&mut self) -> bool {
-        let mut ordered = true;
-        self.asleep = self.ring.arm(|| ordered = barrier::global()) && ordered;
-        self.asleep
-    }
-}
-
-fn wire() -> std::io::Result<(Wire, Tap)> {
-    let fencing = if barrier::register() { Fencing::Sleeper } else { Fencing::Both };
-    let wake = Arc::new(rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?);
-    let lines = HeapLines::new(SLOTS);
-    let wire = Wire { ring: Producer::new(lines.clone(), fencing), wake: Arc::clone(&wake) };
-    Ok((wire, Tap { ring: Consumer::new(lines, fencing), wake, asleep: false }))
 }
 
 /// A device in this process on a thread of its own.
@@ -214,7 +145,7 @@ impl Attachment for ThreadedNative {
                     return width.all_ones();
                 }
                 if self.back.arm() {
-                    sleep_until_readable(&[Some(self.back.wake.as_fd())], Some(Duration::from_millis(100)));
+                    sleep_until_readable(&[Some(self.back.fd())], Some(Duration::from_millis(100)));
                 }
                 self.patience.begin();
             }
@@ -265,7 +196,7 @@ impl Attachment for ThreadedNative {
     }
 
     fn wake_fd(&self) -> Option<BorrowedFd<'_>> {
-        Some(self.back.wake.as_fd())
+        Some(self.back.fd())
     }
 
     fn gone(&self) -> Option<CloseReason> {
@@ -344,7 +275,7 @@ impl Device {
                     limit = Some(limit.map_or(ROOM_CHECK, |limit| limit.min(ROOM_CHECK)));
                 }
                 if self.backend.arm() && self.taken.arm() {
-                    sleep_until_readable(&[Some(self.taken.wake.as_fd()), self.backend.wake_fd()], limit);
+                    sleep_until_readable(&[Some(self.taken.fd()), self.backend.wake_fd()], limit);
                 }
                 idle_since = Nanos::now();
                 self.bus.set_now(idle_since);

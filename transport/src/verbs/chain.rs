@@ -56,6 +56,14 @@ pub(super) enum Bytes<'a> {
     Registered { region: &'a MemoryRegion, offset: u64, len: u32 },
 }
 
+impl Bytes<'_> {
+    /// How many the device fetches from memory or fills there.
+    #[inline]
+    pub(super) fn fetched_or_filled(&self) -> u32 {
+        if let Self::Registered { len, .. } = self { *len } else { 0 }
+    }
+}
+
 /// Work requests for the send queue.
 pub(super) struct Sends {
     /// Each names its gather entry and the request behind it, but for the one that ended the last chain.

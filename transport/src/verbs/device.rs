@@ -101,13 +101,20 @@ pub fn devices() -> Result<Vec<DeviceInfo>, VerbsError> {
     if names.is_empty() {
         return Err(NoRdma::Device.into());
     }
-    let mut found = Vec::new();
+    let (mut found, mut refused) = (Vec::new(), None);
     for name in names {
-        if let Some(context) = Context::open(library, &name)? {
-            found.push(describe(&context)?);
+        match Context::open(library, &name).and_then(|context| context.as_ref().map(describe).transpose()) {
+            Ok(info) => found.extend(info),
+            Err(error) => refused = refused.or(passed_over(&name, error)),
         }
     }
-    Ok(found)
+    if found.is_empty() { refused.map_or(Ok(found), Err) } else { Ok(found) }
+}
+
+/// A device that cannot be used must not hide the others; where there is no other, it is the reason.
+fn passed_over(name: &str, error: VerbsError) -> Option<VerbsError> {
+    tracing::warn!(device = name, %error, "an RDMA device cannot be used");
+    Some(error)
 }
 
 /// Whether a link could be made over the device of `choice`: it is there, its port is active and has an address.
@@ -175,13 +182,20 @@ impl OpenPort {
 }
 
 fn only_active(library: &'static Library, names: &[String]) -> Result<String, VerbsError> {
-    let mut active = Vec::new();
+    let (mut active, mut refused) = (Vec::new(), None);
     for name in names {
-        if let Some(context) = Context::open(library, name)?
-            && first_active(&context, context.query()?.phys_port_cnt)?.is_some()
-        {
-            active.push(name.clone());
+        let port = Context::open(library, name).and_then(|context| match context {
+            Some(context) => first_active(&context, context.query()?.phys_port_cnt),
+            None => Ok(None),
+        });
+        match port {
+            Ok(Some(_)) => active.push(name.clone()),
+            Ok(None) => {}
+            Err(error) => refused = refused.or(passed_over(name, error)),
         }
+    }
+    if let (true, Some(error)) = (active.is_empty(), refused) {
+        return Err(error);
     }
     match (active.len(), names.first()) {
         (1, _) => Ok(active.swap_remove(0)),

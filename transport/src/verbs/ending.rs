@@ -1,15 +1,16 @@
 //! How a link ends, and what makes it end without a completion: a failed request, a device event, a connection that is gone, a peer that is silent.
 //!
 //! A peer whose host lost power acknowledges nothing: 0.8 s after the last word of it a write of no bytes asks its device, the retries of that write are used
-//! up half a second later, and the link ends as "the peer is gone".
+//! up a second later, and the link ends as "the peer is gone". Where our own device says nothing of it either, the link ends after 2 s all the same.
 
 use std::time::{Duration, Instant};
 
+use super::silence::Due;
 use super::sys::{
     self, IBV_WC_LOC_PROT_ERR, IBV_WC_REM_ACCESS_ERR, IBV_WC_REM_INV_REQ_ERR, IBV_WC_REM_OP_ERR, IBV_WC_RETRY_EXC_ERR,
     IBV_WC_RNR_RETRY_EXC_ERR, IBV_WC_SUCCESS, IBV_WC_WR_FLUSH_ERR, ibv_wc,
 };
-use super::{DRAIN_LIMIT, Phase, RECEIVE, SILENCE, VerbsFabric};
+use super::{DRAIN_LIMIT, Phase, READY_ENOUGH, RECEIVE, VerbsFabric};
 use crate::fabric::{CloseReason, OpError};
 use crate::time::Nanos;
 
@@ -109,7 +110,7 @@ impl VerbsFabric {
     /// Takes completions until `done`, the end, or the limit; events wait for the next poll.
     #[cold]
     pub(super) fn drain(&mut self, done: impl Fn(&Self) -> bool) -> bool {
-        let deadline = Instant::now() + DRAIN_LIMIT;
+        let mut deadline = Instant::now() + DRAIN_LIMIT;
         let mut empty = 0_u32;
         while self.pair.is_some() && !done(self) {
             if Instant::now() > deadline {
@@ -117,6 +118,8 @@ impl VerbsFabric {
             }
             // No credits are told meanwhile, so that the peer's slots and our own reports bound what comes.
             if self.take_now(None) > 0 {
+                // A slow link is no dead one.
+                deadline = Instant::now() + DRAIN_LIMIT;
                 empty = 0;
                 continue;
             }
@@ -155,9 +158,24 @@ impl VerbsFabric {
                 other => tracing::debug!(device = self.context.name(), event = other, "the device reports"),
             }
         }
-        if self.phase == Phase::Open && now.since(self.heard_at) >= SILENCE && now.since(self.asked_at) >= SILENCE {
-            self.asked_at = now;
-            self.push_nothing(false);
+        if self.phase != Phase::Open || self.ready.len() > READY_ENOUGH || self.silence.due(now) == Due::Nothing {
+            return;
+        }
+        self.take_now(None);
+        if self.phase != Phase::Open {
+            return;
+        }
+        match self.silence.due(now) {
+            Due::Nothing => {}
+            Due::Question => {
+                self.silence.asked(now);
+                self.push_nothing();
+            }
+            Due::End => {
+                tracing::warn!(device = self.context.name(), "the device reports neither an answer nor that there is none");
+                let down = self.port_is_down();
+                self.end(if down { CloseReason::Device("its port is down") } else { CloseReason::PeerGone });
+            }
         }
     }
 }

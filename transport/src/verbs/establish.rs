@@ -15,8 +15,9 @@ use super::device::{DeviceChoice, OpenPort};
 use super::error::VerbsError;
 use super::inbox::Inbox;
 use super::objects::{CompletionQueue, MemoryRegion, QueuePair, no_completion, zeroed};
-use super::outbox::{DEPTH, Outbox};
+use super::outbox::{DEPTH, MAX_PIECE, Outbox};
 use super::regions::Books;
+use super::silence::Silence;
 use super::sleep::Bed;
 use super::sys::{
     IBV_ACCESS_LOCAL_WRITE, IBV_ACCESS_REMOTE_READ, IBV_ACCESS_REMOTE_WRITE, IBV_QP_ACCESS_FLAGS, IBV_QP_AV, IBV_QP_DEST_QPN,
@@ -34,9 +35,9 @@ use crate::time::Nanos;
 /// How long the peer may take to describe its queue pair and bring it up.
 pub(super) const PEER_LIMIT: Duration = Duration::from_secs(5);
 
-/// How long an acknowledgement may take: 4.096 us times 2 to this power, so 67 ms. Longer than any switch holds a packet, and short enough that
-/// all retries together end within half a second.
-const ACK_TIMEOUT: u8 = 14;
+/// How long an acknowledgement may take: 4.096 us times 2 to this power, so 134 ms. Longer than any switch holds a packet or a busy host pauses, and short
+/// enough that all retries together end within a second.
+const ACK_TIMEOUT: u8 = 15;
 
 /// How often a packet is sent again before the link is given up. Not 7: rxe takes that as for ever.
 const RETRIES: u8 = 6;
@@ -89,7 +90,7 @@ impl VerbsFabric {
 
         let bed = Bed::new(&[completions.fd(), context.async_fd(), control.fd()]).map_err(context.refused("wait for events"))?;
         rustix::io::ioctl_fionbio(context.async_fd(), true).map_err(|errno| context.refused("wait for events")(errno.into()))?;
-        let piece = port.port.max_msg_sz.clamp(4096, 1 << 30);
+        let piece = port.port.max_msg_sz.clamp(4096, MAX_PIECE);
         let now = Nanos::now();
         Ok(Self {
             inline: pair.max_inline().min(MAX_INLINE as u32),
@@ -107,9 +108,8 @@ impl VerbsFabric {
             asleep: false,
             limits: Self::limits_for(piece),
             piece,
-            heard_at: now,
+            silence: Silence::new(now),
             looked_at: now,
-            asked_at: now,
             port_down: false,
         })
     }

@@ -1,7 +1,8 @@
 //! What the peer sends: slots posted before it may send into them, taken, given back, and counted so that it never sends into none.
 //!
 //! 256 slots are posted at the start. When 64 were taken and nothing of ours went the other way meanwhile, a slot that carries only the count
-//! goes back; a sender keeps eight in hand, so that two sides that are both full can still tell each other.
+//! goes back; a sender keeps eight in hand for such and other words of the fabric's own, and the last for such alone, so that two sides that are
+//! both full can still tell each other.
 
 use super::chain::Receives;
 use super::wire::SLOTS;
@@ -44,9 +45,16 @@ impl Inbox {
         self.free_at_peer() > RESERVE
     }
 
-    /// Whether the peer has a slot for a word of the fabric's own.
+    /// Whether the peer has a slot for a word of the fabric's own. The last one is for credits: where nothing else were in the way of two sides that are
+    /// both full, neither could tell the other that it has taken anything.
     #[inline]
     pub(super) fn may_send_own(&self) -> bool {
+        self.free_at_peer() > 1
+    }
+
+    /// Whether the peer has a slot for the count of those that it may fill again.
+    #[inline]
+    pub(super) fn may_send_credits(&self) -> bool {
         self.free_at_peer() > 0
     }
 

@@ -20,6 +20,7 @@ mod objects;
 mod outbox;
 mod regions;
 mod sending;
+mod silence;
 mod sleep;
 mod sys;
 #[cfg(test)]
@@ -47,6 +48,7 @@ use self::objects::{CompletionQueue, QueuePair};
 use self::outbox::Outbox;
 use self::regions::Books;
 use self::sending::Kind;
+use self::silence::Silence;
 use self::sleep::Bed;
 use self::sys::{IBV_WC_RECV_RDMA_WITH_IMM, IBV_WC_SUCCESS, ibv_wc};
 use self::wire::{SLOT_BYTES, Slot};
@@ -64,11 +66,7 @@ const AT_ONCE: usize = 16;
 /// How often who polls without end looks for what raises no completion: the control connection and the device's own events.
 const LOOK_EVERY: Duration = Duration::from_millis(100);
 
-/// How long a peer may be silent before its device is asked whether it is there, by a write of no bytes. A black hole raises no event, so only a question
-/// that is not acknowledged tells: together with all retries (see `establish::RETRIES`) and the time until a look, a peer that is gone is known within 1.5 s.
-const SILENCE: Duration = Duration::from_millis(800);
-
-/// How long a goodbye, or what must be done before memory is given back, may take: a peer that is gone is known within 0.5 s.
+/// How long a goodbye, or what must be done before memory is given back, may take: a peer that is gone is known within a second.
 const DRAIN_LIMIT: Duration = Duration::from_secs(2);
 
 /// Events that wait, from which on no completions are taken.
@@ -109,9 +107,8 @@ pub struct VerbsFabric {
     /// Bytes of the longest single work request.
     piece: u32,
     inline: u32,
-    heard_at: Nanos,
+    silence: Silence,
     looked_at: Nanos,
-    asked_at: Nanos,
     port_down: bool,
 }
 
@@ -161,6 +158,9 @@ impl VerbsFabric {
                 return 0;
             }
         };
+        if count > 0 {
+            self.silence.hear();
+        }
         for index in 0..count {
             let Some(completion) = self.found.get(index).copied() else { break };
             match (completion.status, completion.wr_id & RECEIVE != 0) {
@@ -341,9 +341,6 @@ impl Fabric for VerbsFabric {
                 self.ready.push_back(event);
             }
             let found = self.take(Some(&mut *out));
-            if found > 0 {
-                self.heard_at = now;
-            }
             // Fewer than were asked for: there are no others, and the caller has something to do.
             if found < AT_ONCE && self.ready.is_empty() && !matches!(self.phase, Phase::Ended(_)) {
                 if found == 0 && self.inbox.receives.len() > 0 {
@@ -373,7 +370,8 @@ impl Fabric for VerbsFabric {
             self.ready.push_back(event);
         }
         self.asleep = true;
-        self.bed.wake_at(self.heard_at.max(self.asked_at) + SILENCE, Nanos::now());
+        let now = Nanos::now();
+        self.bed.wake_at(self.silence.alarm(now), now);
         self.ready.is_empty() && !matches!(self.phase, Phase::Ended(_))
     }
 

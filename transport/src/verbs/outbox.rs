@@ -1,7 +1,7 @@
 //! What this side has posted: work requests on their way, which of them must report, and what the caller is still to be told.
 //!
-//! Of 40 writes without a signal, number 32 is made to report, so that the queue's room is known; when its completion comes all 40 places up to it are
-//! free. A write that its caller wants to hear of reports with the last request of its batch, a read by itself.
+//! Of 40 writes without a signal, number 32 is made to report, so that the queue's room is known; when its completion comes all places up to it are
+//! free. So is each that completes a mebibyte, so that a slow link that carries much is not taken for one that carries nothing. A write that its caller wants to hear of reports with the last request of its batch, a read by itself.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -18,6 +18,13 @@ const FOR_CALLERS: u32 = DEPTH - 8;
 
 /// After how many requests without a signal one is made to report.
 const SIGNAL_EVERY: u32 = 32;
+
+/// After how many bytes without a report one is made to. Of a link that carries half a mebibyte a second something is then heard before its peer counts
+/// as gone (`GIVE_UP` in silence.rs).
+const SIGNAL_BYTES: u32 = MAX_PIECE;
+
+/// Bytes of the longest single work request, whatever the device takes.
+pub(super) const MAX_PIECE: u32 = 1 << 20;
 
 /// Reports that may wait: one for each request, and as many operations that were refused before they were posted.
 pub(super) const MAX_REPORTS: usize = 2 * DEPTH as usize;
@@ -38,6 +45,8 @@ pub(super) struct Outbox {
     /// All requests up to here are done.
     completed: u64,
     unsignalled: u32,
+    /// Bytes of those requests.
+    unsignalled_bytes: u32,
     /// A report waits for a request of the present batch that does not report.
     owes_signal: bool,
     reports: VecDeque<Report>,
@@ -51,6 +60,7 @@ impl Outbox {
             posted: 0,
             completed: 0,
             unsignalled: 0,
+            unsignalled_bytes: 0,
             owes_signal: false,
             reports: VecDeque::with_capacity(MAX_REPORTS),
             tally: Arc::default(),
@@ -87,7 +97,8 @@ impl Outbox {
     /// Adds a request. The caller made sure that there is room, and flushes when the chain is full.
     #[inline]
     pub(super) fn push(&mut self, signalled: bool, what: What, bytes: Bytes<'_>) -> bool {
-        let signalled = signalled || self.unsignalled + 1 >= SIGNAL_EVERY;
+        let unsignalled_bytes = self.unsignalled_bytes.saturating_add(bytes.fetched_or_filled());
+        let signalled = signalled || self.unsignalled + 1 >= SIGNAL_EVERY || unsignalled_bytes >= SIGNAL_BYTES;
         if !self.sends.push(self.posted + 1, signalled, what, bytes) {
             return false;
         }
@@ -95,7 +106,7 @@ impl Outbox {
         if signalled {
             self.tally.signalled();
         }
-        self.unsignalled = if signalled { 0 } else { self.unsignalled + 1 };
+        (self.unsignalled, self.unsignalled_bytes) = if signalled { (0, 0) } else { (self.unsignalled + 1, unsignalled_bytes) };
         self.owes_signal &= !signalled;
         true
     }
@@ -128,7 +139,7 @@ impl Outbox {
             self.sends.signal_last();
             self.tally.signalled();
             self.owes_signal = false;
-            self.unsignalled = 0;
+            (self.unsignalled, self.unsignalled_bytes) = (0, 0);
         }
         self.tally.handing_over(count as u64);
         true

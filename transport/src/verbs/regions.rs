@@ -209,17 +209,17 @@ impl VerbsFabric {
 
     /// A write of no bytes, which takes nothing of the peer's but an acknowledgement: when it is done, so is everything before it, and while it can be
     /// done the peer's device is there. No key is looked at for it (InfiniBand Architecture Specification 1.4, volume 1, C9-88).
-    pub(super) fn push_nothing(&mut self, signalled: bool) -> bool {
+    pub(super) fn push_nothing(&mut self) -> bool {
         self.make_room();
         let nothing = What::Write { address: 0, key: 0 };
-        let pushed = self.outbox.has_reserve() && self.outbox.push(signalled, nothing, Bytes::Copied(&[]));
+        let pushed = self.outbox.has_reserve() && self.outbox.push(true, nothing, Bytes::Copied(&[]));
         self.hand_over();
         pushed
     }
 
     /// Waits until everything that was posted is done, or the link has ended; false at the limit.
     fn all_is_done(&mut self) -> bool {
-        if !self.drain(|fabric| fabric.outbox.has_reserve()) || (self.pair.is_some() && !self.push_nothing(true)) {
+        if !self.drain(|fabric| fabric.outbox.has_reserve()) || (self.pair.is_some() && !self.push_nothing()) {
             return false;
         }
         let last = self.outbox.last_posted();
@@ -304,10 +304,13 @@ impl Regions for VerbsFabric {
         };
         self.books.last_grant += 1;
         let announcement = Announcement { number: self.books.last_grant, address, len: region.len, key, access };
-        self.control.send(&Frame::Grant(announcement).encode()).map_err(|error| {
+        if let Err(error) = self.control.send(&Frame::Grant(announcement).encode()) {
             tracing::debug!(%error, "a grant cannot be told");
-            GrantError::Closed
-        })?;
+            // A window goes before its queue pair. Nothing can follow half a frame, so this was the last grant.
+            drop(opening);
+            self.end(reason(&error));
+            return Err(GrantError::Closed);
+        }
         self.books.granted.push(Granted { number: announcement.number, of: region.name, opening });
         Ok(Grant { key: announcement.number, len: region.len, access })
     }

@@ -1,6 +1,6 @@
 //! How operations become work requests, and work requests a batch.
 //!
-//! A write of 20 MiB over a device that takes 8 MiB at once is three requests in one chain; its caller's report hangs on the last. A message is one request
+//! A write of 20 MiB is twenty requests in one chain; its caller's report hangs on the last. A message is one request
 //! that carries its slot inside.
 
 use super::chain::{Bytes, What};
@@ -103,7 +103,8 @@ impl VerbsFabric {
 
     /// Sends a word of the fabric's own, where both queues have room for it.
     pub(super) fn say(&mut self, slot: Slot<'_>, signalled: bool) -> bool {
-        if self.pair.is_none() || !self.inbox.may_send_own() || !self.outbox.has_reserve() {
+        let fits = if slot == Slot::Credits { self.inbox.may_send_credits() } else { self.inbox.may_send_own() };
+        if self.pair.is_none() || !fits || !self.outbox.has_reserve() {
             return false;
         }
         self.put(slot, signalled);

@@ -1,6 +1,6 @@
 //! One descriptor for everything that may wake a verbs end: its completion queue, its device, the control connection, and an alarm clock.
 //!
-//! An end that sleeps for 5 s with nothing to do is woken six times by the clock, to ask a silent peer whether it is there.
+//! An end that sleeps for 5 s with nothing to do is woken six times by the clock, to ask a silent peer whether it is there, and six times by the answer.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};

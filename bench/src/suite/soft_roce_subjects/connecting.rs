@@ -56,7 +56,7 @@ pub(super) struct Visited {
 impl Visited {
     /// Lends over `choice`, on core `there`.
     pub(super) fn new(choice: &DeviceChoice, there: usize) -> Result<Self> {
-        let authority = Authority::create(&"bench".parse()?, Validity::days_from_now(1))?;
+        let authority = Authority::create(&"bench".parse()?, Validity::days_from_now(2))?;
         let issue = |identity: &str, addresses: &[&str]| -> Result<Credentials> {
             let identity = Identity::from_uri(identity).context("no identity")?;
             let addresses = addresses.iter().map(|&address| address.to_owned()).collect();

@@ -13,23 +13,24 @@ use farbus_remote_dma::{Backend, BarAddress, Iova, Width};
 use farbus_transport::verbs::{Counters, DeviceChoice, VerbsFabric, Watch};
 use farbus_transport::{Memory, Nanos};
 
-use crate::driver::{DmaMemory, Driver, DriverOptions, Io, QueueIndex};
+use crate::driver::{DmaBuffer, DmaMemory, Driver, DriverOptions, Io, QueueIndex};
 use crate::function::FunctionRegisters;
 use crate::measure::{Latencies, Stopwatch};
 use crate::suite::engine::{Engine, register};
 use crate::suite::link::{Lender, Turns, filled};
-use crate::suite::soft_roce::PostedWrites;
 
 /// Where the device finds the guest's memory; above 4 GiB, so that nothing works by having 32 bits only.
-const BASE: Iova = Iova(0x1_0000_0000);
+pub(super) const BASE: Iova = Iova(0x1_0000_0000);
 /// Bytes of the lent image of [`LentNvme`].
 const IMAGE_BYTES: u64 = 1 << 20;
+/// Bytes of a read of it.
+const READ_BYTES: u64 = 4096;
 /// Bytes of the guest's memory.
 const GUEST_BYTES: u64 = 4 << 20;
 /// After so long without a change both sides have come to rest; shorter than the time after which a side asks whether its peer is there.
 const QUIET: Duration = Duration::from_millis(20);
 /// Posted writes between two reads that wait for them: fewer than the peer has slots for.
-const WRITES_PER_READ: u64 = 32;
+pub(super) const WRITES_PER_READ: u64 = 32;
 
 /// What both sides did in some operations.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -93,7 +94,7 @@ fn traffic(operations: u64, before: [Counters; 2], after: [Counters; 2]) -> Traf
     Traffic { operations, borrower: after[0].since(before[0]), lender: after[1].since(before[1]) }
 }
 
-fn at(offset: u64) -> BarAddress {
+pub(super) fn at(offset: u64) -> BarAddress {
     BarAddress { bar: 0, offset }
 }
 
@@ -157,21 +158,18 @@ impl LentRegister {
         Ok(latencies)
     }
 
-    /// Register writes, alone and in bursts of `burst`: what the caller waits for one.
+    /// Register writes of the thread that owns the function, alone and in bursts of `burst`: what it waits for one.
     ///
     /// # Errors
     /// Where the last one of a burst is lost.
-    pub fn mmio_write(&mut self, samples: u64, burst: u64) -> Result<PostedWrites> {
+    pub fn mmio_write(&mut self, samples: u64, burst: u64) -> Result<[Latencies; 2]> {
         let _turn = self.turns.begin()?;
         let watch = Stopwatch::calibrate();
-        let mut writes = PostedWrites::default();
+        let (mut alone, mut in_bursts) = (Latencies::new(), Latencies::new());
         for round in 0..samples {
             let start = Instant::now();
-            self.post(round & 0xffff)?;
-            let posted = watch.since(start);
-            self.registers.function_mut().flush();
-            writes.alone.record_ns(watch.since(start));
-            writes.without_doorbell.record_ns(posted);
+            self.write(round & 0xffff)?;
+            alone.record_ns(watch.since(start));
             if round % WRITES_PER_READ == WRITES_PER_READ - 1 {
                 self.read(round & 0xffff)?;
             }
@@ -182,10 +180,10 @@ impl LentRegister {
             let start = Instant::now();
             (first..first + burst).try_for_each(|value| self.post(value & 0xffff))?;
             self.registers.function_mut().flush();
-            writes.in_bursts.record_ns(watch.since(start) / burst);
+            in_bursts.record_ns(watch.since(start) / burst);
             self.read((first + burst - 1) & 0xffff)?;
         }
-        Ok(writes)
+        Ok([alone, in_bursts])
     }
 
     /// What `operations` register reads cost.
@@ -256,26 +254,33 @@ impl LentNvme {
         Ok(Self { driver, image, watches, turns, _lender: lender })
     }
 
-    /// What `operations` reads of 4 KiB cost, one in flight at a time, each with its interrupt.
+    /// What `operations` reads of 4 KiB add to a series of such, one in flight at a time, each with its interrupt. The last of a series costs more: its
+    /// completion queue's head has no command to go with.
     ///
     /// # Errors
     /// Where a read fails or brings wrong bytes.
     pub fn count_reads(&mut self, operations: u64) -> Result<Traffic> {
         let _turn = self.turns.begin()?;
-        const BYTES: u64 = 4096;
-        let (queue, buffer) = (QueueIndex(1), self.driver.allocate(BYTES)?);
-        let blocks_per_read = BYTES / self.driver.namespace().block_bytes;
-        let (mut found, mut wanted) = ([0; BYTES as usize], [0; BYTES as usize]);
-        let places = IMAGE_BYTES / BYTES;
+        let buffer = self.driver.allocate(READ_BYTES)?;
+        let alone = self.series(1, &buffer)?;
+        let series = self.series(1 + operations, &buffer)?;
+        Ok(Traffic { operations, borrower: series[0].since(alone[0]), lender: series[1].since(alone[1]) })
+    }
+
+    fn series(&mut self, reads: u64, buffer: &DmaBuffer) -> Result<[Counters; 2]> {
+        let blocks_per_read = READ_BYTES / self.driver.namespace().block_bytes;
+        let (mut found, mut wanted) = ([0; READ_BYTES as usize], [0; READ_BYTES as usize]);
+        let places = IMAGE_BYTES / READ_BYTES;
         let before = self.settled();
-        for read in 0..operations {
+        for read in 0..reads {
             let place = read * 37 % places;
-            self.driver.execute(queue, &Io::Read { block: place * blocks_per_read, into: &buffer })?;
+            self.driver.execute(QueueIndex(1), &Io::Read { block: place * blocks_per_read, into: buffer })?;
             buffer.read(0, &mut found)?;
-            self.image.read(place * BYTES, &mut wanted)?;
-            ensure!(found == wanted, "wrong bytes at {}", place * BYTES);
+            self.image.read(place * READ_BYTES, &mut wanted)?;
+            ensure!(found == wanted, "wrong bytes at {}", place * READ_BYTES);
         }
-        Ok(traffic(operations, before, self.settled()))
+        let Traffic { borrower, lender, .. } = traffic(reads, before, self.settled());
+        Ok([borrower, lender])
     }
 
     fn settled(&mut self) -> [Counters; 2] {
@@ -283,22 +288,21 @@ impl LentNvme {
     }
 }
 
-/// What a link with both its sides in this process has pinned beyond the guest's memory, with a guest of 64 MiB mapped for a device without DMA memory
+/// What a link with both its sides in this process has pinned beyond the guest's memory, with `guest` bytes of it mapped for a device without DMA memory
 /// of its own.
 ///
 /// # Errors
 /// Where there is no link over `choice`, or the kernel does not say.
-pub fn pinned_by_a_link(choice: &DeviceChoice, there: usize) -> Result<u64> {
-    const GUEST: u64 = 64 << 20;
+pub fn pinned_by_a_link(choice: &DeviceChoice, there: usize, guest: u64) -> Result<u64> {
     let before = pinned_bytes()?;
     let (engine, _) = Engine::new(4096)?;
     let (ends, _) = Watches::link(choice)?;
     let (_lender, turns, session) = Lender::in_turns(ends, Box::new(engine), there)?;
     let _turn = turns.begin()?;
-    let _registers = FunctionRegisters::open(Box::new(session), RecorderSink::default(), &filled("bench-guest", GUEST)?, BASE)?;
+    let _registers = FunctionRegisters::open(Box::new(session), RecorderSink::default(), &filled("bench-guest", guest)?, BASE)?;
     let with_guest = pinned_bytes()? - before;
-    ensure!(with_guest >= GUEST, "{with_guest} bytes are pinned with a guest of {GUEST}: the kernel counts them elsewhere");
-    Ok(with_guest - GUEST)
+    ensure!(with_guest >= guest, "{with_guest} bytes are pinned with a guest of {guest}: the kernel counts them elsewhere");
+    Ok(with_guest - guest)
 }
 
 /// Bytes that this process has pinned, its own and the kernel's for its devices (proc_pid_status(5)).

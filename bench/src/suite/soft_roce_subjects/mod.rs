@@ -6,6 +6,7 @@
 mod connecting;
 mod ends;
 mod lent;
+mod ported;
 
 use anyhow::Result;
 use farbus_transport::verbs::DeviceChoice;
@@ -13,6 +14,7 @@ use farbus_transport::verbs::DeviceChoice;
 use self::connecting::Visited;
 use self::ends::Ends;
 pub use self::lent::{LentNvme, LentRegister, Traffic, pinned_by_a_link};
+use self::ported::PortedRegister;
 use super::perftest::{Figures, Perftest, Test};
 use super::shm::Direction;
 use super::soft_roce::{BURST, PostedWrites, RoceSubjects};
@@ -79,9 +81,13 @@ impl RoceSubjects for SoftRoce {
     }
 
     fn mmio_write(&mut self, samples: u64) -> Result<PostedWrites> {
-        let mut register = self.register()?;
+        // Before this thread is pinned: the function's thread goes where there is room.
+        let mut ported = PortedRegister::start(&self.choice, self.there)?;
         let _pinned = pin_to(self.here)?;
-        register.mmio_write(samples, BURST)
+        let at_a_port = ported.mmio_write(samples)?;
+        drop(ported);
+        let [with_doorbell, in_bursts] = self.register()?.mmio_write(samples, BURST)?;
+        Ok(PostedWrites { at_a_port, with_doorbell, in_bursts })
     }
 
     fn handshake(&mut self, samples: u64) -> Result<Latencies> {
@@ -109,6 +115,6 @@ impl RoceSubjects for SoftRoce {
     }
 
     fn pinned(&mut self) -> Result<u64> {
-        pinned_by_a_link(&self.choice, self.there)
+        pinned_by_a_link(&self.choice, self.there, 64 << 20)
     }
 }

@@ -3,6 +3,7 @@
 mod access;
 mod fuzz;
 mod interrupts;
+mod lazy;
 mod mediation;
 mod reset;
 

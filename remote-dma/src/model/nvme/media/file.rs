@@ -12,6 +12,7 @@ use std::sync::Arc;
 use farbus_transport::Memory;
 
 use super::image::Image;
+use super::wholeness::Wholeness;
 use super::worker::{Carrier, Workers};
 use super::{Job, JobKind, MAX_JOBS, Media, MediaError};
 
@@ -33,8 +34,8 @@ struct Prompt {
 }
 
 impl Prompt {
-    fn new(file: &Arc<File>) -> Self {
-        Self { carrier: Carrier::new(Arc::clone(file)), jobs: VecDeque::with_capacity(MAX_JOBS) }
+    fn new(file: &Arc<File>, wholeness: &Arc<Wholeness>) -> Self {
+        Self { carrier: Carrier::new(Arc::clone(file), Arc::clone(wholeness)), jobs: VecDeque::with_capacity(MAX_JOBS) }
     }
 
     /// Zeroing and flushing may take long, of memory too.
@@ -56,10 +57,11 @@ impl FileMedia {
     pub(super) fn over(image: Image, path: &Path) -> Result<Self, MediaError> {
         let in_memory = image.is_in_memory();
         let Image { file, len, identity, read_only } = image;
+        let wholeness = Arc::new(Wholeness::new(&file, len));
         let file = Arc::new(file);
-        let workers = Workers::start(Arc::clone(&file));
+        let workers = Workers::start(Arc::clone(&file), Arc::clone(&wholeness));
         let workers = workers.map_err(|source| MediaError::Host { what: "start workers for", path: path.to_owned(), source })?;
-        Ok(Self { len, identity, read_only, workers, prompt: in_memory.then(|| Prompt::new(&file)) })
+        Ok(Self { len, identity, read_only, workers, prompt: in_memory.then(|| Prompt::new(&file, &wholeness)) })
     }
 }
 

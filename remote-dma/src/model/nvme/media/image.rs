@@ -193,8 +193,11 @@ mod tests {
     }
 
     #[test]
-    fn an_image_that_somebody_shortens_fails_its_reads_and_nothing_else() {
-        let Some(file) = in_memory() else { return };
+    fn an_image_that_somebody_shortens_fails_whatever_comes() {
+        let Some(file) = in_memory() else {
+            eprintln!("not run: there is no tmpfs");
+            return;
+        };
         let mut media = open(file.path(), false).unwrap();
         assert!(media.memory().is_none(), "a file that can become shorter is mapped");
         let memory = Memory::memfd("guest", 4096).unwrap();
@@ -205,24 +208,27 @@ mod tests {
         memory.read(4095, &mut seen).unwrap();
         assert_eq!(seen, [7]);
         file.as_file().set_len(8192).unwrap();
-        for (kind, offset, outcome) in [
-            (JobKind::Read, 4096, None),
-            (JobKind::Read, 8192, Some(JobError::Failed)),
-            (JobKind::Compare, 12 << 10, Some(JobError::Failed)),
-            // The file is as long again as the guest needs.
-            (JobKind::Write { durable: true }, LEN - 4096, None),
-            (JobKind::Read, LEN - 4096, None),
+        for (kind, offset) in [
+            (JobKind::Read, 4096),
+            (JobKind::Compare, 12 << 10),
+            // The file would be as long again as the guest needs.
+            (JobKind::Write { durable: true }, LEN - 4096),
+            (JobKind::Read, LEN - 4096),
         ] {
             media.submit(job(kind, offset, &memory));
-            assert_eq!(done(&mut *media), outcome, "{kind:?} at {offset}");
+            assert_eq!(done(&mut *media), Some(JobError::Failed), "{kind:?} at {offset}");
         }
+        assert_eq!(file.as_file().metadata().unwrap().len(), 8192);
         media.submit(job(JobKind::Read, 0, &memory));
         assert!(media.cancel().is_some() && media.cancel().is_none() && media.reap().is_none() && media.arm());
     }
 
     #[test]
     fn an_image_on_a_disk_goes_to_the_workers() {
-        let Some(file) = image(Path::new(env!("CARGO_MANIFEST_DIR"))).or_else(|| image(Path::new("/var/tmp"))) else { return };
+        let Some(file) = image(Path::new(env!("CARGO_MANIFEST_DIR"))).or_else(|| image(Path::new("/var/tmp"))) else {
+            eprintln!("not run: there is no folder for an image on a disk");
+            return;
+        };
         let stat = rustix::fs::statfs(file.path()).unwrap();
         let memory = [magic::TMPFS, magic::RAMFS].contains(&(stat.f_type as u64));
         let mut media = open(file.path(), false).unwrap();

@@ -6,6 +6,7 @@
 mod file;
 mod image;
 mod memory;
+mod wholeness;
 mod worker;
 
 use std::io;

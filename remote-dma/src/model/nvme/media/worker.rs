@@ -14,6 +14,7 @@ use std::thread::JoinHandle;
 use crossbeam_queue::ArrayQueue;
 use rustix::event::EventfdFlags;
 
+use super::wholeness::Wholeness;
 use super::{Job, JobError, JobKind, MAX_JOBS};
 use crate::dma_buffer::DmaBuffer;
 
@@ -26,6 +27,7 @@ const MAX_VECTORS: usize = 1024;
 #[derive(Debug)]
 struct Shared {
     file: Arc<File>,
+    wholeness: Arc<Wholeness>,
     jobs: ArrayQueue<Box<Job>>,
     done: ArrayQueue<Box<Job>>,
     /// Workers that sleep or are about to.
@@ -47,9 +49,10 @@ pub(super) struct Workers {
 }
 
 impl Workers {
-    pub(super) fn start(file: Arc<File>) -> io::Result<Self> {
+    pub(super) fn start(file: Arc<File>, wholeness: Arc<Wholeness>) -> io::Result<Self> {
         let shared = Arc::new(Shared {
             file,
+            wholeness,
             jobs: ArrayQueue::new(MAX_JOBS),
             done: ArrayQueue::new(MAX_JOBS),
             sleepers: AtomicUsize::new(0),
@@ -134,7 +137,7 @@ fn finish(shared: &Shared, job: Box<Job>) {
 }
 
 fn run(shared: &Shared) {
-    let mut carrier = Carrier::new(Arc::clone(&shared.file));
+    let mut carrier = Carrier::new(Arc::clone(&shared.file), Arc::clone(&shared.wholeness));
     while !shared.ended.load(Ordering::Relaxed) {
         match shared.jobs.pop() {
             Some(mut job) => {
@@ -150,25 +153,41 @@ fn run(shared: &Shared) {
 #[derive(Debug)]
 pub(super) struct Carrier {
     file: Arc<File>,
+    wholeness: Arc<Wholeness>,
     room: Room,
 }
 
 impl Carrier {
-    pub(super) fn new(file: Arc<File>) -> Self {
-        Self { file, room: Room { vectors: Vec::with_capacity(MAX_VECTORS), piece: vec![0; PIECE_BYTES] } }
+    pub(super) fn new(file: Arc<File>, wholeness: Arc<Wholeness>) -> Self {
+        Self { file, wholeness, room: Room { vectors: Vec::with_capacity(MAX_VECTORS), piece: vec![0; PIECE_BYTES] } }
     }
 
     pub(super) fn carry_out(&mut self, job: &mut Job) {
-        job.outcome = carry_out(&self.file, job, &mut self.room).err().map(|error| match error {
-            Failure::Different => JobError::Different,
-            Failure::Host(error) if error.raw_os_error() == Some(libc::ENOSPC) => JobError::NoSpace,
-            Failure::Host(error) => {
-                tracing::warn!(kind = ?job.kind, offset = job.offset, len = job.len, %error, "the image failed");
-                JobError::Failed
-            }
-        });
+        job.outcome = self.outcome(job).err();
         // The guest's memory is let go, and with that in the dirty log, before the controller hears that the job is done.
         job.buffers.clear();
+    }
+
+    fn outcome(&mut self, job: &Job) -> Result<(), JobError> {
+        let stores = matches!(job.kind, JobKind::Write { .. } | JobKind::Zero { .. });
+        self.wholeness.check(&self.file)?;
+        let done = carry_out(&self.file, job, &mut self.room);
+        let no_room = matches!(&done, Err(Failure::Host(error)) if error.raw_os_error() == Some(libc::ENOSPC));
+        if stores {
+            self.wholeness.note_room(!no_room);
+        }
+        match done {
+            // What was stored or read may be less than there was.
+            Ok(()) => self.wholeness.check(&self.file),
+            Err(Failure::Different) => Err(JobError::Different),
+            Err(Failure::Host(_)) if no_room => Err(JobError::NoSpace),
+            Err(Failure::Host(error)) => {
+                // A shorter file is the reason that matters, where it is one.
+                self.wholeness.check(&self.file)?;
+                tracing::warn!(kind = ?job.kind, offset = job.offset, len = job.len, %error, "the image failed");
+                Err(JobError::Failed)
+            }
+        }
     }
 }
 

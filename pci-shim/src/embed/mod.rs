@@ -17,6 +17,9 @@
 //! }
 //! ```
 
+mod thread;
+mod vcpu;
+
 use std::os::fd::BorrowedFd;
 
 use farbus_remote_dma::{
@@ -29,6 +32,9 @@ use crate::access::AccessError;
 use crate::function::{Function, FunctionError, FunctionOptions, InterruptOwner};
 use crate::irq::IrqSink;
 use crate::mediation::{MAX_MEDIATIONS, MediationKind, MediationRequest};
+
+pub use self::thread::{FunctionThread, FunctionThreadOptions};
+pub use self::vcpu::VcpuPort;
 
 /// A [`Function`] that reaches guest memory by itself. DMA addresses are guest addresses.
 #[derive(Debug)]
@@ -105,6 +111,20 @@ impl<S: IrqSink, M: GuestMemory> Embedded<S, M> {
         let written = self.function.bar_write(at, width, value);
         self.mediate();
         written
+    }
+
+    /// As [`Function::post_write`].
+    ///
+    /// # Errors
+    /// [`AccessError`].
+    pub fn post_write(&mut self, at: BarAddress, width: Width, value: u64) -> Result<(), AccessError> {
+        self.function.post_write(at, width, value)
+    }
+
+    /// As [`Function::flush`].
+    pub fn flush(&mut self) {
+        self.function.flush();
+        self.mediate();
     }
 
     /// As [`Function::reset`].
