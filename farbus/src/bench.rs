@@ -8,8 +8,8 @@ use std::time::Duration;
 
 use anyhow::Context;
 use farbus_bench::measure::LEAST_ROUNDS;
-use farbus_bench::report::{suite_row, suite_table};
-use farbus_bench::suite::{Heard, ShmSession, SoftRoce, Step, shm, soft_roce};
+use farbus_bench::report::{SuiteReport, suite_row, suite_table};
+use farbus_bench::suite::{BankSeries, Heard, ShmSession, SoftRoce, Step, bank, shm, soft_roce};
 use farbus_transport::verbs::DeviceChoice;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
@@ -22,12 +22,16 @@ pub fn run(args: &BenchArgs) -> anyhow::Result<()> {
     let report = match args.suite {
         Suite::Shm => {
             if args.dev.is_some() || args.pairs.is_some() {
-                return Err(misuse("--dev and --pairs are for the suite soft-roce", "leave them out, or run that suite"));
+                return Err(misuse(
+                    "--dev is for the suite soft-roce, --pairs for soft-roce and bank",
+                    "leave them out, or run such a suite",
+                ));
             }
             let mut subjects = ShmSession::new().context("the suite measures between two cores")?;
             let bar = Bar::new();
             shm::run(&mut subjects, &shm_effort(args.seconds.unwrap_or(1.0)), |heard| bar.hear(heard))
         }
+        Suite::Bank => bank(args)?,
         Suite::SoftRoce => {
             let effort = soft_roce_effort(args);
             let choice = DeviceChoice { device: args.dev.clone(), ..DeviceChoice::default() };
@@ -45,6 +49,30 @@ pub fn run(args: &BenchArgs) -> anyhow::Result<()> {
         print_line(suite_table(&report).trim_end());
     }
     Ok(())
+}
+
+/// The suite `bank`, in a scratch folder where temporary files are (TMPDIR).
+fn bank(args: &BenchArgs) -> anyhow::Result<SuiteReport> {
+    if args.dev.is_some() || args.seconds.is_some() {
+        return Err(misuse("--dev and --seconds are not for the suite bank", "leave them out, or run another suite"));
+    }
+    if !(0.0625..=1024.0).contains(&args.large_gib) {
+        return Err(misuse("--large-gib takes 0.0625 to 1024", "choose a number between, 10 say"));
+    }
+    let full = bank::Effort::default();
+    let effort = bank::Effort {
+        rounds: args.pairs.unwrap_or(full.rounds),
+        large: (args.large_gib * f64::from(1 << 30)) as u64 / 4096 * 4096,
+    };
+    let scratch = tempfile::tempdir().context("the suite needs a folder for temporary files: set TMPDIR")?;
+    let farbus = std::env::current_exe().context("where is this program?")?;
+    let series = match &args.series {
+        Some(folder) => BankSeries::of(&std::path::absolute(folder)?, scratch.path()),
+        None => BankSeries::small(scratch.path(), 16_384, 1),
+    };
+    let places = bank::Places { farbus, scratch: scratch.path().to_owned() };
+    let bar = Bar::new();
+    Ok(bank::run(&series.context("the suite needs images")?, &places, &effort, |heard| bar.hear(heard)))
 }
 
 /// Progress: each row as it comes, and a bar on a terminal, which goes when this is dropped, elsewhere a line for each group of rows.
@@ -122,7 +150,7 @@ mod tests {
     }
 
     fn args(suite: Suite) -> BenchArgs {
-        BenchArgs { suite, seconds: None, pairs: None, dev: None, json: false }
+        BenchArgs { suite, seconds: None, pairs: None, dev: None, series: None, large_gib: 10.0, json: false }
     }
 
     #[test]
@@ -136,5 +164,7 @@ mod tests {
     #[test]
     fn arguments_that_mean_nothing_are_refused() {
         assert!(refused(BenchArgs { dev: Some("rxe0".to_owned()), ..args(Suite::Shm) }).contains("soft-roce"));
+        assert!(refused(BenchArgs { seconds: Some(1.0), ..args(Suite::Bank) }).contains("not for the suite bank"));
+        assert!(refused(BenchArgs { series: Some("/nowhere".into()), ..args(Suite::Bank) }).contains("needs images"));
     }
 }

@@ -8,6 +8,7 @@ use std::time::Duration;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use farbus_control::identity::Name;
 
+use crate::bank::args::BankArgs;
 use crate::device_spec::DeviceSpec;
 use crate::link_address::{LinkAddress, lender_address, socket_path};
 use crate::security::{AllowArgs, PeerArgs, SecurityArgs};
@@ -45,6 +46,8 @@ pub enum Command {
     Cert(CertArgs),
     /// What can be lent here, and which fabrics work
     Devices(DevicesArgs),
+    /// Save machines by content, and take them out again
+    Bank(BankArgs),
     /// Run a benchmark suite
     Bench(BenchArgs),
 }
@@ -69,6 +72,7 @@ impl Command {
             Self::Demo(args) => (args.json, Json::Object),
             Self::Cert(args) => (args.json(), Json::Object),
             Self::Devices(args) => (args.json, Json::Object),
+            Self::Bank(args) => (args.json(), Json::Object),
             Self::Bench(args) => (args.json, Json::Object),
         };
         if wanted { shape } else { Json::No }
@@ -330,9 +334,10 @@ pub struct DevicesArgs {
 #[command(after_help = "Examples:
   farbus bench shm --seconds 0.5
   farbus bench soft-roce --dev rxe0
+  PATH=$(ci/bank/peers):$PATH farbus bench bank --series series
   ci/softroce --seconds 900 target/release/farbus bench soft-roce --json    in the lab, where this host has no RDMA
 
-Each row is on standard error as soon as it is there, so what was measured stays where the suite is ended before its end. The suite takes
+Each row is on standard error as soon as it is there, so what was measured stays where the suite is ended before its end. That suite takes
 one or two minutes over a device; in an emulated guest, on a slow machine, more than the 300 s that the lab gives a program by itself.")]
 pub struct BenchArgs {
     /// Which suite
@@ -341,12 +346,18 @@ pub struct BenchArgs {
     /// Seconds for each side, 0.01 to 3600: of an NVMe case (shm, 1 by default), of a row (soft-roce, 1.65 by default)
     #[arg(long, value_name = "SECONDS", value_parser = parse_seconds)]
     pub seconds: Option<f64>,
-    /// Pairs of measurements for each row, 5 to 1000 (soft-roce, 11 by default)
+    /// Pairs of measurements for each row, 5 to 1000 (soft-roce, 11 by default; bank, 5)
     #[arg(long, value_name = "N", value_parser = parse_pairs)]
     pub pairs: Option<usize>,
     /// The RDMA device (soft-roce); without it the only one with an active port
     #[arg(long, value_name = "NAME")]
     pub dev: Option<String>,
+    /// A series of a guest's images (bank), as ci/bank/series makes it; without it a small synthetic one
+    #[arg(long, value_name = "DIR")]
+    pub series: Option<PathBuf>,
+    /// GiB of the large machine (bank)
+    #[arg(long, value_name = "GIB", default_value_t = 10.0)]
+    pub large_gib: f64,
     /// Print one JSON object
     #[arg(long)]
     pub json: bool,
@@ -359,6 +370,8 @@ pub enum Suite {
     Shm,
     /// RDMA verbs, against perftest over the same device in the same run
     SoftRoce,
+    /// The Machine Bank, against restic, borg, casync, cp and qemu-img on the same images
+    Bank,
 }
 
 #[cfg(test)]

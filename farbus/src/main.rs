@@ -1,10 +1,11 @@
-//! The `farbus` command line: lend a device, borrow it for a VM, and see how fast that is.
+//! The `farbus` command line: lend a device, borrow it for a VM, save VMs by content, and see how fast that is.
 //!
 //! `farbus lend --device nvme:disk.img --listen shm:/run/nvme0` on one side, `farbus borrow --from shm:/run/nvme0 --vfio-user /run/vm.sock` on
 //! the other, and an unmodified QEMU finds the drive at /run/vm.sock. `farbus demo` does all of it by itself and prints native beside remote.
 
 mod advice;
 mod attach;
+mod bank;
 mod bench;
 mod borrow;
 mod cert;
@@ -46,6 +47,7 @@ fn main() -> ExitCode {
         Command::Demo(args) => demo::run(&args).map(|()| ExitCode::SUCCESS),
         Command::Cert(args) => cert::run(&args).map(|()| ExitCode::SUCCESS),
         Command::Devices(args) => devices::run(&args).map(|()| ExitCode::SUCCESS),
+        Command::Bank(args) => bank::run(&args),
         Command::Bench(args) => bench::run(&args).map(|()| ExitCode::SUCCESS),
     };
     let status = result.unwrap_or_else(|error| {

@@ -26,6 +26,16 @@ fn replay(name: &str) {
 }
 
 #[test]
+fn bank_formats() {
+    replay("bank_formats");
+}
+
+#[test]
+fn bank_store() {
+    replay("bank_store");
+}
+
+#[test]
 fn config_writes() {
     replay("config_writes");
 }

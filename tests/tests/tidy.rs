@@ -14,7 +14,7 @@ const LAYERS: &[(&str, &[&str])] = &[
     ("remote-dma", &["transport"]),
     ("pci-shim", &["transport", "remote-dma"]),
     ("machine-bank", &["transport"]),
-    ("bench", &["transport", "control", "remote-dma", "pci-shim"]),
+    ("bench", &["transport", "control", "remote-dma", "pci-shim", "machine-bank"]),
     ("farbus", &["transport", "control", "remote-dma", "pci-shim", "machine-bank", "bench"]),
     ("tests", &["transport", "control", "remote-dma", "pci-shim", "machine-bank", "bench"]),
     // Outside the workspace.

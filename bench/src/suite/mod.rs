@@ -3,6 +3,10 @@
 //! `shm::run(&mut subjects, &Effort::default(), …)` measures a cache-line round trip and a remote register read five times each, in turns, and
 //! makes the row "mmio read p50, 250 ns, cache-line round trip 125 ns, 2.0, <= 2.0, yes".
 
+pub mod bank;
+mod bank_large;
+mod bank_peers;
+mod bank_series;
 mod engine;
 mod link;
 pub mod perftest;
@@ -11,6 +15,7 @@ mod shm_subjects;
 pub mod soft_roce;
 mod soft_roce_subjects;
 
+pub use bank_series::Series as BankSeries;
 pub use shm_subjects::ShmSession;
 pub use soft_roce_subjects::{LentNvme, LentRegister, SoftRoce, Traffic, pinned_by_a_link};
 

@@ -4,6 +4,8 @@
 //! of the invariants it asserts is broken; any bytes at all are a valid input.
 #![expect(clippy::expect_used, clippy::missing_panics_doc, reason = "a panic is what the fuzzer looks for")]
 
+mod bank_formats;
+mod bank_store;
 mod config_writes;
 mod control_frames;
 mod input;
@@ -14,6 +16,8 @@ mod session_messages;
 mod verbs_wire;
 mod vfio_user_messages;
 
+pub use bank_formats::bank_formats;
+pub use bank_store::bank_store;
 pub use config_writes::config_writes;
 pub use control_frames::control_frames;
 pub use link_hello::link_hello;
@@ -27,7 +31,9 @@ pub use vfio_user_messages::vfio_user_messages;
 pub type Target = (&'static str, fn(&[u8]));
 
 /// All targets.
-pub const TARGETS: [Target; 8] = [
+pub const TARGETS: [Target; 10] = [
+    ("bank_formats", bank_formats),
+    ("bank_store", bank_store),
     ("config_writes", config_writes),
     ("control_frames", control_frames),
     ("link_hello", link_hello),

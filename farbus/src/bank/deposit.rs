@@ -1,0 +1,102 @@
+//! `farbus bank deposit`: files become a machine.
+//!
+//! `--disk a.img --disk root=b.img` are the sections `disk0` and `root`; `--dirty memory=vm7.bitmap` says which pages of `memory` to read.
+
+use std::fs::File;
+use std::path::Path;
+
+use farbus_machine_bank::{Changes, DepositOptions, FileSource, Parent, SectionKind};
+
+use super::args::{DepositArgs, Part};
+use super::help::Helped;
+use super::progress::Bar;
+use super::{open, say, size};
+use crate::failure::{Advise, refusal};
+
+/// Deposits a machine.
+pub fn run(args: &DepositArgs) -> anyhow::Result<()> {
+    let sections = sections(args);
+    if sections.is_empty() {
+        return Err(refusal("nothing to deposit", "name files: --memory FILE, --disk FILE, --device-state FILE"));
+    }
+    for part in &args.dirty {
+        let name = part.name.as_deref().unwrap_or_default();
+        if !sections.iter().any(|(_, section, _)| section == name) {
+            return Err(refusal(
+                format!("--dirty names {name}, and no section is called that"),
+                "use the section's name, \"memory\" say",
+            ));
+        }
+    }
+    let bank = open(&args.place)?;
+    let parent = match args.parent.as_deref() {
+        None => Parent::Last,
+        Some("none") => Parent::None,
+        Some(wish) => Parent::Named(wish.to_owned()),
+    };
+    let what = || format!("cannot deposit {}", args.machine);
+    let mut deposit = bank.deposit(&args.machine, &DepositOptions { parent }).helped(what(), &args.place)?;
+    if !args.dirty.is_empty() && deposit.parent().is_none() {
+        return Err(refusal(
+            "--dirty says what changed since a parent, and there is none",
+            "leave --dirty out for the first deposit, or name the parent with --parent MACHINE",
+        ));
+    }
+    for (kind, name, path) in &sections {
+        let dirty = args.dirty.iter().find(|part| part.name.as_ref() == Some(name)).map(|part| bitmap(&part.file)).transpose()?;
+        let changes = dirty.as_deref().map_or(Changes::HashAll, Changes::Bitmap);
+        let source = File::open(path)
+            .and_then(FileSource::new)
+            .advise(format!("cannot read {}", path.display()), "name a file or a block device that this user can read")?;
+        let bar = Bar::new(name);
+        deposit.section(*kind, name, &source, changes, &|progress| bar.show(progress)).helped(what(), &args.place)?;
+    }
+    let report = deposit.commit().helped(what(), &args.place)?;
+    say(&args.place, &report, || {
+        let counts = &report.counts;
+        format!(
+            "{}: {} pages: {} zero, {} as in {}, {} known, {} new; {} added",
+            report.machine,
+            counts.pages,
+            counts.zero,
+            counts.position,
+            report.parent.as_deref().unwrap_or("a parent"),
+            counts.content,
+            counts.new,
+            size(report.pack_bytes + report.manifest_bytes),
+        )
+    })
+}
+
+/// The sections with their names.
+fn sections(args: &DepositArgs) -> Vec<(SectionKind, String, &Path)> {
+    let mut sections = Vec::new();
+    let mut add = |kind, parts: &'_ [Part], plain: &dyn Fn(usize) -> String| {
+        for (at, part) in parts.iter().enumerate() {
+            sections.push((kind, part.name.clone().unwrap_or_else(|| plain(at)), at));
+        }
+    };
+    let numbered = |word: &'static str| move |at: usize| if at == 0 { word.to_owned() } else { format!("{word}{at}") };
+    add(SectionKind::Memory, &args.memory, &numbered("memory"));
+    add(SectionKind::Disk, &args.disk, &|at| format!("disk{at}"));
+    add(SectionKind::DeviceState, &args.device_state, &numbered("devices"));
+    let file = |kind, at: usize| match kind {
+        SectionKind::Memory => args.memory[at].file.as_path(),
+        SectionKind::Disk => args.disk[at].file.as_path(),
+        _ => args.device_state[at].file.as_path(),
+    };
+    sections.into_iter().map(|(kind, name, at)| (kind, name, file(kind, at))).collect()
+}
+
+fn bitmap(path: &Path) -> anyhow::Result<Vec<u64>> {
+    let bytes = std::fs::read(path).advise(
+        format!("cannot read the bitmap {}", path.display()),
+        "name a file that this user can read, or leave --dirty out",
+    )?;
+    let (words, rest) = bytes.as_chunks::<8>();
+    if !rest.is_empty() {
+        let what = format!("{} is no bitmap: it has {} bytes", path.display(), bytes.len());
+        return Err(refusal(what, "a bitmap is 64-bit words, 8 bytes each, of which bit j of word i is page 64 i + j"));
+    }
+    Ok(words.iter().map(|word| u64::from_le_bytes(*word)).collect())
+}

@@ -1,0 +1,107 @@
+//! What to do about what went wrong with a bank.
+//!
+//! A directory that is full: "free some space there: farbus bank gc removes what no machine needs"; a tenant's bank without its key: "name the key with
+//! --tenant-key FILE".
+
+use std::error::Error;
+
+use farbus_machine_bank::BankError;
+use farbus_machine_bank::bank::FindError;
+use farbus_machine_bank::deposit::DepositError;
+use farbus_machine_bank::keep::CopyError;
+use farbus_machine_bank::manifest::ManifestError;
+use farbus_machine_bank::reader::ReadError;
+use farbus_machine_bank::store::{Kind, StoreError};
+
+use super::args::Place;
+use crate::failure::Advise;
+
+/// Says what could not be done, and what to do about why.
+pub trait Helped<T> {
+    /// `what` failed with a bank at `place`.
+    ///
+    /// # Errors
+    /// The error that it was, with both.
+    fn helped(self, what: impl Into<String>, place: &Place) -> anyhow::Result<T>;
+}
+
+impl<T, E: Error + Send + Sync + 'static> Helped<T> for Result<T, E> {
+    fn helped(self, what: impl Into<String>, place: &Place) -> anyhow::Result<T> {
+        self.map_err(anyhow::Error::new).or_else(|error| {
+            let hint = hint(&error, place);
+            Err(error).advise(what, hint)
+        })
+    }
+}
+
+/// Errors pass their causes' text on as their own, so the whole chain is looked at from the outside.
+fn hint(error: &anyhow::Error, place: &Place) -> String {
+    let bank = place.bank.display();
+    for cause in error.chain() {
+        if let Some(error) = cause.downcast_ref::<BankError>() {
+            match error {
+                BankError::KeyNeeded => return "name the key that it was made with: --tenant-key FILE".to_owned(),
+                BankError::WrongKey => return "name the key that it was made with, or none where there was none".to_owned(),
+                BankError::Exists => return "use it as it is, or choose another directory".to_owned(),
+                BankError::Malformed(_) => {
+                    return "restore its file config/bank from a copy: the machines are as they were".to_owned();
+                }
+                BankError::Store(error) => return store_hint(error, place),
+            }
+        }
+        if let Some(FindError::None(_)) = cause.downcast_ref() {
+            return format!(
+                "farbus bank list {bank} shows what is there; write MACHINE, MACHINE@NUMBER, or 6 or more digits of a root"
+            );
+        }
+        if let Some(error) = cause.downcast_ref::<DepositError>() {
+            match error {
+                DepositError::Source(_) => {
+                    return "name files that this user can read, and that nobody shortens meanwhile".to_owned();
+                }
+                DepositError::Parent(FindError::None(_)) => {
+                    return format!("farbus bank list {bank} shows what is there; \"none\" compares with nothing");
+                }
+                DepositError::Manifest(_) => {
+                    return format!("farbus bank verify {bank} tells what is damaged; --parent none deposits without it");
+                }
+                DepositError::Name(_) | DepositError::Twice(_) => {
+                    return "choose another name, for a section with NAME=FILE".to_owned();
+                }
+                DepositError::Store(error) => return store_hint(error, place),
+                _ => {}
+            }
+        }
+        if let Some(CopyError::Keys) = cause.downcast_ref() {
+            return "copy between banks of one tenant; or withdraw the machine and deposit it there".to_owned();
+        }
+        if matches!(cause.downcast_ref(), Some(ManifestError::Malformed { .. } | ManifestError::NoBase { .. }))
+            || matches!(cause.downcast_ref(), Some(ReadError::Missing(_) | ReadError::Damaged { .. }))
+        {
+            return format!("farbus bank verify {bank} tells which machines are whole; an earlier deposit of this one may be");
+        }
+        if let Some(error) = cause.downcast_ref::<StoreError>() {
+            return store_hint(error, place);
+        }
+    }
+    format!("farbus bank verify {bank} tells whether the bank is whole")
+}
+
+fn store_hint(error: &StoreError, place: &Place) -> String {
+    let bank = place.bank.display();
+    match error {
+        StoreError::Busy { .. } => "try again when it has ended, or wait longer: --wait 5m".replace("5m", "300s"),
+        StoreError::Full(_) => format!("free some space there: farbus bank gc {bank} removes what no machine needs"),
+        StoreError::ReadOnly(_) => {
+            format!("run it as a user that may write {bank}, on a file system that is not mounted read-only")
+        }
+        StoreError::Missing { kind: Kind::Config, .. } => format!("make a bank first: farbus bank init {bank}"),
+        StoreError::Io { source, .. } if source.kind() == std::io::ErrorKind::NotFound => {
+            format!("name a bank's directory, or make one: farbus bank init {bank}")
+        }
+        StoreError::Io { source, .. } if source.kind() == std::io::ErrorKind::AlreadyExists => {
+            "name a directory that is empty or not there".to_owned()
+        }
+        _ => format!("look at the file system of {bank}; farbus bank verify {bank} tells whether the bank is whole"),
+    }
+}

@@ -1,0 +1,95 @@
+//! `farbus bank verify`, `remove`, `gc` and `copy`: whether it is whole, what may go, and where else it should be.
+//!
+//! `farbus bank verify /srv/bank` prints "11 packs, 66243 pages, 3 machines: all is well" and ends with 0, or a line for each fault and 1.
+
+use std::process::ExitCode;
+
+use farbus_machine_bank::keep::{self, Keep, SweepOptions};
+
+use super::args::{CopyArgs, GcArgs, RemoveArgs, VerifyArgs};
+use super::help::Helped;
+use super::progress::Bar;
+use super::{find, open, open_at, say, size};
+
+/// Verifies a bank.
+pub fn verify(args: &VerifyArgs) -> anyhow::Result<ExitCode> {
+    let bank = open(&args.place)?;
+    let bar = Bar::new("verify");
+    let report = keep::verify(&bank, &|progress| bar.show(progress)).helped("cannot verify the bank", &args.place)?;
+    drop(bar);
+    say(&args.place, &report, || {
+        let read = format!("{} packs, {} pages, {} machines", report.packs, report.pages, report.machines);
+        if report.faults.is_empty() {
+            return format!("{read}: all is well");
+        }
+        let faults = report.faults.iter().map(|fault| format!("  {fault}\n")).collect::<String>();
+        let whole = "Machines that are not named are whole. A deposit of the same machine stores again what is damaged once its pack is removed.";
+        format!("{read}: {} faults\n{faults}{whole}", report.faults.len())
+    })?;
+    Ok(if report.faults.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+/// Removes machines.
+pub fn remove(args: &RemoveArgs) -> anyhow::Result<()> {
+    let bank = open(&args.place)?;
+    let entries = if args.machines.is_empty() {
+        let keep = Keep { last: args.keep_last.map(|last| last as usize), within: args.keep_within };
+        keep::expired(&bank, args.machine.as_deref(), &keep).helped("cannot tell what has expired", &args.place)?
+    } else {
+        args.machines.iter().map(|wish| find(&bank, &args.place, wish)).collect::<Result<_, _>>()?
+    };
+    if args.dry_run {
+        let names: Vec<_> = entries.iter().map(ToString::to_string).collect();
+        return say(&args.place, &serde_json::json!({ "would_remove": names }), || format!("would remove: {}", words(&names)));
+    }
+    let report = keep::remove(&bank, &entries).helped("cannot remove machines", &args.place)?;
+    say(&args.place, &report, || {
+        let stays = report.in_use.iter().map(|(machine, pid)| format!("\n{machine} stays: process {pid} withdraws it"));
+        format!("removed: {}{}", words(&report.removed), stays.collect::<String>())
+    })
+}
+
+fn words(names: &[String]) -> String {
+    if names.is_empty() { "nothing".to_owned() } else { names.join(", ") }
+}
+
+/// Sweeps a bank.
+pub fn gc(args: &GcArgs) -> anyhow::Result<()> {
+    let bank = open(&args.place)?;
+    let options = SweepOptions { grace: args.grace, repack_below: args.repack_below, dry_run: args.dry_run };
+    let report = keep::sweep(&bank, &options).helped("cannot collect garbage", &args.place)?;
+    say(&args.place, &report, || {
+        let verb = if args.dry_run { "would remove" } else { "removed" };
+        let mut text = format!("{verb} {} of {} packs, {}", report.removed, report.packs, size(report.removed_bytes));
+        if report.moved > 0 {
+            text += &format!("; {} pages of them are needed", report.moved);
+        }
+        if report.written_bytes > 0 {
+            text += &format!(" and are in {} of new packs", size(report.written_bytes));
+        }
+        for pack in &report.damaged {
+            text += &format!("\npack {pack} is damaged and stays");
+        }
+        if report.missing > 0 {
+            text += &format!("\n{} pages that machines name are missing: farbus bank verify tells whose", report.missing);
+        }
+        text
+    })
+}
+
+/// Copies a machine.
+pub fn copy(args: &CopyArgs) -> anyhow::Result<()> {
+    let (from, to) = (open(&args.place)?, open_at(&args.to, &args.place)?);
+    let entry = find(&from, &args.place, &args.machine)?;
+    let bar = Bar::new(&args.machine);
+    let report =
+        keep::copy(&from, &to, &entry, &|progress| bar.show(progress)).helped(format!("cannot copy {entry}"), &args.place)?;
+    drop(bar);
+    say(&args.place, &report, || {
+        let to = args.to.display();
+        if report.was_there {
+            return format!("{entry} is in {to} already, as {}", report.machine);
+        }
+        format!("{entry} is in {to} as {}: {} pages in {} were copied", report.machine, report.pages, size(report.pack_bytes))
+    })
+}

@@ -1,0 +1,195 @@
+//! One of the threads of a deposit: it reads leaves, names their pages, and packs those that the bank lacks.
+//!
+//! A leaf of 4,096 pages of which 1,700 are not as the parent had them: 300 of these are zero, 500 the bank has, 900 are new and become 57 groups.
+
+use std::collections::HashSet;
+use std::sync::{Mutex, PoisonError, RwLock};
+
+use super::DepositError;
+use super::source::{Changes, Source};
+use crate::bank::Bank;
+use crate::index::Index;
+use crate::manifest::{Counts, LEAF};
+use crate::pack::{Packer, Sealed};
+use crate::page::{PAGE, PageId};
+use crate::store::StoreError;
+
+/// Pages that are read at once: 1 MiB.
+const EXTENT: usize = 256;
+/// The same in bytes.
+pub(super) const EXTENT_BYTES: usize = EXTENT * PAGE;
+
+/// What all threads of a deposit share.
+#[derive(Debug)]
+pub(super) struct Pages {
+    /// Where stored pages are.
+    pub index: RwLock<Index>,
+    /// New pages that a thread has taken and that are in no pack of the index yet.
+    pub claimed: Mutex<HashSet<PageId>>,
+}
+
+impl Pages {
+    /// Whether this page is new and the caller's to store; it is nobody else's then.
+    fn claim(&self, id: PageId) -> bool {
+        self.claimed.lock().unwrap_or_else(PoisonError::into_inner).insert(id)
+    }
+
+    /// A pack is in the store.
+    pub fn stored(&self, bank: &Bank, sealed: &Sealed) -> Result<(), StoreError> {
+        {
+            let mut index = self.index.write().unwrap_or_else(PoisonError::into_inner);
+            index.add(sealed.id, &sealed.entries);
+            if index.loose() >= crate::index::LOOSE {
+                index.flush(bank.store())?;
+            }
+        }
+        let mut claimed = self.claimed.lock().unwrap_or_else(PoisonError::into_inner);
+        for (id, _) in &sealed.entries {
+            claimed.remove(id);
+        }
+        Ok(())
+    }
+}
+
+/// A thread's buffers, kept from section to section.
+#[derive(Debug)]
+pub(super) struct Worker {
+    buffer: Vec<u8>,
+    fresh: Vec<(usize, PageId)>,
+    /// What is in no pack of the store yet.
+    pub packer: Packer,
+    /// What became of the section's pages.
+    pub counts: Counts,
+}
+
+/// A leaf to be deposited.
+pub(super) struct Leaf<'a> {
+    /// Its first page's number in the section.
+    pub first: u64,
+    /// The parent's names for it.
+    pub parent: Option<&'a [PageId]>,
+    /// Pages of it.
+    pub pages: usize,
+}
+
+impl Worker {
+    pub fn new() -> Result<Self, DepositError> {
+        Ok(Self {
+            buffer: Vec::new(),
+            fresh: Vec::new(),
+            packer: Packer::new().map_err(DepositError::Memory)?,
+            counts: Counts::default(),
+        })
+    }
+
+    /// Names the pages of a leaf, and hands full packs to `send`.
+    pub fn leaf(
+        &mut self,
+        bank: &Bank,
+        pages: &Pages,
+        source: &dyn Source,
+        changes: &Changes<'_>,
+        leaf: &Leaf<'_>,
+        send: &mut dyn FnMut(Sealed) -> Result<(), DepositError>,
+    ) -> Result<Vec<PageId>, DepositError> {
+        debug_assert!(leaf.pages <= LEAF, "a leaf has at most {LEAF} pages");
+        let mut ids = leaf.parent.map_or_else(|| vec![PageId::ZERO; leaf.pages], <[PageId]>::to_vec);
+        self.counts.pages += leaf.pages as u64;
+        let may = |at: usize| leaf.parent.is_none() || changes.may(leaf.first + at as u64);
+        let mut at = 0;
+        while at < leaf.pages {
+            if !may(at) {
+                self.count_unread(&ids[at]);
+                at += 1;
+                continue;
+            }
+            let end = leaf.pages.min(at + EXTENT);
+            let end = (at..end).find(|at| !may(*at)).unwrap_or(end);
+            self.extent(bank, pages, source, leaf, at, &mut ids[at..end], send)?;
+            at = end;
+        }
+        Ok(ids)
+    }
+
+    fn count_unread(&mut self, id: &PageId) {
+        *if id.is_zero() { &mut self.counts.zero } else { &mut self.counts.position } += 1;
+    }
+
+    /// Reads and names pages that follow each other; `ids` are the parent's and become theirs.
+    #[expect(clippy::too_many_arguments, reason = "the leaf's and the extent's are different things")]
+    fn extent(
+        &mut self,
+        bank: &Bank,
+        pages: &Pages,
+        source: &dyn Source,
+        leaf: &Leaf<'_>,
+        at: usize,
+        ids: &mut [PageId],
+        send: &mut dyn FnMut(Sealed) -> Result<(), DepositError>,
+    ) -> Result<(), DepositError> {
+        let offset = (leaf.first + at as u64) * PAGE as u64;
+        let bytes = (ids.len() * PAGE) as u64;
+        let data = source.data_from(offset).map_err(DepositError::Source)?;
+        if data.is_none_or(|data| data.start >= offset + bytes) {
+            ids.fill(PageId::ZERO);
+            self.counts.zero += ids.len() as u64;
+            return Ok(());
+        }
+        let there = source.len().saturating_sub(offset).min(bytes) as usize;
+        self.buffer.resize(EXTENT_BYTES, 0);
+        source.read_at(offset, &mut self.buffer[..there]).map_err(DepositError::Source)?;
+        // The last page is filled up with zeros.
+        self.buffer[there..bytes as usize].fill(0);
+        self.fresh.clear();
+        for (at, (id, page)) in ids.iter_mut().zip(self.buffer.as_chunks::<PAGE>().0).enumerate() {
+            let before = leaf.parent.map(|_| *id);
+            *id = bank.identity().page(page);
+            if id.is_zero() {
+                self.counts.zero += 1;
+            } else if before == Some(*id) {
+                self.counts.position += 1;
+            } else {
+                self.fresh.push((at, *id));
+            }
+        }
+        self.store_fresh(bank, pages, send)
+    }
+
+    /// Packs those of the buffer's pages that the bank lacks.
+    fn store_fresh(
+        &mut self,
+        bank: &Bank,
+        pages: &Pages,
+        send: &mut dyn FnMut(Sealed) -> Result<(), DepositError>,
+    ) -> Result<(), DepositError> {
+        {
+            let index = pages.index.read().unwrap_or_else(PoisonError::into_inner);
+            let mut failed = None;
+            self.fresh.retain(|(_, id)| match index.find(bank.store(), id) {
+                Ok(Some(_)) => false,
+                Ok(None) | Err(StoreError::Missing { .. }) => true,
+                Err(error) => {
+                    failed = Some(error);
+                    true
+                }
+            });
+            if let Some(error) = failed {
+                return Err(error.into());
+            }
+        }
+        let buffer = self.buffer.as_chunks::<PAGE>().0;
+        for (at, id) in self.fresh.iter().filter(|(_, id)| pages.claim(*id)) {
+            self.counts.new += 1;
+            if let Some(sealed) = self.packer.push(*id, &buffer[*at]) {
+                send(sealed)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// The section is read.
+    pub fn end(&mut self) {
+        self.packer.end_group();
+        self.counts.new_bytes += self.packer.take_bytes();
+    }
+}

@@ -1,0 +1,17 @@
+//! Keeping: what is there, whether it is whole, what may go, and taking machines from one bank to another.
+//!
+//! `remove(&bank, &entries)` takes machines out, `sweep(&bank, …)` the pages that no machine names any more; `verify(&bank)` reads everything.
+
+mod copy;
+mod diff;
+mod remove;
+mod stats;
+mod sweep;
+mod verify;
+
+pub use copy::{CopyError, CopyReport, copy};
+pub use diff::{Diff, SectionDiff, diff};
+pub use remove::{Keep, RemoveError, RemoveReport, expired, remove};
+pub use stats::{Stats, stats};
+pub use sweep::{SweepError, SweepOptions, SweepReport, sweep};
+pub use verify::{Fault, VerifyReport, verify};

@@ -1,0 +1,196 @@
+//! Pages by name: found in the index, read by groups in the order in which they lie, and handed on only if they are what they are called.
+//!
+//! Sixteen names that one deposit stored together are one read of some 15 KB, one decompression and sixteen hashes. A page that is not where the
+//! index says, because a sweep moved it, is looked for once more in the packs themselves.
+
+use std::sync::{PoisonError, RwLock};
+
+use thiserror::Error;
+
+use crate::bank::Bank;
+use crate::index::{Index, IndexError, Location};
+use crate::pack::{GROUP, GroupDecoder, PackId, Place};
+use crate::page::{PAGE, PageId};
+use crate::store::{Kind, StoreError};
+
+/// Bytes of neighbouring groups that are read at once.
+const READ: usize = 512 << 10;
+/// Bytes between two wanted groups that are read rather than skipped.
+const GAP: u64 = 16 << 10;
+
+/// Why a page cannot be had.
+#[derive(Debug, Error)]
+pub enum ReadError {
+    /// The store's fault.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// The index cannot be read.
+    #[error(transparent)]
+    Index(#[from] IndexError),
+    /// No pack has it.
+    #[error("page {0} is in no pack")]
+    Missing(PageId),
+    /// What is stored under its name is something else.
+    #[error("page {id} in pack {} is damaged", .pack.name())]
+    Damaged {
+        /// The page.
+        id: PageId,
+        /// The pack.
+        pack: PackId,
+    },
+    /// There is no memory for a decompressor.
+    #[error("no memory to decompress with: {0}")]
+    Memory(std::io::Error),
+}
+
+/// A page that is wanted, and what its reader knows it by.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Wanted {
+    /// The page, not that of zeros.
+    pub id: PageId,
+    /// Handed back with the page.
+    pub token: u64,
+}
+
+/// Finds and reads pages of a bank. Any number of threads may use one, each with its own [`Scratch`].
+#[derive(Debug)]
+pub struct Reader<'b> {
+    bank: &'b Bank,
+    index: RwLock<Index>,
+}
+
+/// One thread's buffers.
+#[derive(Debug)]
+pub struct Scratch {
+    decoder: GroupDecoder,
+    stored: Vec<u8>,
+    pages: Box<[u8; GROUP]>,
+    order: Vec<(PackId, Place, Wanted)>,
+}
+
+impl Scratch {
+    /// # Errors
+    /// There is no memory for zstd's state.
+    pub fn new() -> Result<Self, ReadError> {
+        let decoder = GroupDecoder::new().map_err(ReadError::Memory)?;
+        Ok(Self { decoder, stored: Vec::new(), pages: Box::new([0; GROUP]), order: Vec::new() })
+    }
+}
+
+impl<'b> Reader<'b> {
+    /// # Errors
+    /// The store's fault.
+    pub fn new(bank: &'b Bank) -> Result<Self, ReadError> {
+        Ok(Self { bank, index: RwLock::new(Index::open(bank.store())?) })
+    }
+
+    /// Hands each wanted page to `sink`, verified, in the order in which they are stored.
+    ///
+    /// # Errors
+    /// A page is missing or damaged, also by the packs' own directories; others may have been handed out.
+    pub fn fetch(&self, wanted: &[Wanted], scratch: &mut Scratch, sink: &mut dyn FnMut(u64, &[u8; PAGE])) -> Result<(), ReadError> {
+        let mut failed = Vec::new();
+        self.fetch_once(wanted, scratch, sink, &mut failed)?;
+        if failed.is_empty() {
+            return Ok(());
+        }
+        // A sweep may have moved them, or another pack may have them whole.
+        let fresh = Index::rebuild(self.bank.store())?;
+        *self.index.write().unwrap_or_else(PoisonError::into_inner) = fresh;
+        let again: Vec<_> = failed.drain(..).map(|(wanted, _)| wanted).collect();
+        self.fetch_once(&again, scratch, sink, &mut failed)?;
+        failed.into_iter().next().map_or(Ok(()), |(_, error)| Err(error))
+    }
+
+    fn fetch_once(
+        &self,
+        wanted: &[Wanted],
+        scratch: &mut Scratch,
+        sink: &mut dyn FnMut(u64, &[u8; PAGE]),
+        failed: &mut Vec<(Wanted, ReadError)>,
+    ) -> Result<(), ReadError> {
+        self.locate(wanted, &mut scratch.order, failed)?;
+        scratch.order.sort_unstable_by_key(|(pack, place, wanted)| (*pack, *place, wanted.id));
+        let order = std::mem::take(&mut scratch.order);
+        let mut rest = &order[..];
+        while let Some((first, _)) = rest.split_first() {
+            let (count, end) = stretch(rest);
+            let (stretch, others) = rest.split_at(count);
+            rest = others;
+            let (pack, start) = (first.0, u64::from(first.1.offset));
+            scratch.stored.resize((end - start) as usize, 0);
+            match self.bank.store().read(Kind::Pack, &pack.name(), start, &mut scratch.stored) {
+                Ok(()) => self.decode(stretch, scratch, sink, failed),
+                Err(StoreError::Missing { .. } | StoreError::Ends { .. }) => {
+                    failed.extend(stretch.iter().map(|(_, _, wanted)| (*wanted, ReadError::Missing(wanted.id))));
+                }
+                Err(error) => return Err(error.into()),
+            }
+        }
+        scratch.order = order;
+        Ok(())
+    }
+
+    fn locate(
+        &self,
+        wanted: &[Wanted],
+        order: &mut Vec<(PackId, Place, Wanted)>,
+        failed: &mut Vec<(Wanted, ReadError)>,
+    ) -> Result<(), ReadError> {
+        order.clear();
+        let index = self.index.read().unwrap_or_else(PoisonError::into_inner);
+        for wanted in wanted {
+            match index.find(self.bank.store(), &wanted.id) {
+                Ok(Some(location @ Location { place, .. })) if (2..=GROUP as u32 + 1).contains(&place.len) => {
+                    order.push((index.pack(&location), place, *wanted));
+                }
+                Ok(_) | Err(StoreError::Missing { .. } | StoreError::Ends { .. }) => {
+                    failed.push((*wanted, ReadError::Missing(wanted.id)))
+                }
+                Err(error) => return Err(error.into()),
+            }
+        }
+        Ok(())
+    }
+
+    /// Decompresses the groups of `stretch`, which `scratch.stored` has the bytes of.
+    fn decode(
+        &self,
+        stretch: &[(PackId, Place, Wanted)],
+        scratch: &mut Scratch,
+        sink: &mut dyn FnMut(u64, &[u8; PAGE]),
+        failed: &mut Vec<(Wanted, ReadError)>,
+    ) {
+        let Some((_, Place { offset: start, .. }, _)) = stretch.first() else { return };
+        for group in stretch.chunk_by(|(_, a, _), (_, b, _)| a.offset == b.offset) {
+            let (_, place, _) = group[0];
+            let at = (place.offset - start) as usize;
+            let stored = scratch.stored.get(at..at + place.len as usize);
+            let len = stored.and_then(|stored| scratch.decoder.decode(stored, &mut scratch.pages).ok()).unwrap_or(0);
+            // A damaged index can say that two pages are at one place: each is held against its own name.
+            for same in group.chunk_by(|(_, a, one), (_, b, other)| a.slot == b.slot && one.id == other.id) {
+                let (pack, place, Wanted { id, .. }) = same[0];
+                let page = scratch.pages[..len].as_chunks::<PAGE>().0.get(usize::from(place.slot));
+                match page.filter(|page| self.bank.identity().page(*page) == id) {
+                    Some(page) => same.iter().for_each(|(_, _, wanted)| sink(wanted.token, page)),
+                    None => failed.extend(same.iter().map(|(_, _, wanted)| (*wanted, ReadError::Damaged { id, pack }))),
+                }
+            }
+        }
+    }
+}
+
+/// How many of the first places are read at once, and up to which byte.
+fn stretch(order: &[(PackId, Place, Wanted)]) -> (usize, u64) {
+    let Some((pack, first, _)) = order.first() else { return (0, 0) };
+    let (start, mut end, mut count) = (u64::from(first.offset), 0, 0);
+    for (other, place, _) in order {
+        let to = u64::from(place.offset) + u64::from(place.len);
+        if count > 0 && (other != pack || u64::from(place.offset) > end + GAP || to - start > READ as u64) {
+            break;
+        }
+        end = end.max(to);
+        count += 1;
+    }
+    (count, end)
+}

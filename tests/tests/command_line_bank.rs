@@ -1,0 +1,205 @@
+//! `farbus bank` as its users run it: what it prints, what they can get wrong, and what it then tells them to do.
+//!
+//! `farbus bank withdraw bank vm8 --to out` where there is only `vm7` exits with status 1 and says that `farbus bank list bank` shows what is there.
+#![expect(clippy::unwrap_used, reason = "a panic is how a test fails, in its helpers too")]
+
+use std::os::unix::fs::PermissionsExt;
+
+use farbus_tests::process::{End, run};
+use serde_json::Value;
+use tempfile::TempDir;
+
+struct Lab(TempDir);
+
+impl Lab {
+    /// A bank with two deposits of `vm7`.
+    fn new() -> Self {
+        let lab = Self(tempfile::tempdir().unwrap());
+        let mut memory: Vec<u8> = (0..1_000_000_u32).flat_map(|n| (n / 700).to_le_bytes()).collect();
+        std::fs::write(lab.path("vm7.ram"), &memory).unwrap();
+        std::fs::write(lab.path("vm7.dev"), "registers").unwrap();
+        lab.ok(&["init", &lab.path("bank")]);
+        lab.deposit(&[]);
+        memory[8192..12_288].fill(7);
+        std::fs::write(lab.path("vm7.ram"), &memory).unwrap();
+        lab.deposit(&[]);
+        lab
+    }
+
+    fn path(&self, name: &str) -> String {
+        self.0.path().join(name).to_str().unwrap().to_owned()
+    }
+
+    #[track_caller]
+    fn deposit(&self, more: &[&str]) -> Value {
+        let (bank, memory, devices) = (self.path("bank"), self.path("vm7.ram"), self.path("vm7.dev"));
+        self.ok(&[&["deposit", &bank, "vm7", "--memory", &memory, "--device-state", &devices], more].concat())
+    }
+
+    fn run(words: &[&str]) -> End {
+        run(&[&["bank"], words].concat())
+    }
+
+    /// What it prints for machines; it prints something for people too.
+    #[track_caller]
+    fn ok(&self, words: &[&str]) -> Value {
+        let end = Self::run(&[words, &["--json"]].concat());
+        assert_eq!(end.code(), Some(0), "{words:?}: {}", end.stderr);
+        serde_json::from_str(&end.stdout).unwrap()
+    }
+
+    #[track_caller]
+    fn refused(&self, words: &[&str], said: &[&str]) {
+        Self::run(words).assert_refusal(1, said);
+        let end = Self::run(&[words, &["--json"]].concat());
+        let object: Value = serde_json::from_str(&end.stdout).unwrap();
+        assert!(object["error"].is_string() && object["hint"].is_string(), "{object}");
+    }
+}
+
+#[test]
+fn every_bank_command_explains_itself() {
+    for command in ["init", "deposit", "withdraw", "list", "show", "diff", "verify", "remove", "gc", "stats", "copy"] {
+        let help = Lab::run(&[command, "--help"]);
+        assert_eq!(help.code(), Some(0));
+        assert!(help.stdout.contains("Usage: farbus bank") && help.stdout.contains("--json"), "{}", help.stdout);
+    }
+}
+
+#[test]
+fn a_machine_goes_in_twice_is_looked_at_and_comes_out() {
+    let lab = Lab::new();
+    let bank = lab.path("bank");
+    let listed = lab.ok(&["list", &bank]);
+    let names: Vec<_> = listed["machines"].as_array().unwrap().iter().map(|machine| machine["machine"].clone()).collect();
+    assert_eq!(names, ["vm7@1", "vm7@2"]);
+    let shown = lab.ok(&["show", &bank, "vm7"]);
+    assert_eq!((&shown["sections"][0]["name"], &shown["sections"][1]["kind"]), (&"memory".into(), &"device-state".into()));
+    assert_eq!(shown["sections"][0]["new"], 1, "{shown}");
+    let root = shown["root"].as_str().unwrap();
+    assert_eq!(lab.ok(&["show", &bank, &root[..8]])["root"], shown["root"]);
+    let differs = lab.ok(&["diff", &bank, "vm7@1", "vm7@2"]);
+    assert_eq!((&differs["sections"][0]["changed"], &differs["sections"][0]["ranges"][0][0]), (&1.into(), &8192.into()));
+    let stats = lab.ok(&["stats", &bank]);
+    assert_eq!((&stats["deposits"], &stats["machines"]), (&2.into(), &1.into()));
+    assert_eq!(lab.ok(&["verify", &bank])["faults"], Value::Array(vec![]));
+    lab.ok(&["withdraw", &bank, "vm7", "--to", &lab.path("out")]);
+    for (section, file) in [("memory", "vm7.ram"), ("devices", "vm7.dev")] {
+        assert!(std::fs::read(lab.path(&format!("out/{section}"))).unwrap() == std::fs::read(lab.path(file)).unwrap(), "{section}");
+    }
+    lab.ok(&["init", &lab.path("other")]);
+    assert_eq!(lab.ok(&["copy", &bank, "vm7", &lab.path("other")])["root"], shown["root"]);
+    for words in
+        [&["list", &bank][..], &["show", &bank, "vm7"], &["diff", &bank, "vm7@1", "vm7@2"], &["stats", &bank], &["verify", &bank]]
+    {
+        let end = Lab::run(words);
+        assert!(
+            end.code() == Some(0) && !end.stdout.trim().is_empty() && !end.stdout.starts_with('{'),
+            "{words:?}: {}",
+            end.stdout
+        );
+    }
+}
+
+#[test]
+fn what_changed_can_be_told_and_only_that_is_read() {
+    let lab = Lab::new();
+    std::fs::write(lab.path("none.bitmap"), [0; 128]).unwrap();
+    let dirty = format!("memory={}", lab.path("none.bitmap"));
+    let report = lab.deposit(&["--dirty", &dirty]);
+    assert_eq!((&report["counts"]["new"], &report["pack_bytes"]), (&0.into(), &0.into()), "{report}");
+    let (bank, memory) = (lab.path("bank"), lab.path("vm7.ram"));
+    std::fs::write(lab.path("odd.bitmap"), [0; 7]).unwrap();
+    let odd = format!("memory={}", lab.path("odd.bitmap"));
+    lab.refused(&["deposit", &bank, "vm7", "--memory", &memory, "--dirty", &odd], &["no bitmap", "7 bytes"]);
+    lab.refused(&["deposit", &bank, "new", "--memory", &memory, "--dirty", &dirty], &["there is none", "first deposit"]);
+    lab.refused(&["deposit", &bank, "vm7", "--memory", &memory, "--dirty", "ram=x"], &["no section", "memory"]);
+}
+
+#[test]
+fn what_has_expired_goes_and_its_pages_with_the_next_gc() {
+    let lab = Lab::new();
+    let bank = lab.path("bank");
+    let would = lab.ok(&["remove", &bank, "--keep-last", "1", "--dry-run"]);
+    assert_eq!(would["would_remove"], serde_json::json!(["vm7@1"]));
+    assert_eq!(lab.ok(&["remove", &bank, "--keep-last", "1"])["removed"], serde_json::json!(["vm7@1"]));
+    lab.ok(&["gc", &bank, "--dry-run"]);
+    assert_eq!(lab.ok(&["gc", &bank])["missing"], 0);
+    assert_eq!(lab.ok(&["remove", &bank, "--keep-within", "1d"])["removed"], serde_json::json!([]));
+    lab.ok(&["withdraw", &bank, "vm7@2", "--to", &lab.path("out")]);
+    assert_eq!(lab.ok(&["verify", &bank])["faults"], Value::Array(vec![]));
+}
+
+#[test]
+fn what_users_get_wrong_is_said_with_what_to_do() {
+    let lab = Lab::new();
+    let (bank, memory, out) = (lab.path("bank"), lab.path("vm7.ram"), lab.path("out"));
+    lab.refused(&["list", &lab.path("nowhere")], &["nowhere", "farbus bank init"]);
+    lab.refused(&["init", &bank], &["there is a bank"]);
+    lab.refused(&["init", lab.0.path().to_str().unwrap()], &["is there", "empty"]);
+    lab.refused(&["withdraw", &bank, "vm8", "--to", &out], &["vm8", "farbus bank list"]);
+    lab.refused(&["withdraw", &bank, "vm7", "--section", "ram=x"], &["no section ram", "farbus bank show"]);
+    lab.refused(&["withdraw", &bank, "vm7", "--section", &format!("memory={memory}")], &["is there", "--replace"]);
+    lab.refused(&["deposit", &bank, "vm7"], &["nothing to deposit", "--memory FILE"]);
+    lab.refused(&["deposit", &bank, "vm7", "--memory", &lab.path("none.ram")], &["none.ram", "can read"]);
+    lab.refused(&["deposit", &bank, "../vm", "--memory", &memory], &["no name", "choose another name"]);
+    lab.refused(&["deposit", &bank, "vm7", "--memory", &memory, "--parent", "vm9"], &["vm9", "none"]);
+    lab.refused(&["show", &bank, "vm7", "--tenant-key", &memory], &["no tenant key", "32 bytes"]);
+    Lab::run(&["withdraw", &bank, "vm7"]).assert_refusal(2, &["--to"]);
+    Lab::run(&["remove", &bank]).assert_refusal(2, &["MACHINE"]);
+    Lab::run(&["deposit", &bank, "vm7", "--memory", "a="]).assert_refusal(2, &["a file is missing"]);
+}
+
+#[test]
+fn a_tenants_bank_opens_with_its_key_only() {
+    let lab = Lab::new();
+    let (bank, key, other) = (lab.path("tenant"), lab.path("key"), lab.path("other-key"));
+    std::fs::write(&key, [3; 32]).unwrap();
+    std::fs::write(&other, format!("{}\n", "ab".repeat(32))).unwrap();
+    lab.ok(&["init", &bank, "--tenant-key", &key]);
+    lab.refused(&["list", &bank], &["tenant key", "--tenant-key FILE"]);
+    lab.refused(&["list", &bank, "--tenant-key", &other], &["not made with this tenant key"]);
+    lab.ok(&["deposit", &bank, "vm", "--memory", &lab.path("vm7.ram"), "--tenant-key", &key]);
+    lab.refused(&["copy", &bank, "vm", &lab.path("bank"), "--tenant-key", &key], &["cannot open the bank"]);
+}
+
+#[test]
+fn damage_is_found_named_and_not_withdrawn() {
+    let lab = Lab::new();
+    let bank = lab.path("bank");
+    let packs: Vec<_> = std::fs::read_dir(lab.path("bank/packs")).unwrap().map(|entry| entry.unwrap().path()).collect();
+    let largest = packs.iter().max_by_key(|path| path.metadata().unwrap().len()).unwrap();
+    let mut bytes = std::fs::read(largest).unwrap();
+    bytes[1000] ^= 4;
+    std::fs::write(largest, bytes).unwrap();
+    let end = Lab::run(&["verify", &bank]);
+    assert_eq!(end.code(), Some(1));
+    assert!(end.stdout.contains("pages are damaged") && end.stdout.contains("vm7@1: "), "{}", end.stdout);
+    lab.refused(&["withdraw", &bank, "vm7", "--to", &lab.path("out")], &["damaged", "farbus bank verify"]);
+    assert!(!std::fs::exists(lab.path("out/memory")).unwrap(), "a machine that is not whole has its name");
+}
+
+#[test]
+fn a_bank_that_cannot_be_written_is_read_all_the_same() {
+    let lab = Lab::new();
+    let bank = lab.path("bank");
+    let folders: Vec<_> = ["", "packs", "manifests", "index", "tmp", "locks", "config"]
+        .iter()
+        .map(|name| lab.path(&format!("bank/{name}")))
+        .collect();
+    let mode =
+        |mode| folders.iter().for_each(|folder| std::fs::set_permissions(folder, std::fs::Permissions::from_mode(mode)).unwrap());
+    mode(0o555);
+    let writable = std::fs::write(lab.path("bank/tmp/x"), "").is_ok();
+    let (withdrawn, deposited) = (
+        Lab::run(&["withdraw", &bank, "vm7", "--to", &lab.path("out")]),
+        Lab::run(&["deposit", &bank, "vm7", "--memory", &lab.path("vm7.ram")]),
+    );
+    mode(0o755);
+    assert_eq!(withdrawn.code(), Some(0), "{}", withdrawn.stderr);
+    if writable {
+        eprintln!("not run: this user may write what is not writable");
+    } else {
+        deposited.assert_refusal(1, &["cannot be written", "not mounted read-only"]);
+    }
+}
