@@ -69,6 +69,7 @@ pub mod codec;
 pub mod deposit;
 pub mod index;
 pub mod keep;
+pub mod lazy;
 pub mod manifest;
 pub mod pack;
 pub mod page;
