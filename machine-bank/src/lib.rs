@@ -75,6 +75,7 @@ pub mod pack;
 pub mod page;
 pub mod reader;
 pub mod store;
+pub mod track;
 pub mod withdraw;
 
 pub use bank::{Bank, BankError};

@@ -48,6 +48,7 @@ const UNSAFE: &[(&str, usize)] = &[
     ("machine-bank/src/lazy/area.rs", 6),
     ("machine-bank/src/lazy/device.rs", 4),
     ("machine-bank/src/lazy/uffd.rs", 4),
+    ("machine-bank/src/track/writes.rs", 4),
     ("remote-dma/src/model/nvme/media/worker.rs", 2),
     ("remote-dma/tests/nvme_data_path.rs", 5),
     ("tests/oracle/tests/peer/mod.rs", 2),
@@ -63,7 +64,7 @@ const UNSAFE: &[(&str, usize)] = &[
     ("transport/src/verbs/windows.rs", 3),
     ("transport/tests/loom_support/mod.rs", 2),
 ];
-const UNSAFE_IN_ALL: usize = 126;
+const UNSAFE_IN_ALL: usize = 130;
 
 /// Lines from which a file should have been split.
 const LONG: usize = 450;

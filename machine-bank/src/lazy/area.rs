@@ -10,6 +10,7 @@ use farbus_transport::{Memory, MemoryError};
 use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap, mmap_anonymous, munmap};
 
 use super::uffd::{Uffd, UffdError, Watch};
+use crate::deposit::Source;
 use crate::page::PAGE;
 
 /// A mapping, and what is behind it.
@@ -127,4 +128,14 @@ fn whole(len: u64) -> Result<usize, MemoryError> {
 
 fn host(source: std::io::Error) -> MemoryError {
     MemoryError::Host { what: "map a machine's memory", source }
+}
+
+impl Source for Area {
+    fn len(&self) -> u64 {
+        self.len
+    }
+
+    fn read_at(&self, offset: u64, buf: &mut [u8]) -> std::io::Result<()> {
+        self.memory.read(offset, buf).map_err(std::io::Error::other)
+    }
 }
