@@ -1,7 +1,6 @@
 //! The conformance suite of the Store seam over the directory and over memory, and what only a directory has: other processes that die.
 //!
 //! A temporary file whose process is gone is taken away by `tidy`; one whose process lives stays.
-#![expect(clippy::unwrap_used, reason = "a panic is how a test fails")]
 
 use farbus_machine_bank::store::{Directory, Durability, Kind, MemoryStore, Store, StoreError, conformance};
 

@@ -4,7 +4,10 @@
 //! twice as long. Everything here can be made again from the packs' directories, and is, where a run is damaged or missing.
 //!
 //! Why not an embedded database: it would be a second thing to commit, whose loss would be the loss of the bank; this one follows from the
-//! packs. And a run is written once, in order, where a tree of random keys is written all over.
+//! packs. And a run is written once, in order, where a tree of random keys is written all over: with 16 MiB of cache each, on a busy machine of two cores,
+//! redb 3 took 360 to 460 ms for 40,000 pages and 2.9 s for 400,000, where a run took 9 to 52 ms and 0.28 s; 50,000 lookups took it 26 to 35 ms, and runs 8 ms.
+//!
+//! Its limit: 4 bytes of memory for each page of the bank, a gigabyte for a terabyte of pages that are all different.
 
 mod run;
 

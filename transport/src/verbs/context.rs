@@ -7,6 +7,7 @@ use std::io;
 use std::os::fd::{BorrowedFd, RawFd};
 use std::ptr::NonNull;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::error::VerbsError;
 use super::library::Library;
@@ -49,6 +50,8 @@ pub(super) struct Context {
     pub(super) library: &'static Library,
     pub(super) raw: NonNull<ibv_context>,
     name: String,
+    /// How often the device would not give memory back.
+    kept_memory: AtomicU64,
 }
 
 // SAFETY: libibverbs is thread-safe (its manual, "thread safety" in every provider of rdma-core); we add no shared state.
@@ -57,6 +60,15 @@ unsafe impl Send for Context {}
 unsafe impl Sync for Context {}
 
 impl Context {
+    /// The device goes on having memory that it was to give back.
+    pub(super) fn note_kept_memory(&self) {
+        self.kept_memory.fetch_add(1, Ordering::Relaxed);
+    }
+
+    pub(super) fn kept_memory(&self) -> u64 {
+        self.kept_memory.load(Ordering::Relaxed)
+    }
+
     pub(super) fn open(library: &'static Library, name: &str) -> Result<Option<Arc<Self>>, VerbsError> {
         let mut opened = None;
         each_device(library, |found, device| {
@@ -68,7 +80,7 @@ impl Context {
         });
         match opened {
             None => Ok(None),
-            Some(Ok(raw)) => Ok(Some(Arc::new(Self { library, raw, name: name.to_owned() }))),
+            Some(Ok(raw)) => Ok(Some(Arc::new(Self { library, raw, name: name.to_owned(), kept_memory: AtomicU64::new(0) }))),
             Some(Err(source)) => Err(VerbsError::Device { device: name.to_owned(), what: "be opened", source }),
         }
     }

@@ -85,6 +85,9 @@ impl Drop for MemoryRegion {
     fn drop(&mut self) {
         // SAFETY: made by reg_mr and freed once; when this returns the device does not touch the memory any more (ibv_dereg_mr(3)).
         let failed = unsafe { (self.domain.context.library.dereg_mr)(self.raw.as_ptr()) };
+        if failed != 0 {
+            self.domain.context.note_kept_memory();
+        }
         report_leak(failed, "deregister memory");
     }
 }

@@ -262,8 +262,13 @@ impl Regions for VerbsFabric {
             self.end(CloseReason::Protocol("an operation on memory that is given back does not end"));
         }
         // With the regions the peer's access ends: whatever arrives from now on is refused by the device.
+        let kept = self.context.kept_memory();
         self.books.granted.retain(|granted| !ends(granted));
         self.books.locals.remove(region.name);
+        if self.context.kept_memory() != kept {
+            // Without a queue pair nobody reaches it.
+            self.end(CloseReason::Device("it does not give memory back"));
+        }
         Ok(())
     }
 
