@@ -13,6 +13,7 @@ use anyhow::{Context, Result, anyhow};
 
 use super::Step;
 use super::bank_large::{Large, large};
+use super::bank_lazy;
 use super::bank_peers::{Round, Tool, deposit, farbus, text};
 use super::bank_series::Series;
 use crate::measure::Series as Figures;
@@ -47,7 +48,7 @@ type Rounds = BTreeMap<Tool, Result<Vec<Round>, String>>;
 
 /// Measures all rows.
 pub fn run(series: &Series, places: &Places, effort: &Effort, mut progress: impl FnMut(Step)) -> SuiteReport {
-    let total = effort.rounds + 2;
+    let total = effort.rounds + 3;
     let mut rounds: Rounds = BTreeMap::new();
     for round in 0..effort.rounds {
         progress(Step { what: "images in and out", done: round, total });
@@ -68,7 +69,9 @@ pub fn run(series: &Series, places: &Places, effort: &Effort, mut progress: impl
     let mut rows = against_peers(&rounds);
     progress(Step { what: "what is in the bank already", done: effort.rounds, total });
     rows.extend(shared(series, places, &rounds));
-    progress(Step { what: "a large machine", done: effort.rounds + 1, total });
+    progress(Step { what: "faults", done: effort.rounds + 1, total });
+    rows.extend(bank_lazy::rows(effort.rounds));
+    progress(Step { what: "a large machine", done: effort.rounds + 2, total });
     rows.extend(of_large(large(&places.scratch.join("large"), effort.large)));
     SuiteReport { suite: "bank".to_owned(), rows }
 }
