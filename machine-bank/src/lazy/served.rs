@@ -50,6 +50,10 @@ struct State {
     ahead: VecDeque<u64>,
     /// The next group of the rest, where all of the machine is wanted.
     rest: Option<u64>,
+    /// Whether the pager knows what to fetch ahead.
+    planned: bool,
+    /// Whether it is fetching.
+    busy: bool,
     queued: Bits,
     placed: Bits,
     left: u64,
@@ -87,6 +91,8 @@ impl Served {
             demand: VecDeque::new(),
             ahead: VecDeque::new(),
             rest: None,
+            planned: false,
+            busy: false,
             queued: Bits::new(groups),
             placed: Bits::new(groups),
             left,
@@ -138,6 +144,7 @@ impl Served {
         let mut state = self.lock();
         state.ahead.extend(groups);
         state.rest = rest.then_some(0);
+        state.planned = true;
         drop(state);
         self.changed.notify_all();
     }
@@ -149,7 +156,7 @@ impl Served {
 
     /// Waits until nothing is to be fetched ahead any more.
     pub fn wait_ahead(&self, most: Duration) -> bool {
-        self.wait_until(most, |state| state.ahead.is_empty() && state.rest.is_none())
+        self.wait_until(most, |state| state.planned && !state.busy && state.ahead.is_empty() && state.rest.is_none())
     }
 
     /// Waits until its process or memory is gone; whether it is.
@@ -279,6 +286,7 @@ impl Served {
         let groups = self.pages.div_ceil(GROUP_PAGES as u64);
         let mut state = self.lock();
         loop {
+            state.busy = true;
             if state.over {
                 return Next::Over;
             }
@@ -303,6 +311,7 @@ impl Served {
             if !ahead.is_empty() {
                 return Next::Ahead(ahead);
             }
+            state.busy = false;
             self.changed.notify_all();
             state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
         }

@@ -368,7 +368,10 @@ fn page(bank: &Bank, entry: &Entry, served: &Served, cache: &Cache, options: &La
             let set = if options.prefetch { image.working_set(&options.section) } else { WorkingSet::default() };
             served.fetch_ahead(&set.groups, options.rest);
         }
-        Err(error) => tracing::error!(%error, "a machine cannot be read"),
+        Err(error) => {
+            tracing::error!(%error, "a machine cannot be read");
+            served.fetch_ahead(&[], false);
+        }
     }
     loop {
         let (groups, demanded) = match served.next() {
