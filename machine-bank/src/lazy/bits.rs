@@ -24,10 +24,12 @@ impl Bits {
         before != *word
     }
 
-    pub fn clear(&mut self, at: u64) {
-        if let Some(word) = self.0.get_mut((at / 64) as usize) {
-            *word &= !(1 << (at % 64));
-        }
+    /// Whether it was set before.
+    pub fn clear(&mut self, at: u64) -> bool {
+        let Some(word) = self.0.get_mut((at / 64) as usize) else { return false };
+        let before = *word;
+        *word &= !(1 << (at % 64));
+        before != *word
     }
 
     pub fn set_all(&mut self, range: Range<u64>) {

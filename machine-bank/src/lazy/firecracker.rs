@@ -1,7 +1,8 @@
 //! Firecracker's page-fault handler protocol: a VMM that loads a snapshot connects, says where its memory lies, and passes its userfaultfd.
 //!
 //! One message on a unix stream socket: `[{"base_host_virt_addr":140000000000000,"size":536870912,"offset":0,"page_size":4096,…}]` with one
-//! descriptor beside it (SCM_RIGHTS). From then on faults come by that descriptor, and the connection says that the VMM lives.
+//! descriptor beside it (SCM_RIGHTS). It may close the connection then (versions differ): faults come by that descriptor, and that the VMM is gone is seen by a pidfd of its
+//! process, which the kernel named when it connected (SO_PEERCRED).
 //!
 //! Source: Firecracker's `docs/snapshotting/handling-page-faults-on-snapshot-resume.md` and the regions of its `persist.rs`. `page_size_kib` is older,
 //! and holds bytes in spite of its name; 4 and 4096 are both taken for pages of 4 KiB, and others are refused. A balloon's pages come as remove events,
@@ -20,6 +21,7 @@ use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags};
+use rustix::process::PidfdFlags;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
@@ -85,6 +87,9 @@ pub enum Refused {
     /// Its regions make no sense, or the machine cannot be read.
     #[error(transparent)]
     Lazy(#[from] LazyError),
+    /// It is gone, or of a process that we cannot see.
+    #[error("the client's process cannot be watched: {0}")]
+    Process(io::Error),
     /// There are too many.
     #[error("{MOST_CLIENTS} clients are served already")]
     Many,
@@ -196,8 +201,15 @@ fn begin(
     options: &LazyOptions,
     stream: UnixStream,
 ) -> Result<LazyMachine, Refused> {
+    let process = process(&stream)?;
     let (uffd, regions) = receive(&stream)?;
-    Ok(server.adopt(bank, entry, uffd, regions, Some(stream.into()), options.clone())?)
+    Ok(server.adopt(bank, entry, uffd, regions, Some(process), options.clone())?)
+}
+
+/// Whoever connected.
+fn process(stream: &UnixStream) -> Result<OwnedFd, Refused> {
+    let peer = rustix::net::sockopt::socket_peercred(stream).map_err(|errno| Refused::Process(errno.into()))?;
+    rustix::process::pidfd_open(peer.pid, PidfdFlags::empty()).map_err(|errno| Refused::Process(errno.into()))
 }
 
 /// Takes what a client says first.

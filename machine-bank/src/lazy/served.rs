@@ -10,7 +10,6 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use rustix::event::epoll;
 use rustix::io::Errno;
 
 use super::bits::Bits;
@@ -26,6 +25,8 @@ use crate::page::PAGE;
 const TURN: usize = 64;
 /// Groups that are fetched ahead together: about a millisecond in which the store does nothing else for the machine.
 const AHEAD: usize = 4;
+/// Before a page is placed again in a range that was changing: the event that says so is read by then.
+const CHANGING: Duration = Duration::from_micros(100);
 /// Zeros for kernels and mappings that know no page of zeros.
 static ZEROS: [u8; GROUP] = [0; GROUP];
 
@@ -36,8 +37,8 @@ pub(super) struct Served {
     /// Whether the memory is a private view of the cache.
     pub share: bool,
     pub pages: u64,
-    /// Open as long as its process lives, where that is another one.
-    pub connection: Option<OwnedFd>,
+    /// Readable when its process is gone, where that is another one.
+    pub process: Option<OwnedFd>,
     /// How often the store was asked again.
     pub retries: AtomicU64,
     on_failure: OnFailure,
@@ -47,6 +48,8 @@ pub(super) struct Served {
 
 struct State {
     demand: VecDeque<u64>,
+    /// Pages that were given back or cannot be had, whose faults could not be answered while the range was changing.
+    again: Vec<u64>,
     ahead: VecDeque<u64>,
     /// The next group of the rest, where all of the machine is wanted.
     rest: Option<u64>,
@@ -67,6 +70,8 @@ struct State {
 
 /// What a pager does next.
 pub(super) enum Next {
+    /// [`Served::answer_again`], at this address.
+    Again(u64),
     /// These, because somebody waits.
     Demand(u64),
     /// These, because somebody will.
@@ -82,13 +87,14 @@ impl Served {
         cached: Arc<CachedImage>,
         share: bool,
         pages: u64,
-        connection: Option<OwnedFd>,
+        process: Option<OwnedFd>,
         on_failure: OnFailure,
     ) -> Self {
         let groups = pages.div_ceil(GROUP_PAGES as u64);
         let left = (0..groups).filter(|group| regions.pieces(bytes_of(*group, pages)).next().is_some()).count() as u64;
         let state = State {
             demand: VecDeque::new(),
+            again: Vec::new(),
             ahead: VecDeque::new(),
             rest: None,
             planned: false,
@@ -109,7 +115,7 @@ impl Served {
             cached,
             share,
             pages,
-            connection,
+            process,
             retries: AtomicU64::new(0),
             on_failure,
             state: Mutex::new(state),
@@ -142,7 +148,8 @@ impl Served {
     /// Has these fetched before they are asked for, and then all others if `rest`.
     pub fn fetch_ahead(&self, groups: &[u64], rest: bool) {
         let mut state = self.lock();
-        state.ahead.extend(groups);
+        let there = |group: &&u64| self.regions.pieces(bytes_of(**group, self.pages)).next().is_some();
+        state.ahead.extend(groups.iter().filter(there));
         state.rest = rest.then_some(0);
         state.planned = true;
         drop(state);
@@ -209,9 +216,10 @@ impl Served {
             state.order.push(group);
         }
         if state.removed.get(page) || state.bad.get(page) {
-            let bad = state.bad.get(page);
-            let answer = if bad { self.uffd.poison(address, PAGE as u64) } else { self.zero(address, PAGE as u64) };
-            self.note(state, answer.map(|_| ()));
+            if !self.answer_without(state, page, address) {
+                state.again.push(address);
+                self.changed.notify_all();
+            }
             return;
         }
         match self.place(state, group) {
@@ -226,6 +234,29 @@ impl Served {
                 }
             }
             Err(PlaceError::Gone) => self.note(state, Err(PlaceError::Gone)),
+        }
+    }
+
+    /// Answers for a page that was given back, by zeros, or cannot be had; false: the range is changing, and it has to be tried again.
+    fn answer_without(&self, state: &mut State, page: u64, address: u64) -> bool {
+        let bad = state.bad.get(page);
+        match if bad { self.uffd.poison(address, PAGE as u64) } else { self.zero(address, PAGE as u64) } {
+            Err(PlaceError::Changing) => return false,
+            answer => self.note(state, answer.map(|_| ())),
+        }
+        true
+    }
+
+    /// Answers what could not be answered at once. Called by the pager, which may wait.
+    pub fn answer_again(&self, address: u64) {
+        let Some(offset) = self.regions.offset(address) else { return };
+        loop {
+            let mut state = self.lock();
+            if state.over || self.answer_without(&mut state, offset / PAGE as u64, address) {
+                return;
+            }
+            drop(state);
+            std::thread::sleep(CHANGING);
         }
     }
 
@@ -271,12 +302,25 @@ impl Served {
     }
 
     fn done(&self, state: &mut State, group: u64, demanded: bool) {
-        state.queued.clear(group);
+        if state.queued.clear(group) {
+            self.wake_given_back(state, group);
+        }
         if state.placed.set(group) {
             *if demanded { &mut state.report.demanded } else { &mut state.report.ahead } += 1;
             state.left = state.left.saturating_sub(1);
             if state.left == 0 {
                 self.changed.notify_all();
+            }
+        }
+    }
+
+    /// Lets those fault again who waited for a page of a group that was given back while the group was on its way: it was not placed, and is zero.
+    fn wake_given_back(&self, state: &mut State, group: u64) {
+        let range = bytes_of(group, self.pages);
+        if state.removed.any(range.start / PAGE as u64..range.end / PAGE as u64) {
+            for piece in self.regions.pieces(range) {
+                let woken = self.uffd.wake(piece.address, piece.len);
+                self.note(state, woken);
             }
         }
     }
@@ -289,6 +333,9 @@ impl Served {
             state.busy = true;
             if state.over {
                 return Next::Over;
+            }
+            if let Some(address) = state.again.pop() {
+                return Next::Again(address);
             }
             if let Some(group) = state.demand.pop_front() {
                 return Next::Demand(group);
@@ -315,14 +362,6 @@ impl Served {
             self.changed.notify_all();
             state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
         }
-    }
-
-    /// Its connection was closed: its process is gone, or wants no more.
-    pub fn hung_up(&self, epoll: &OwnedFd) {
-        if let Some(connection) = &self.connection {
-            epoll::delete(epoll, connection).unwrap_or_else(|errno| tracing::debug!(%errno, "a connection was not watched"));
-        }
-        self.end();
     }
 
     /// Places a group that the cache has; whether it did. A fault is answered then.
@@ -357,7 +396,7 @@ impl Served {
             }
             // The handler reads the event that it is about, and takes the lock for it.
             drop(state);
-            std::thread::sleep(Duration::from_micros(100));
+            std::thread::sleep(CHANGING);
         }
     }
 

@@ -5,7 +5,7 @@
 
 use std::collections::HashMap;
 use std::fmt;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
@@ -28,8 +28,8 @@ use crate::bank::Bank;
 use crate::manifest::{Entry, ManifestError};
 use crate::withdraw::WithdrawError;
 
-/// Bit of an epoll datum that says that it is of the machine's connection and not of its faults.
-const CONNECTION: u64 = 1 << 63;
+/// Bit of an epoll datum that says that it is of the machine's process and not of its faults.
+const PROCESS: u64 = 1 << 63;
 /// The epoll datum that ends the handler.
 const END: u64 = u64::MAX;
 
@@ -120,6 +120,13 @@ struct Shared {
 }
 
 impl Shared {
+    /// Is told no more of a machine. One that was told of its end twice is forgotten already.
+    fn forget(&self, served: &Served) {
+        for fd in [Some(served.uffd.as_fd()), served.process.as_ref().map(AsFd::as_fd)].into_iter().flatten() {
+            epoll::delete(&self.epoll, fd).unwrap_or_else(|errno| tracing::debug!(%errno, "a machine was not watched"));
+        }
+    }
+
     fn served(&self, id: u64) -> Option<Arc<Served>> {
         self.machines.lock().unwrap_or_else(PoisonError::into_inner).get(&id).cloned()
     }
@@ -218,7 +225,8 @@ impl FaultServer {
         Ok(machine)
     }
 
-    /// Serves memory of another process, which made `uffd`, registered `regions` for missing faults, and lives as long as `connection` is open.
+    /// Serves memory of another process, which made `uffd`, registered `regions` for missing faults, and is gone
+    /// when `process`, a pidfd say, is readable. Without one that is noticed when a page cannot be placed any more.
     ///
     /// # Errors
     /// The regions overlap or exceed the machine, or the machine cannot be read.
@@ -228,11 +236,11 @@ impl FaultServer {
         entry: &Entry,
         uffd: Uffd,
         regions: Vec<Region>,
-        connection: Option<OwnedFd>,
+        process: Option<OwnedFd>,
         options: LazyOptions,
     ) -> Result<LazyMachine, LazyError> {
         let regions = Regions::new(regions, section_len(bank, entry, &options.section)?)?;
-        self.add(bank, entry, uffd, regions, false, options, connection)
+        self.add(bank, entry, uffd, regions, false, options, process)
     }
 
     #[expect(clippy::too_many_arguments, reason = "what is common to memory of ours and of others")]
@@ -244,12 +252,12 @@ impl FaultServer {
         regions: Regions,
         share: bool,
         options: LazyOptions,
-        connection: Option<OwnedFd>,
+        process: Option<OwnedFd>,
     ) -> Result<LazyMachine, LazyError> {
         let len = section_len(bank, entry, &options.section)?;
         let cached = self.shared.cache.image(entry, &options.section, len)?;
         let pages = len.div_ceil(crate::PAGE as u64);
-        let served = Arc::new(Served::new(uffd, regions, cached, share, pages, connection, options.on_failure.clone()));
+        let served = Arc::new(Served::new(uffd, regions, cached, share, pages, process, options.on_failure.clone()));
         let id = self.shared.next.fetch_add(1, Ordering::Relaxed);
         let (bank, entry, pages) = (bank.clone(), entry.clone(), (served.clone(), self.shared.cache.clone()));
         let pager = std::thread::Builder::new().name("farbus-pager".to_owned());
@@ -257,10 +265,10 @@ impl FaultServer {
         let pager = pager.map_err(|source| LazyError::Host { what: "start a pager", source })?;
         let machine = LazyMachine { served: served.clone(), id, pager: Some(pager), area: None, handler: self._handler.clone() };
         self.shared.machines.lock().unwrap_or_else(PoisonError::into_inner).insert(id, served.clone());
-        let watch = |fd, data, flags| epoll::add(&self.shared.epoll, fd, epoll::EventData::new_u64(data), flags);
-        watch(&served.uffd as &dyn rustix::fd::AsFd, id, epoll::EventFlags::IN).map_err(LazyError::host("watch a machine"))?;
-        if let Some(connection) = &served.connection {
-            watch(connection, id | CONNECTION, epoll::EventFlags::RDHUP).map_err(LazyError::host("watch a connection"))?;
+        let watch = |fd: BorrowedFd<'_>, data, flags| epoll::add(&self.shared.epoll, fd, epoll::EventData::new_u64(data), flags);
+        watch(served.uffd.as_fd(), id, epoll::EventFlags::IN).map_err(LazyError::host("watch a machine"))?;
+        if let Some(process) = &served.process {
+            watch(process.as_fd(), id | PROCESS, epoll::EventFlags::IN).map_err(LazyError::host("watch a process"))?;
         }
         Ok(machine)
     }
@@ -314,13 +322,7 @@ impl Drop for LazyMachine {
         self.served.end();
         let shared = &self.handler.shared;
         if let Some(served) = shared.machines.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.id) {
-            for result in [
-                epoll::delete(&shared.epoll, &served.uffd),
-                served.connection.as_ref().map_or(Ok(()), |connection| epoll::delete(&shared.epoll, connection)),
-            ] {
-                // A machine that was not watched yet.
-                result.unwrap_or_else(|errno| tracing::debug!(%errno, "a machine was not watched"));
-            }
+            shared.forget(&served);
         }
         if self.pager.take().is_some_and(|pager| pager.join().is_err()) {
             tracing::error!("a pager had panicked");
@@ -345,16 +347,19 @@ fn handle(shared: &Shared) {
             if data == END {
                 return;
             }
-            let Some(served) = shared.served(data & !CONNECTION) else { continue };
-            if data & CONNECTION != 0 {
-                served.hung_up(&shared.epoll);
+            let Some(served) = shared.served(data & !PROCESS) else { continue };
+            if data & PROCESS != 0 {
+                served.end();
             } else {
                 served.events();
-                if served.is_over() {
-                    // Its descriptor may stay ready for ever.
-                    epoll::delete(&shared.epoll, &served.uffd)
-                        .unwrap_or_else(|errno| tracing::debug!(%errno, "a machine was not watched"));
+                // Whoever passed the descriptor made it blocking: it would be ready for ever, and tell nothing.
+                let flags = event.flags;
+                if flags.contains(epoll::EventFlags::ERR) {
+                    served.end();
                 }
+            }
+            if served.is_over() {
+                shared.forget(&served);
             }
         }
     }
@@ -376,6 +381,10 @@ fn page(bank: &Bank, entry: &Entry, served: &Served, cache: &Cache, options: &La
     loop {
         let (groups, demanded) = match served.next() {
             Next::Over => return,
+            Next::Again(address) => {
+                served.answer_again(address);
+                continue;
+            }
             Next::Demand(group) => (vec![group], true),
             Next::Ahead(groups) => (groups, false),
         };

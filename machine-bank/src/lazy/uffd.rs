@@ -5,11 +5,12 @@
 //!
 //! Facts about the requests are those of ioctl_userfaultfd(2) and `include/uapi/linux/userfaultfd.h` of Linux 6.18.
 
+use std::io::IoSliceMut;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 use farbus_transport::Memory;
 use rustix::fs::{Mode, OFlags};
-use rustix::io::Errno;
+use rustix::io::{Errno, ReadWriteFlags};
 use rustix::ioctl::{Opcode, Updater, ioctl, opcode};
 use rustix::mm::UserfaultfdFlags;
 use thiserror::Error;
@@ -254,7 +255,7 @@ impl Uffd {
     /// The host's fault.
     pub fn event(&self) -> Result<Option<Event>, Errno> {
         let mut message = Message::default();
-        match rustix::io::read(&self.0, message.as_mut_bytes()) {
+        match self.read(message.as_mut_bytes()) {
             Ok(len) if len == size_of::<Message>() => Ok(Some(match message.event {
                 0x12 => Event::Fault { address: message.b & !(PAGE as u64 - 1) },
                 0x15 => Event::Remove { start: message.a, end: message.b },
@@ -262,6 +263,15 @@ impl Uffd {
             })),
             Ok(_) | Err(Errno::AGAIN | Errno::INTR) => Ok(None),
             Err(errno) => Err(errno),
+        }
+    }
+
+    /// Reads without waiting, also where the one who passed the descriptor has made it blocking since: one client may not stop the others' handler.
+    fn read(&self, message: &mut [u8]) -> Result<usize, Errno> {
+        // An offset of -1 is the file's own (preadv2(2)); RWF_NOWAIT is known to userfaultfd since Linux 6.10.
+        match rustix::io::preadv2(&self.0, &mut [IoSliceMut::new(message)], u64::MAX, ReadWriteFlags::NOWAIT) {
+            Err(Errno::OPNOTSUPP | Errno::SPIPE) => rustix::io::read(&self.0, message),
+            other => other,
         }
     }
 
