@@ -131,4 +131,8 @@ impl<S: IrqSink> Registers for FunctionRegisters<S> {
     fn poll(&mut self) {
         self.function.poll(Nanos::now());
     }
+
+    fn is_gone(&self) -> bool {
+        self.function.gone().is_some()
+    }
 }

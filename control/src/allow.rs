@@ -9,12 +9,10 @@ use std::path::{Path, PathBuf};
 use thiserror::Error;
 
 use crate::identity::{Name, NameError};
+use crate::read::{ReadError, read_text};
 
 /// Allows every borrower of the authority.
 pub const EVERYBODY: &str = "*";
-
-/// Bytes of the longest file: some 16,000 names of the greatest length.
-const MAX_FILE: u64 = 1 << 20;
 
 /// Why a list is none. The culprit is this side.
 #[derive(Debug, Error)]
@@ -32,19 +30,13 @@ pub enum AllowError {
         /// What is wrong.
         source: NameError,
     },
-    /// It is no list.
-    #[error("{path} has more than {MAX_FILE} bytes")]
-    TooLong {
-        /// The file.
-        path: PathBuf,
-    },
-    /// The file does not open.
+    /// The file cannot be read.
     #[error("cannot read {path}: {source}")]
     Unreadable {
         /// The file.
         path: PathBuf,
-        /// What the kernel answered.
-        source: std::io::Error,
+        /// Why.
+        source: ReadError,
     },
 }
 
@@ -94,11 +86,7 @@ impl AllowList {
 }
 
 fn read(path: &Path) -> Result<AllowList, AllowError> {
-    let unreadable = |source| AllowError::Unreadable { path: path.to_path_buf(), source };
-    if std::fs::metadata(path).map_err(unreadable)?.len() > MAX_FILE {
-        return Err(AllowError::TooLong { path: path.to_path_buf() });
-    }
-    let text = std::fs::read_to_string(path).map_err(unreadable)?;
+    let text = read_text(path).map_err(|source| AllowError::Unreadable { path: path.to_path_buf(), source })?;
     let mut list = AllowList::default();
     for (at, line) in text.lines().enumerate() {
         let name = line.split('#').next().unwrap_or_default().trim();
@@ -145,8 +133,12 @@ mod tests {
         assert!(!allows(&list, "vm7") && allows(&list, "vm8"));
         std::fs::write(&path, "vm8\nvm 9\n").unwrap();
         assert!(matches!(list.allows(&"vm8".parse().unwrap()), Err(AllowError::Line { line: 2, .. })));
-        std::fs::write(&path, "#".repeat(MAX_FILE as usize + 1)).unwrap();
-        assert!(matches!(list.allows(&"vm8".parse().unwrap()), Err(AllowError::TooLong { .. })));
+        std::fs::write(&path, "#".repeat((1 << 20) + 1)).unwrap();
+        assert!(list.allows(&"vm8".parse().unwrap()).unwrap_err().to_string().ends_with("it has more than 1048576 bytes"));
+        std::fs::remove_file(&path).unwrap();
+        // A pipe in its place keeps nobody waiting.
+        rustix::fs::mknodat(rustix::fs::CWD, &path, rustix::fs::FileType::Fifo, rustix::fs::Mode::RUSR, 0).unwrap();
+        assert!(list.allows(&"vm8".parse().unwrap()).unwrap_err().to_string().ends_with("it is no file but a pipe"));
         std::fs::remove_file(&path).unwrap();
         assert!(list.allows(&"vm8".parse().unwrap()).is_err());
         std::fs::write(&path, "*\n").unwrap();

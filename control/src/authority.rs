@@ -11,11 +11,12 @@ use rcgen::{
     BasicConstraints, CertificateParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair,
     KeyUsagePurpose, SanType, string::Ia5String,
 };
-use rustls::pki_types::DnsName;
+use rustls::pki_types::pem::PemObject;
+use rustls::pki_types::{DnsName, PrivateKeyDer};
 use thiserror::Error;
 use time::OffsetDateTime;
 
-use crate::certificate::{Certificate, CertificateError, Moment, Untimely, Validity, chain};
+use crate::certificate::{Certificate, CertificateError, Moment, Untimely, Validity, chain, pem_problem};
 use crate::identity::{Identity, Name};
 
 /// Why nothing was made or signed.
@@ -107,6 +108,9 @@ impl Authority {
     /// # Errors
     /// [`AuthorityError`].
     pub fn from_pem(certificate: &str, key: &str) -> Result<Self, AuthorityError> {
+        // Looked at here, because the library that takes it does not say what is wrong with it.
+        PrivateKeyDer::from_pem_slice(key.as_bytes())
+            .map_err(|error| AuthorityError::Foreign(format!("its key is not usable: {}", pem_problem(&error))))?;
         let key = KeyPair::from_pem(key)?;
         let chain = chain(certificate.as_bytes()).map_err(AuthorityError::Foreign)?;
         let [der] = chain.as_slice() else {
@@ -278,10 +282,12 @@ mod tests {
     #[test]
     fn another_key_and_another_certificate_are_no_authority() {
         let (authority, other) = (lab(), lab());
+        let cut_off = Authority::from_pem(authority.pem(), &authority.key_pem()[..60]).unwrap_err().to_string();
+        assert!(cut_off.ends_with("its key is not usable: it is cut off: there is no line -----END PRIVATE KEY-----"), "{cut_off}");
         assert!(matches!(Authority::from_pem(authority.pem(), &other.key_pem()), Err(AuthorityError::OtherKey)));
         let leaf = authority.issue(&request("farbus:borrower/vm7", &[], 1)).unwrap();
         assert!(matches!(Authority::from_pem(&leaf.certificate, &leaf.key), Err(AuthorityError::Foreign(_))));
         assert!(matches!(Authority::from_pem("", &authority.key_pem()), Err(AuthorityError::Foreign(_))));
-        assert!(matches!(Authority::from_pem(authority.pem(), "no key"), Err(AuthorityError::Library(_))));
+        assert!(matches!(Authority::from_pem(authority.pem(), "no key"), Err(AuthorityError::Foreign(_))));
     }
 }

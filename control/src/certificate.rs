@@ -8,13 +8,14 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
 use rustls::pki_types::CertificateDer;
-use rustls::pki_types::pem::PemObject;
+use rustls::pki_types::pem::{self, PemObject};
 use thiserror::Error;
 use x509_cert::der::{DateTime, Decode};
 use x509_cert::ext::pkix::name::GeneralName;
 use x509_cert::ext::pkix::{BasicConstraints, SubjectAltName};
 
 use crate::identity::Identity;
+use crate::read::{ReadError, read};
 
 /// A moment, written as in 2026-11-27T05:21:17Z.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -103,13 +104,13 @@ pub struct Certificate {
 /// Why there is no certificate to read.
 #[derive(Debug, Error)]
 pub enum CertificateError {
-    /// The file does not open.
+    /// The file cannot be read.
     #[error("cannot read {path}: {source}")]
     Unreadable {
         /// The file.
         path: PathBuf,
-        /// What the kernel answered.
-        source: std::io::Error,
+        /// Why.
+        source: ReadError,
     },
     /// It is no PEM file with certificates.
     #[error("{path} holds no certificate in PEM form: {why}")]
@@ -158,7 +159,7 @@ impl Certificate {
     /// # Errors
     /// [`CertificateError`].
     pub fn read(path: &Path) -> Result<Vec<Self>, CertificateError> {
-        let pem = std::fs::read(path).map_err(|source| CertificateError::Unreadable { path: path.to_path_buf(), source })?;
+        let pem = read(path).map_err(|source| CertificateError::Unreadable { path: path.to_path_buf(), source })?;
         let chain = chain(&pem).map_err(|why| CertificateError::NoPem { path: path.to_path_buf(), why })?;
         chain.iter().map(|der| Self::parse(der)).collect()
     }
@@ -166,8 +167,20 @@ impl Certificate {
 
 /// The certificates of a PEM text, at least one.
 pub(crate) fn chain(pem: &[u8]) -> Result<Vec<CertificateDer<'static>>, String> {
-    let chain = CertificateDer::pem_slice_iter(pem).collect::<Result<Vec<_>, _>>().map_err(|error| error.to_string())?;
+    let chain = CertificateDer::pem_slice_iter(pem).collect::<Result<Vec<_>, _>>().map_err(|error| pem_problem(&error))?;
     if chain.is_empty() { Err("there is no BEGIN CERTIFICATE in it".to_owned()) } else { Ok(chain) }
+}
+
+/// What is wrong with a PEM text, in letters where the library prints bytes.
+pub(crate) fn pem_problem(error: &pem::Error) -> String {
+    match error {
+        pem::Error::MissingSectionEnd { end_marker } => {
+            format!("it is cut off: there is no line -----END {}-----", end_marker.escape_ascii())
+        }
+        pem::Error::IllegalSectionStart { line } => format!("the line {} begins no part of it", line.escape_ascii()),
+        pem::Error::NoItemsFound => "there is nothing of the kind in it".to_owned(),
+        other => other.to_string(),
+    }
 }
 
 fn address(name: &GeneralName) -> Option<String> {
@@ -207,6 +220,8 @@ mod tests {
             std::fs::write(&path, text).unwrap();
             assert!(matches!(Certificate::read(&path), Err(CertificateError::NoPem { .. })), "{text}");
         }
+        let said = Certificate::read(&path).unwrap_err().to_string();
+        assert!(said.ends_with("it is cut off: there is no line -----END CERTIFICATE-----"), "{said}");
         std::fs::write(&path, "-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n").unwrap();
         assert!(matches!(Certificate::read(&path), Err(CertificateError::Malformed(_))));
     }

@@ -14,8 +14,9 @@ use rustls::pki_types::pem::PemObject;
 use rustls::sign::CertifiedKey;
 use thiserror::Error;
 
-use crate::certificate::{Certificate, CertificateError, Moment, Untimely, chain};
+use crate::certificate::{Certificate, CertificateError, Moment, Untimely, chain, pem_problem};
 use crate::identity::Identity;
+use crate::read::{ReadError, read};
 use crate::store::{AUTHORITY, CERTIFICATE, KEY};
 
 /// The cryptography of both sides: ring's.
@@ -42,13 +43,13 @@ impl CredentialFiles {
 /// Why there are no credentials. The culprit is this side.
 #[derive(Debug, Error)]
 pub enum CredentialsError {
-    /// A file does not open.
+    /// A file cannot be read.
     #[error("cannot read {path}: {source}")]
     Unreadable {
         /// The file.
         path: PathBuf,
-        /// What the kernel answered.
-        source: std::io::Error,
+        /// Why.
+        source: ReadError,
     },
     /// Whoever reads the key can pose as its owner.
     #[error("{path} can be read by everybody on this host (mode {mode:04o})")]
@@ -122,8 +123,7 @@ impl Credentials {
     /// # Errors
     /// [`CredentialsError`].
     pub fn load(files: &CredentialFiles) -> Result<Self, CredentialsError> {
-        let read =
-            |path: &Path| std::fs::read(path).map_err(|source| CredentialsError::Unreadable { path: path.to_path_buf(), source });
+        let read = |path: &Path| read(path).map_err(|source| CredentialsError::Unreadable { path: path.to_path_buf(), source });
         let (certificate, authority, key) = (read(&files.certificate)?, read(&files.authority)?, read(&files.key)?);
         if let Ok(found) = std::fs::metadata(&files.key)
             && found.permissions().mode() & 0o004 != 0
@@ -144,7 +144,7 @@ impl Credentials {
         // A chain is never empty.
         let Some(parsed) = parsed else { return Err(unusable("certificate")("there is none".to_owned())) };
         let Some(identity) = parsed.identity.clone() else { return Err(CredentialsError::Unnamed { subject: parsed.subject }) };
-        let key = PrivateKeyDer::from_pem_slice(key).map_err(|error| unusable("key")(error.to_string()))?;
+        let key = PrivateKeyDer::from_pem_slice(key).map_err(|error| unusable("key")(pem_problem(&error)))?;
         let own = CertifiedKey::from_der(own, key, &PROVIDER).map_err(|error| match error {
             rustls::Error::InconsistentKeys(_) => CredentialsError::OtherKey,
             other => unusable("key")(other.to_string()),

@@ -50,6 +50,7 @@ mod error;
 pub mod identity;
 mod listen;
 mod meet;
+pub mod read;
 pub mod store;
 mod stream;
 mod verify;

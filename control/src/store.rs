@@ -12,6 +12,7 @@ use thiserror::Error;
 
 use crate::authority::{Authority, AuthorityError, Issued};
 use crate::identity::Identity;
+use crate::read::{ReadError, read_text};
 
 /// An authority's certificate, in its own folder and beside each certificate that it signed.
 pub const AUTHORITY: &str = "authority.pem";
@@ -31,6 +32,14 @@ pub enum StoreError {
     /// There is no authority.
     #[error("there is no authority in {0}")]
     NoAuthority(PathBuf),
+    /// A file of it cannot be read.
+    #[error("cannot read {path}: {source}")]
+    Unreadable {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: ReadError,
+    },
     /// It is wrong.
     #[error("the authority in {folder}: {source}")]
     Authority {
@@ -72,9 +81,9 @@ pub fn save_authority(folder: &Path, authority: &Authority) -> Result<(), StoreE
 pub fn open_authority(folder: &Path) -> Result<Authority, StoreError> {
     let read = |name: &str| {
         let path = folder.join(name);
-        std::fs::read_to_string(&path).map_err(|source| match source.kind() {
-            ErrorKind::NotFound => StoreError::NoAuthority(folder.to_path_buf()),
-            _ => StoreError::Host { what: "read", path, source },
+        read_text(&path).map_err(|source| match source.is_missing() {
+            true => StoreError::NoAuthority(folder.to_path_buf()),
+            false => StoreError::Unreadable { path, source },
         })
     };
     let (certificate, key) = (read(AUTHORITY)?, read(AUTHORITY_KEY)?);

@@ -3,6 +3,7 @@
 //! One thread owns the link, the function and the socket; tokio waits for signals beside it. The command says why it ended: a signal, a lender
 //! that said goodbye, or (exit status 3) one that is gone without a word.
 
+use std::io::ErrorKind;
 use std::process::ExitCode;
 
 use anyhow::{Context, bail};
@@ -18,6 +19,7 @@ use crate::cli::{BorrowArgs, Unshared};
 use crate::failure::Advise;
 use crate::output::Events;
 use crate::signals::EndSignals;
+use crate::socket_access;
 
 /// The exit status where the lender is gone without a goodbye or broke the protocol.
 const LENDER_LOST: u8 = 3;
@@ -31,10 +33,13 @@ pub fn run(args: &BorrowArgs) -> anyhow::Result<ExitCode> {
     };
     let events = Events::new(args.json);
     // Bound before the lender is asked, so that a device is not taken for a socket that cannot be served.
-    let mut server = Server::bind(&args.vfio_user).or_else(|error| {
+    let mut server = Server::bind_for(&args.vfio_user, socket_access::of(args)?).or_else(|error| {
         let hint = match &error {
             BindError::InUse(_) => "choose another path for --vfio-user, or end what uses this one",
             BindError::NotASocket(_) => "choose another path for --vfio-user, or remove what is there",
+            BindError::Host { source, .. } if source.kind() == ErrorKind::PermissionDenied && args.socket_group.is_some() => {
+                "use a --socket-group that this user is in, and a folder that it may write to"
+            }
             BindError::Host { .. } => "choose a path for --vfio-user in a folder that is there and may be written to",
         };
         Err(error).advise("cannot serve a VMM there", hint)
@@ -51,6 +56,10 @@ pub fn run(args: &BorrowArgs) -> anyhow::Result<ExitCode> {
         &format!("serving {name} from {} at {socket}", args.from),
     );
 
+    server.on_loss(move |why| {
+        let what = format!("{}: the VM reads all ones until it leaves, then this ends", culprit(why));
+        events.say("lender-gone", json!({ "reason": why.to_string() }), &what);
+    });
     let stop = server.stop_handle();
     let on_unshared = match args.unshared {
         Unshared::Messages => OnUnshared::Messages,
@@ -77,11 +86,18 @@ pub fn run(args: &BorrowArgs) -> anyhow::Result<ExitCode> {
         (Ended::Stopped, None) => (signal.unwrap_or("stopped").to_owned(), 0),
         // A VMM was still there and saw a dead device.
         (Ended::Stopped, Some(why)) => (format!("{}, after the lender: {why}", signal.unwrap_or("stopped")), 0),
-        (Ended::DeviceGone(why @ CloseReason::Device(_)), _) => (format!("here: {why}"), LENDER_LOST),
-        (Ended::DeviceGone(why), _) => (format!("the lender: {why}"), if is_goodbye(why) { 0 } else { LENDER_LOST }),
+        (Ended::DeviceGone(why), _) => (culprit(why), if is_goodbye(why) { 0 } else { LENDER_LOST }),
     };
     events.say("ended", json!({ "reason": reason, "status": code }), &format!("ended: {reason}"));
     Ok(ExitCode::from(code))
+}
+
+/// Why there is no lender any more, with whose doing it was.
+fn culprit(reason: CloseReason) -> String {
+    match reason {
+        CloseReason::Device(_) => format!("here: {reason}"),
+        _ => format!("the lender: {reason}"),
+    }
 }
 
 /// Whether a lender that is gone has left in order.

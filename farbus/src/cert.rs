@@ -13,7 +13,7 @@ use farbus_transport::link::hello::Role;
 use serde_json::{Value, json};
 
 use crate::cli::{CertArgs, CertCommand, CertInitArgs, CertIssueArgs, CertRole, CertShowArgs};
-use crate::failure::Advise;
+use crate::failure::{Advise, misuse};
 use crate::output::print_line;
 
 /// Days of a certificate, where nothing else is asked for.
@@ -67,8 +67,10 @@ fn issue(args: &CertIssueArgs) -> anyhow::Result<()> {
     let request = Request { identity: Identity { role, name: args.name.clone() }, addresses: args.addresses.clone(), validity };
     let issued = authority.issue(&request).or_else(|error| {
         let hint = match &error {
-            AuthorityError::BorrowerAddress => "leave --address out",
-            AuthorityError::Address(_) => "name a host as in --address nas.example.org or --address 10.0.0.7",
+            AuthorityError::BorrowerAddress => return Err(misuse(error.to_string(), "leave --address out")),
+            AuthorityError::Address(_) => {
+                return Err(misuse(error.to_string(), "name a host as in --address nas.example.org or --address 10.0.0.7"));
+            }
             AuthorityError::Outlives { .. } => "ask for fewer --days",
             AuthorityError::Untimely(Untimely::Expired { .. }) => {
                 "make a new authority with `farbus cert init`, and certificates of it for all"

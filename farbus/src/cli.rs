@@ -10,16 +10,20 @@ use farbus_control::identity::Name;
 
 use crate::bank::args::BankArgs;
 use crate::device_spec::DeviceSpec;
-use crate::link_address::{LinkAddress, socket_path};
+use crate::link_address::{LinkAddress, lender_address, socket_path};
 use crate::security::{AllowArgs, PeerArgs, SecurityArgs};
+use crate::values::{parse_duration, parse_mode, parse_pairs, parse_seconds, parse_wait};
 
 /// Lend a PCIe device to a virtual machine on another host, borrow it there.
 #[derive(Debug, Parser)]
 #[command(name = "farbus", version, about, long_about = None, after_help = "Exit status:
   0  done; lend and borrow: ended by a signal or by a peer that said goodbye
-  1  failed: why is on standard error, and with --json also an object with \"error\", \"causes\" and \"hint\" on standard output
-  2  the arguments make no sense: why is on standard error, with --json too
-  3  borrow: the lender is gone without a goodbye, or broke the protocol")]
+  1  failed
+  2  the arguments make no sense: one is missing, contradicts another, or means nothing here
+  3  borrow: the lender is gone without a goodbye, or broke the protocol
+  128 + N  demo: ended by signal N, 130 after Ctrl-C, 143 after SIGTERM; a bench is killed by the signal, which a shell shows as the same
+
+Why it was 1 or 2 is on standard error, and with --json also an object with \"error\", \"causes\" and \"hint\" on standard output.")]
 pub struct Cli {
     /// What to do.
     #[command(subcommand)]
@@ -100,7 +104,7 @@ pub struct LendArgs {
     /// End after the first borrower has left
     #[arg(long)]
     pub once: bool,
-    /// How long to poll without work before sleeping; longer is faster and costs a core
+    /// How long to poll without work before sleeping, as in 50us, 1.5ms or 2s; longer is faster and costs a core
     #[arg(long, value_name = "TIME", default_value = "50us", value_parser = parse_duration)]
     pub spin: Duration,
     /// Use guest memory that is not sealed against shrinking (memory-backend-file); whoever can shrink it can crash this process
@@ -137,6 +141,9 @@ pub enum Unshared {
 
 Do not migrate such a virtual machine: stock QEMU (11.1.3) moves it without the state of this device, and without a word.
 
+Where the lender is gone while a VM is connected, that is said at once (with --json as the event \"lender-gone\"); the VM reads all ones,
+and the command stays until the VM leaves.
+
 Exit status: 0 after a signal or the lender's goodbye, 3 where the lender is gone without one or broke the protocol.")]
 pub struct BorrowArgs {
     /// The lender.
@@ -144,19 +151,26 @@ pub struct BorrowArgs {
         long,
         value_name = "ADDR",
         help = "The lender: shm:PATH, or rdma:HOST:PORT[,dev=NAME][,port=N][,gid=N] with the lender's host and TCP port, and the RDMA device \
-                of this host to use"
+                of this host to use",
+        value_parser = lender_address
     )]
     pub from: LinkAddress,
     /// The socket that the VMM connects to
     #[arg(long, value_name = "SOCKET", value_parser = socket_path)]
     pub vfio_user: PathBuf,
+    /// Who may connect to the socket, as the octal mode of a file (a VMM must be allowed to write); without it 600, with --socket-group 660
+    #[arg(long, value_name = "MODE", value_parser = parse_mode)]
+    pub socket_mode: Option<u32>,
+    /// The group of the socket, by name or number, for a VMM that runs as another user
+    #[arg(long, value_name = "GROUP")]
+    pub socket_group: Option<String>,
     /// What to do where the VMM's memory is not shared (share=off)
     #[arg(long, value_enum, default_value = "messages")]
     pub unshared: Unshared,
-    /// How long to poll without work before sleeping
+    /// How long to poll without work before sleeping, as in 20us, 1.5ms or 2s
     #[arg(long, value_name = "TIME", default_value = "20us", value_parser = parse_duration)]
     pub spin: Duration,
-    /// How long the guest waits for a register read before it gets all ones
+    /// How long the guest waits for a register read before it gets all ones, as in 500ms or 2s
     #[arg(long, value_name = "TIME", default_value = "2s", value_parser = parse_wait)]
     pub read_deadline: Duration,
     /// Print one JSON object a line
@@ -176,11 +190,11 @@ pub struct DemoArgs {
     /// A disk image to lend (it is only read; writes go to a copy); without it real files of this machine are packed into one of 256 MiB
     #[arg(long, value_name = "FILE")]
     pub image: Option<PathBuf>,
-    /// Where to leave the picture of both latency distributions
+    /// Where to leave the picture of both latency distributions; a file that is there already is only replaced if it is a picture in SVG
     #[arg(long, value_name = "FILE", default_value = "farbus-demo.svg")]
     pub svg: PathBuf,
-    /// Seconds for each case and side
-    #[arg(long, value_name = "SECONDS", default_value_t = 1.0)]
+    /// Seconds for each case and side, 0.01 to 3600
+    #[arg(long, value_name = "SECONDS", default_value = "1", value_parser = parse_seconds)]
     pub seconds: f64,
     /// Where the second process lends.
     #[arg(
@@ -193,7 +207,7 @@ pub struct DemoArgs {
     pub link: Option<LinkAddress>,
     /// Start no second process: drive the device that `farbus lend` lends there, on this host or another. It must be a copy of --image, and is
     /// written to
-    #[arg(long, value_name = "ADDR", requires = "image")]
+    #[arg(long, value_name = "ADDR", requires = "image", value_parser = lender_address)]
     pub from: Option<LinkAddress>,
     /// Print one JSON object
     #[arg(long)]
@@ -321,16 +335,19 @@ pub struct DevicesArgs {
   farbus bench shm --seconds 0.5
   farbus bench soft-roce --dev rxe0
   PATH=$(ci/bank/peers):$PATH farbus bench bank --series series
-  ci/softroce target/release/farbus bench soft-roce --json    in the lab, where this host has no RDMA")]
+  ci/softroce --seconds 900 target/release/farbus bench soft-roce --json    in the lab, where this host has no RDMA
+
+Each row is on standard error as soon as it is there, so what was measured stays where the suite is ended before its end. That suite takes
+one or two minutes over a device; in an emulated guest, on a slow machine, more than the 300 s that the lab gives a program by itself.")]
 pub struct BenchArgs {
     /// Which suite
     #[arg(value_enum)]
     pub suite: Suite,
-    /// Seconds for each side: of an NVMe case (shm, 1 by default), of a row (soft-roce, 1.65 by default)
-    #[arg(long, value_name = "SECONDS")]
+    /// Seconds for each side, 0.01 to 3600: of an NVMe case (shm, 1 by default), of a row (soft-roce, 1.65 by default)
+    #[arg(long, value_name = "SECONDS", value_parser = parse_seconds)]
     pub seconds: Option<f64>,
-    /// Pairs of measurements for each row, at least 5 (soft-roce, bank)
-    #[arg(long, value_name = "N")]
+    /// Pairs of measurements for each row, 5 to 1000 (soft-roce, 11 by default; bank, 5)
+    #[arg(long, value_name = "N", value_parser = parse_pairs)]
     pub pairs: Option<usize>,
     /// The RDMA device (soft-roce); without it the only one with an active port
     #[arg(long, value_name = "NAME")]
@@ -357,27 +374,6 @@ pub enum Suite {
     Bank,
 }
 
-/// `80us`, `2s`, `1.5ms`, `100ns`.
-pub fn parse_duration(text: &str) -> Result<Duration, String> {
-    let split = text.find(|c: char| c.is_ascii_alphabetic()).ok_or("a time needs a unit: 80us, 1.5ms, 2s")?;
-    let (number, unit) = text.split_at(split);
-    let number: f64 = number.parse().map_err(|_| format!("{number:?} is no number"))?;
-    let seconds = match unit {
-        "ns" => 1e-9,
-        "us" => 1e-6,
-        "ms" => 1e-3,
-        "s" => 1.0,
-        _ => return Err(format!("{unit:?} is no unit of time: use ns, us, ms or s")),
-    };
-    Duration::try_from_secs_f64(number * seconds).map_err(|_| format!("{text} is no length of time"))
-}
-
-/// A time that is not zero: who waits for nothing gets nothing.
-pub fn parse_wait(text: &str) -> Result<Duration, String> {
-    let wait = parse_duration(text)?;
-    if wait.is_zero() { Err("it must be longer than zero".to_owned()) } else { Ok(wait) }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -386,15 +382,5 @@ mod tests {
     #[test]
     fn the_arguments_are_consistent() {
         Cli::command().debug_assert();
-    }
-
-    #[test]
-    fn times_have_units() {
-        assert_eq!(parse_duration("80us"), Ok(Duration::from_micros(80)));
-        assert_eq!(parse_duration("1.5ms"), Ok(Duration::from_micros(1500)));
-        for wrong in ["80", "us", "-1s", "1m", "1e400s", ""] {
-            assert!(parse_duration(wrong).is_err(), "{wrong}");
-        }
-        assert!(parse_wait("0us").is_err() && parse_wait("1us").is_ok());
     }
 }

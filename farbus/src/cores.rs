@@ -6,7 +6,7 @@
 use anyhow::Context;
 use farbus_bench::measure::cores;
 
-use crate::failure::refusal;
+use crate::failure::misuse;
 
 /// Refuses a core that this process may not use.
 pub fn check_core(core: usize) -> anyhow::Result<()> {
@@ -14,7 +14,7 @@ pub fn check_core(core: usize) -> anyhow::Result<()> {
     if all.contains(&core) {
         return Ok(());
     }
-    Err(refusal(format!("there is no core {core} for this process"), format!("it may run on cores {}", ranges(&all))))
+    Err(misuse(format!("there is no core {core} for this process"), format!("it may run on cores {}", ranges(&all))))
 }
 
 /// "0 to 3, 6, 8 to 9" of ascending numbers.

@@ -2,16 +2,19 @@
 //!
 //! `nvme:disk.img,ro,latency=80us` is a read-only NVMe controller over disk.img whose commands take at least 80 us.
 
+use std::io::ErrorKind;
 use std::path::PathBuf;
 use std::str::FromStr;
 
 use anyhow::Context;
 use farbus_remote_dma::Backend;
 use farbus_remote_dma::model::edu::Edu;
+use farbus_remote_dma::model::nvme::media::MediaError;
 use farbus_remote_dma::model::nvme::{Nvme, NvmeOptions};
 use thiserror::Error;
 
-use crate::cli::parse_duration;
+use crate::failure::Advise;
+use crate::values::parse_duration;
 
 /// A device that can be lent.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -70,7 +73,10 @@ impl FromStr for DeviceSpec {
                     options.serial = Some(value.to_owned());
                 }
                 Some(("serial", _)) => {
-                    return Err(SpecError::Value { option: "serial", why: "at most 20 printable characters".to_owned() });
+                    return Err(SpecError::Value {
+                        option: "serial",
+                        why: "use 1 to 20 printable ASCII characters, without spaces".to_owned(),
+                    });
                 }
                 _ => return Err(SpecError::Option(part.to_owned())),
             }
@@ -85,17 +91,38 @@ impl DeviceSpec {
         match self {
             Self::Edu => Ok(Box::new(Edu::new().context("cannot make the edu device")?)),
             Self::Nvme { path, options } => {
-                let nvme = Nvme::open(path, options.clone()).with_context(|| format!("cannot lend {}", path.display()))?;
+                let nvme = Nvme::open(path, options.clone()).or_else(|error| {
+                    let what = format!("cannot lend {}", path.display());
+                    if !options.read_only && is_read_only(&error) {
+                        Err(error).advise(what, format!("lend it read-only: nvme:{},ro", path.display()))
+                    } else {
+                        Err(error).context(what)
+                    }
+                })?;
                 Ok(Box::new(nvme))
             }
         }
     }
 }
 
+/// Whether an image could not be opened because this user or its file system does not let it be written.
+fn is_read_only(error: &MediaError) -> bool {
+    let MediaError::Host { what: "open", source, .. } = error else { return false };
+    matches!(source.kind(), ErrorKind::ReadOnlyFilesystem | ErrorKind::PermissionDenied)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use std::time::Duration;
+
+    #[test]
+    fn an_image_that_may_not_be_written_can_be_lent_read_only() {
+        let error = |what, kind: ErrorKind| MediaError::Host { what, path: "disk.img".into(), source: kind.into() };
+        assert!(is_read_only(&error("open", ErrorKind::ReadOnlyFilesystem)));
+        assert!(is_read_only(&error("open", ErrorKind::PermissionDenied)));
+        assert!(!is_read_only(&error("open", ErrorKind::NotFound)) && !is_read_only(&error("lock", ErrorKind::PermissionDenied)));
+    }
 
     #[test]
     fn specs_parse_or_say_what_is_allowed() {

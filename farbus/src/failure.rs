@@ -14,6 +14,7 @@ struct Advised {
     what: String,
     hint: String,
     cause: Option<anyhow::Error>,
+    misuse: bool,
 }
 
 impl fmt::Display for Advised {
@@ -39,13 +40,25 @@ pub trait Advise<T> {
 
 impl<T, E: Into<anyhow::Error>> Advise<T> for Result<T, E> {
     fn advise(self, what: impl Into<String>, hint: impl Into<String>) -> anyhow::Result<T> {
-        self.map_err(|cause| anyhow::Error::new(Advised { what: what.into(), hint: hint.into(), cause: Some(cause.into()) }))
+        self.map_err(|cause| {
+            anyhow::Error::new(Advised { what: what.into(), hint: hint.into(), cause: Some(cause.into()), misuse: false })
+        })
     }
 }
 
 /// An error that has no cause but the user's wish.
 pub fn refusal(what: impl Into<String>, hint: impl Into<String>) -> anyhow::Error {
-    anyhow::Error::new(Advised { what: what.into(), hint: hint.into(), cause: None })
+    anyhow::Error::new(Advised { what: what.into(), hint: hint.into(), cause: None, misuse: false })
+}
+
+/// Arguments that make no sense: each is right by itself, but not with the others, or not on this host.
+pub fn misuse(what: impl Into<String>, hint: impl Into<String>) -> anyhow::Error {
+    anyhow::Error::new(Advised { what: what.into(), hint: hint.into(), cause: None, misuse: true })
+}
+
+/// Whether the arguments are to blame.
+pub fn is_misuse(error: &anyhow::Error) -> bool {
+    error.downcast_ref::<Advised>().is_some_and(|advised| advised.misuse)
 }
 
 /// An error and its causes, each said once: many an error's own text ends with its cause.
@@ -87,6 +100,7 @@ mod tests {
 
         let plain = Err::<(), _>(refusal("no such core", "name another")).context("no such core").unwrap_err();
         assert_eq!(story(&plain), "no such core");
+        assert!(!is_misuse(&plain) && is_misuse(&misuse("no such core", "name another").context("cannot lend")));
         assert_eq!(fields(&anyhow::anyhow!("alone")), json!({ "error": "alone", "causes": [], "hint": null }));
     }
 }

@@ -5,12 +5,13 @@
 //! A device that does not end what it was doing for a borrower who has left (a disk that hangs) is lent to nobody until it does: what it still writes is of
 //! then.
 
+mod quota;
 mod visit;
 
 use std::collections::VecDeque;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, anyhow};
 use farbus_remote_dma::wait::Waker;
@@ -20,6 +21,7 @@ use farbus_transport::shm::ShmOptions;
 use serde_json::json;
 use tokio::sync::mpsc;
 
+use self::quota::Quota;
 use self::visit::{Device, News, Terms, Visit, Visitor};
 use crate::cli::LendArgs;
 use crate::cores::check_core;
@@ -62,7 +64,8 @@ async fn lend(args: LendArgs, device: Device, quiesce: Duration) -> anyhow::Resu
         quiesce,
     });
     let (news, mut heard) = mpsc::unbounded_channel();
-    let mut desk = Desk { idle: Some(device), wedged: None, greetings: VecDeque::new(), events };
+    let mut desk =
+        Desk { idle: Some(device), wedged: None, greetings: VecDeque::new(), strangers: Quota::new(Instant::now()), events };
     let mut visitors = 0;
     let ended_by = loop {
         tokio::select! {
@@ -82,6 +85,9 @@ async fn lend(args: LendArgs, device: Device, quiesce: Duration) -> anyhow::Resu
             }
         }
     };
+    if desk.strangers.unsaid() > 0 {
+        tracing::warn!(count = desk.strangers.unsaid(), "nothing was said of the last strangers that were turned away");
+    }
     terms.stop.set();
     // So that a thread that died with the device ends the wait for it.
     drop(news);
@@ -136,6 +142,8 @@ struct Desk {
     wedged: Option<usize>,
     /// Connections whose hello is awaited, the oldest first.
     greetings: VecDeque<(Visitor, Option<UnixStream>)>,
+    /// How many strangers may be told of.
+    strangers: Quota,
     events: Events,
 }
 
@@ -155,7 +163,7 @@ impl Desk {
             && self.greetings.len() >= MAX_GREETINGS
             && let Some((_, Some(oldest))) = self.greetings.pop_front()
         {
-            self.refused(None, &format!("it said nothing while {MAX_GREETINGS} others came"));
+            self.stranger(None, &format!("it said nothing while {MAX_GREETINGS} others came"));
             // Its thread hears the end of the stream; one that is at its end already is no loss.
             let _over = oldest.shutdown(std::net::Shutdown::Both);
         }
@@ -170,7 +178,7 @@ impl Desk {
         match news {
             News::TurnedAway { from, why } => {
                 if self.greeted(visitor) {
-                    self.refused(from.as_deref(), &why);
+                    self.stranger(from.as_deref(), &why);
                 }
             }
             // One that was given up already is not answered, which ends it.
@@ -178,7 +186,7 @@ impl Desk {
             News::Claims(answer) => {
                 let granted = self.idle.take().ok_or(self.wedged.map_or(Refusal::Lent, |_| Refusal::Wedged));
                 if let Err(refusal) = &granted {
-                    self.refused(None, &refusal.to_string());
+                    self.refused(None, &refusal.to_string(), 0);
                 }
                 // Its thread waits for this; a device that could not be handed over stays here.
                 if let Err(Ok(unclaimed)) = answer.send(granted) {
@@ -213,13 +221,24 @@ impl Desk {
         found.is_some_and(|at| self.greetings.remove(at).is_some())
     }
 
-    fn refused(&self, from: Option<&str>, why: &str) {
-        match from {
-            Some(from) => {
-                self.events.say("refused", json!({ "reason": why, "from": from }), &format!("no link with {from}: {why}"))
-            }
-            None => self.events.say("refused", json!({ "reason": why }), &format!("no link: {why}")),
+    /// Says that somebody was turned away before a complete hello, as often as that may be said.
+    fn stranger(&mut self, from: Option<&str>, why: &str) {
+        if let Some(unsaid) = self.strangers.take(Instant::now()) {
+            self.refused(from, why, unsaid);
         }
+    }
+
+    /// Says that somebody was turned away, and how many others were of whom nothing was said.
+    fn refused(&self, from: Option<&str>, why: &str, unsaid: u64) {
+        let (mut fields, mut text) = match from {
+            Some(from) => (json!({ "reason": why, "from": from }), format!("no link with {from}: {why}")),
+            None => (json!({ "reason": why }), format!("no link: {why}")),
+        };
+        if unsaid > 0 {
+            fields["unsaid"] = unsaid.into();
+            text.push_str(&format!(" (and {unsaid} others before)"));
+        }
+        self.events.say("refused", fields, &text);
     }
 }
 

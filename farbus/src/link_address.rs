@@ -48,6 +48,9 @@ pub enum AddressError {
     /// Host or port.
     #[error("rdma: needs a host and a TCP port, as in rdma:nas:7000,dev=mlx5_0: {0}")]
     Meet(#[from] HostPortError),
+    /// The port by which a lender asks for any that is free.
+    #[error("nobody can be reached at port 0: name the port that `farbus lend` says it listens at")]
+    PortZero,
     /// An option that does not exist.
     #[error("{0:?} is no option of an rdma: address: there are dev=NAME, port=N and gid=N")]
     Option(String),
@@ -84,6 +87,17 @@ const MAX_DEVICE: usize = 63;
 /// [`PathTooLong`].
 pub fn socket_path(text: &str) -> Result<PathBuf, PathTooLong> {
     if text.len() > MAX_PATH { Err(PathTooLong { len: text.len() }) } else { Ok(text.into()) }
+}
+
+/// Where a lender is: an address that can be connected to.
+///
+/// # Errors
+/// [`AddressError`].
+pub fn lender_address(text: &str) -> Result<LinkAddress, AddressError> {
+    match text.parse()? {
+        LinkAddress::Rdma(address) if address.meet.port == 0 => Err(AddressError::PortZero),
+        address => Ok(address),
+    }
 }
 
 impl FromStr for LinkAddress {
@@ -185,6 +199,12 @@ mod tests {
         for text in ["", "nas:7000", "tcp:nas:7000", "RDMA:nas:7000"] {
             assert!(refused(text).contains("rdma:HOST:PORT"), "{text}");
         }
+    }
+
+    #[test]
+    fn nobody_is_looked_for_at_port_zero() {
+        assert_eq!(lender_address("rdma:nas:0"), Err(AddressError::PortZero));
+        assert!(lender_address("rdma:nas:1").is_ok() && lender_address("shm:/tmp/link").is_ok());
     }
 
     #[test]

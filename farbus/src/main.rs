@@ -21,12 +21,13 @@ mod link_address;
 mod output;
 mod security;
 mod signals;
+mod socket_access;
+mod usage;
+mod values;
 
 use std::process::ExitCode;
 
-use clap::Parser;
-
-use crate::cli::{Cli, Command, Json};
+use crate::cli::{Command, Json};
 use crate::output::Events;
 
 /// Counts allocations, so that the suites can show that the data path makes none.
@@ -34,7 +35,10 @@ use crate::output::Events;
 static ALLOCATOR: farbus_bench::measure::CountingAllocator = farbus_bench::measure::CountingAllocator;
 
 fn main() -> ExitCode {
-    let cli = Cli::parse();
+    let cli = match usage::parse() {
+        Ok(cli) => cli,
+        Err(status) => return status,
+    };
     output::start_log(cli.verbose);
     let shape = cli.command.json();
     let result = match cli.command {
@@ -56,7 +60,7 @@ fn main() -> ExitCode {
             Json::Events => Events::new(true).say("error", failure::fields(&error), ""),
             Json::Object => output::print_line(&failure::fields(&error).to_string()),
         }
-        ExitCode::FAILURE
+        if failure::is_misuse(&error) { ExitCode::from(usage::MISUSE) } else { ExitCode::FAILURE }
     });
     if output::was_lost() && status == ExitCode::SUCCESS { ExitCode::FAILURE } else { status }
 }

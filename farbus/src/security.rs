@@ -14,8 +14,9 @@ use farbus_control::identity::Name;
 use farbus_control::{AllowList, BorrowerSecurity, CredentialFiles, Credentials, LenderSecurity};
 use farbus_transport::link::hello::Role;
 
-use crate::failure::{Advise, refusal};
+use crate::failure::{Advise, misuse, refusal};
 use crate::link_address::LinkAddress;
+use crate::values::parse_allowed;
 
 /// What a side shows the other.
 #[derive(Clone, Debug, Default, Args)]
@@ -46,7 +47,7 @@ pub struct SecurityArgs {
 #[command(next_help_heading = "Security of rdma: links")]
 pub struct AllowArgs {
     /// Borrowers that may have the device, by the names in their certificates; '*' for all that the authority knows
-    #[arg(long, value_name = "NAME", value_delimiter = ',', conflicts_with = "plain")]
+    #[arg(long, value_name = "NAME", value_delimiter = ',', conflicts_with = "plain", value_parser = parse_allowed)]
     pub allow: Vec<String>,
     /// A file of such names, one a line; read again for each borrower
     #[arg(long, value_name = "FILE", conflicts_with = "plain")]
@@ -77,7 +78,7 @@ impl SecurityArgs {
             let hint = format!(
                 "name borrowers with --allow NAME or --allow-file FILE; --allow '{EVERYBODY}' lends to all of the authority"
             );
-            return Err(refusal("nobody is allowed to borrow", hint));
+            return Err(misuse("nobody is allowed to borrow", hint));
         }
         let wrong = |error: AllowError| {
             Err(error).advise("the list of those who may borrow is wrong", "use the names that `farbus cert show` prints")
@@ -108,7 +109,7 @@ impl SecurityArgs {
     pub fn none(&self, address: &LinkAddress, others: bool) -> anyhow::Result<()> {
         if others || self.is_given() {
             let hint = "leave these options out: shared memory is for processes of one user, which the kernel knows";
-            return Err(refusal(format!("{address} takes no options of TLS and the like"), hint));
+            return Err(misuse(format!("{address} takes no options of TLS and the like"), hint));
         }
         Ok(())
     }
@@ -119,7 +120,7 @@ impl SecurityArgs {
             (None, Some(certificate), Some(key), Some(authority)) => {
                 CredentialFiles { certificate: certificate.clone(), key: key.clone(), authority: authority.clone() }
             }
-            _ => return Err(refusal(format!("{address} needs TLS"), CHOOSE)),
+            _ => return Err(misuse(format!("{address} needs TLS"), CHOOSE)),
         };
         let loaded = Credentials::load(&files).and_then(|credentials| {
             credentials.check(Moment(SystemTime::now()))?;

@@ -110,7 +110,7 @@ impl<'b> Reader<'b> {
         failed: &mut Vec<(Wanted, ReadError)>,
     ) -> Result<(), ReadError> {
         self.locate(wanted, &mut scratch.order, failed)?;
-        scratch.order.sort_unstable_by_key(|(pack, place, _)| (*pack, *place));
+        scratch.order.sort_unstable_by_key(|(pack, place, wanted)| (*pack, *place, wanted.id));
         let order = std::mem::take(&mut scratch.order);
         let mut rest = &order[..];
         while let Some((first, _)) = rest.split_first() {
@@ -167,7 +167,8 @@ impl<'b> Reader<'b> {
             let at = (place.offset - start) as usize;
             let stored = scratch.stored.get(at..at + place.len as usize);
             let len = stored.and_then(|stored| scratch.decoder.decode(stored, &mut scratch.pages).ok()).unwrap_or(0);
-            for same in group.chunk_by(|(_, a, _), (_, b, _)| a.slot == b.slot) {
+            // A damaged index can say that two pages are at one place: each is held against its own name.
+            for same in group.chunk_by(|(_, a, one), (_, b, other)| a.slot == b.slot && one.id == other.id) {
                 let (pack, place, Wanted { id, .. }) = same[0];
                 let page = scratch.pages[..len].as_chunks::<PAGE>().0.get(usize::from(place.slot));
                 match page.filter(|page| self.bank.identity().page(*page) == id) {

@@ -7,9 +7,9 @@
 use std::os::unix::net::UnixListener;
 use std::process::{Command, Stdio};
 
-use farbus_tests::farbus;
 use farbus_tests::place::{Place, assert_end_in_order, assert_nvme};
 use farbus_tests::process::{AMPLE, run};
+use farbus_tests::{Running, farbus};
 use serde_json::Value;
 
 #[test]
@@ -164,9 +164,17 @@ fn a_core_that_does_not_exist_is_refused_with_those_that_do() {
     let place = Place::new();
     for core in ["99999", "1023"] {
         run(&["lend", "--device", &place.device("disk.img"), "--listen", &place.link(), "--core", core])
-            .assert_refusal(1, &[&format!("no core {core}"), "hint: it may run on cores "]);
+            .assert_refusal(2, &[&format!("no core {core}"), "hint: it may run on cores "]);
         assert!(!place.path("link").exists());
     }
+}
+
+#[test]
+fn a_suite_shows_each_row_as_it_comes_so_that_what_was_measured_outlives_it() {
+    let bench = Running::farbus(&["bench", "shm", "--json", "--seconds", "0.01"]);
+    bench.complaint("mmio-read-4 p50  ", AMPLE);
+    bench.kill();
+    assert_eq!(bench.wait(AMPLE).signal(), Some(9));
 }
 
 /// The one object that a command which failed printed, after what it says of itself as every other object does.
@@ -201,13 +209,47 @@ fn with_json_a_failure_is_one_object_with_its_causes_and_advice() {
     assert!(object.get("event").is_none() && object["error"].as_str().unwrap().contains("missing.img"), "{object}");
     let object = failed(&["demo", "--json", "--svg", &nowhere]);
     assert!(object["hint"].as_str().unwrap().contains("--svg"), "{object}");
-    let object = failed(&["bench", "shm", "--json", "--seconds", "1e9"]);
-    assert!(object["error"].as_str().unwrap().contains("--seconds"), "{object}");
 
     // Without it nothing is on standard output.
     assert_eq!(run(&["demo", "--image", &place.name("missing.img")]).stdout, "");
-    // What makes no sense is not understood to the end, --json neither.
-    let end = run(&["bench", "shm", "--json", "--seconds", "soon"]);
-    end.assert_refusal(2, &["--seconds"]);
-    assert_eq!(end.stdout, "");
+}
+
+#[test]
+fn with_json_arguments_that_make_no_sense_are_one_object_too() {
+    let misused = |args: &[&str], words: &str| {
+        let end = run(args);
+        end.assert_refusal(2, &[]);
+        let value: Value = serde_json::from_str(&end.stdout).unwrap_or_else(|error| panic!("{error}: {end:?}"));
+        assert!(value["error"].as_str().unwrap().contains(words), "{value}");
+        assert!(value["causes"].is_array() && value["hint"].is_string(), "{value}");
+        value
+    };
+    let place = Place::new();
+    let object = misused(&["bench", "shm", "--json", "--seconds", "soon"], "0.01 to 3600");
+    assert!(object.get("event").is_none() && object["hint"].as_str().unwrap().contains("farbus bench --help"), "{object}");
+    assert_eq!(misused(&["lend", "--json", "--listen", &place.link()], "--device <SPEC>")["event"], "error");
+    // Noticed when all of them are there.
+    let device = place.device("disk.img");
+    let event = misused(&["lend", "--json", "--device", &device, "--listen", &place.link(), "--core", "99999"], "no core 99999");
+    assert_eq!(event["event"], "error");
+    misused(&["burrow", "--json"], "burrow");
+    // Without it nothing is on standard output.
+    assert_eq!(run(&["bench", "shm", "--seconds", "soon"]).stdout, "");
+}
+
+#[test]
+fn values_that_mean_nothing_are_refused_with_what_would() {
+    for seconds in ["0", "nan", "inf", "-1", "1e300"] {
+        let seconds = format!("--seconds={seconds}");
+        run(&["bench", "shm", &seconds]).assert_refusal(2, &["0.01 to 3600"]);
+        run(&["bench", "soft-roce", &seconds]).assert_refusal(2, &["0.01 to 3600"]);
+        run(&["demo", &seconds]).assert_refusal(2, &["0.01 to 3600"]);
+    }
+    run(&["bench", "soft-roce", "--pairs", "1"]).assert_refusal(2, &["5 to 1000"]);
+    run(&["bench", "shm", "--pairs", "7"]).assert_refusal(2, &["soft-roce"]);
+    let lend = |device: &str, spin: &str| run(&["lend", "--device", device, "--listen", "shm:unused", "--spin", spin]);
+    lend("edu", "50").assert_refusal(2, &["has no unit", "ns, us, ms or s"]);
+    lend("edu", "10000000000000000000000000s").assert_refusal(2, &["longer than an hour"]);
+    lend("nvme:a,latency=abc", "1us").assert_refusal(2, &["latency", "\"abc\" is no time", "ns, us, ms or s"]);
+    lend("nvme:a,serial=", "1us").assert_refusal(2, &["serial", "1 to 20 printable"]);
 }

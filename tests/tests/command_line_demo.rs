@@ -48,15 +48,21 @@ fn a_picture_is_refused_where_it_cannot_be_and_nothing_there_is_touched() {
     assert_eq!(std::fs::read(&image).unwrap(), before);
     demo(&place.name("")).assert_refusal(1, &["cannot leave the picture", "--svg"]);
     demo(&place.name("no/folder.svg")).assert_refusal(1, &["cannot leave the picture", "No such file"]);
-    std::fs::write(place.path("old.svg"), "an old picture").unwrap();
+    std::fs::write(place.path("precious"), "data").unwrap();
+    demo(&place.name("precious")).assert_refusal(1, &["no picture in SVG", "--svg"]);
+    assert_eq!(std::fs::read_to_string(place.path("precious")).unwrap(), "data");
+    let fifo = place.path("fifo");
+    rustix::fs::mknodat(rustix::fs::CWD, &fifo, rustix::fs::FileType::Fifo, rustix::fs::Mode::from(0o600), 0).unwrap();
+    demo(&place.name("fifo")).assert_refusal(1, &["it is no file", "--svg"]);
+    std::fs::write(place.path("old.svg"), "<svg>an old picture</svg>").unwrap();
     run(&["demo", "--image", &place.name("missing.img"), "--svg", &place.name("old.svg")]).assert_refusal(1, &["missing.img"]);
-    assert_eq!(std::fs::read_to_string(place.path("old.svg")).unwrap(), "an old picture");
+    assert_eq!(std::fs::read_to_string(place.path("old.svg")).unwrap(), "<svg>an old picture</svg>");
 }
 
 #[test]
 fn a_short_demo_verifies_and_its_picture_and_object_name_the_machine() {
     let place = Place::new();
-    let end = run(&["demo", "--json", "--seconds", "0", "--image", &place.name("disk.img"), "--svg", &place.name("demo.svg")]);
+    let end = run(&["demo", "--json", "--seconds", "0.01", "--image", &place.name("disk.img"), "--svg", &place.name("demo.svg")]);
     assert_eq!(end.code(), Some(0), "{end:?}");
     let report: Value = serde_json::from_str(&end.stdout).unwrap();
     assert_eq!(report["verified"], true);
@@ -76,7 +82,7 @@ fn an_image_that_somebody_writes_to_meanwhile_is_blamed_and_not_the_device() {
     let image = place.name("disk.img");
     let args = ["demo", "--seconds", "1", "--image", &image, "--svg", &place.name("demo.svg")];
     let demo = Running::farbus(&args);
-    images_of(&demo, "(deleted)");
+    comparing(&demo);
     std::fs::write(&image, vec![0xa5; 8 << 20]).unwrap();
     demo.wait(AMPLE).assert_refusal(1, &["was changed while the demo compared", "hint: give --image a file that nobody writes to"]);
 }
@@ -98,10 +104,54 @@ fn a_demo_that_is_ended_leaves_no_images_behind() {
     // Later they are gone already.
     let image = place.name("disk.img");
     let demo = Running::farbus(&["demo", "--seconds", "60", "--image", &image, "--svg", &svg]);
-    let folder = images_of(&demo, "(deleted)").parent().unwrap().to_owned();
+    let (_, folder) = comparing(&demo);
     demo.kill();
     assert_eq!(demo.wait(AMPLE).signal(), Some(9));
     assert!(!folder.exists(), "{}", folder.display());
+}
+
+#[test]
+fn a_lender_process_that_is_killed_is_noticed_at_once_and_named() {
+    let place = Place::new();
+    let args = ["demo", "--json", "--seconds", "60", "--image", &place.name("disk.img"), "--svg", &place.name("demo.svg")];
+    let demo = Running::farbus(&args);
+    let (lender, _) = comparing(&demo);
+    let killed = Instant::now();
+    rustix::process::kill_process(lender, Signal::KILL).unwrap();
+    let end = demo.wait(AMPLE);
+    end.assert_refusal(1, &["the lender process died (signal: 9 (SIGKILL))", "hint: look for what ended it"]);
+    // A command of the driver may take 10 s.
+    assert!(killed.elapsed().as_secs() < 5, "{:?}", killed.elapsed());
+    let object: Value = serde_json::from_str(&end.stdout).unwrap();
+    assert!(object["causes"].as_array().is_some_and(|causes| !causes.is_empty()), "{object}");
+}
+
+/// Waits until the demo compares: its lender has everything, so its scratch folder is gone. Returns the lender, and where the folder was.
+#[track_caller]
+fn comparing(demo: &Running) -> (rustix::process::Pid, PathBuf) {
+    let started = Instant::now();
+    loop {
+        if let Some((lender, folder)) = lender_of(demo.id()).filter(|(_, folder)| !folder.exists()) {
+            return (lender, folder);
+        }
+        assert!(started.elapsed() < AMPLE, "the demo does not begin to compare");
+        std::thread::sleep(std::time::Duration::from_millis(2));
+    }
+}
+
+/// The only child of the demo, and the folder of the link that it is told to listen at.
+fn lender_of(demo: u32) -> Option<(rustix::process::Pid, PathBuf)> {
+    let parent = demo.to_string();
+    let processes = std::fs::read_dir("/proc").unwrap().filter_map(|entry| entry.ok()?.file_name().into_string().ok());
+    let mut children = processes.filter_map(|id| id.parse::<i32>().ok()).filter(|id| {
+        // The second field is a name in parentheses, the fourth the parent (proc(5)).
+        let stat = std::fs::read_to_string(format!("/proc/{id}/stat")).unwrap_or_default();
+        stat.rsplit_once(')').is_some_and(|(_, rest)| rest.split_whitespace().nth(1) == Some(&parent))
+    });
+    let child = children.next()?;
+    let words = std::fs::read_to_string(format!("/proc/{child}/cmdline")).ok()?;
+    let link = words.split('\0').find_map(|word| word.strip_prefix("shm:"))?;
+    Some((rustix::process::Pid::from_raw(child)?, PathBuf::from(link).parent()?.to_owned()))
 }
 
 /// Waits until the demo has a file of its scratch folder open whose name ends in `with`.

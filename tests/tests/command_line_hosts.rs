@@ -108,13 +108,14 @@ fn certificates_that_make_no_sense_are_refused_with_what_would() {
     issue(&["--name", "a", "--role", "owner"]).assert_refusal(2, &["lender", "borrower"]);
     issue(&["--name", "a", "--role", "lender", "--days", "0"]).assert_refusal(2, &["--days"]);
     issue(&["--name", "a", "--role", "lender", "--days", "36500"]).assert_refusal(1, &["outlive", "fewer --days"]);
-    issue(&["--name", "a", "--role", "lender", "--address", "two words"]).assert_refusal(1, &["two words", "--address 10.0.0.7"]);
+    issue(&["--name", "a", "--role", "lender", "--address", "two words"]).assert_refusal(2, &["two words", "--address 10.0.0.7"]);
     issue(&["--name", "a", "--role", "borrower", "--address", "10.0.0.7"])
-        .assert_refusal(1, &["no address", "leave --address out"]);
+        .assert_refusal(2, &["no address", "leave --address out"]);
     let nowhere = place.name("nowhere");
     run(&["cert", "issue", &nowhere, "--name", "a", "--role", "lender"])
         .assert_refusal(1, &["no authority in", "farbus cert init"]);
-    run(&["cert", "show", &place.name("disk.img")]).assert_refusal(1, &["no certificate in PEM form", "cert.pem"]);
+    place.image("small.img", 4096);
+    run(&["cert", "show", &place.name("small.img")]).assert_refusal(1, &["no certificate in PEM form", "cert.pem"]);
     run(&["cert", "show", &nowhere]).assert_refusal(1, &["No such file"]);
     // Over a file there is no folder.
     run(&["cert", "init", &place.name("disk.img/lab")]).assert_refusal(1, &["cannot make", "may write"]);
@@ -123,10 +124,10 @@ fn certificates_that_make_no_sense_are_refused_with_what_would() {
 #[test]
 fn without_a_word_about_security_nothing_is_lent_or_borrowed() {
     let place = lab();
-    lend(&place, "rdma:127.0.0.1:0", &[]).assert_refusal(1, &["needs TLS", "hint: ", "--tls DIR", "farbus cert"]);
-    borrow(&place, "rdma:127.0.0.1:7000", &[]).assert_refusal(1, &["needs TLS", "--tls DIR", "farbus cert"]);
+    lend(&place, "rdma:127.0.0.1:0", &[]).assert_refusal(2, &["needs TLS", "hint: ", "--tls DIR", "farbus cert"]);
+    borrow(&place, "rdma:127.0.0.1:7000", &[]).assert_refusal(2, &["needs TLS", "--tls DIR", "farbus cert"]);
     let (nas, vm7) = (place.name("lab/lender/nas"), place.name("lab/borrower/vm7"));
-    lend(&place, "rdma:127.0.0.1:0", &["--tls", &nas]).assert_refusal(1, &["nobody is allowed", "--allow NAME", "--allow '*'"]);
+    lend(&place, "rdma:127.0.0.1:0", &["--tls", &nas]).assert_refusal(2, &["nobody is allowed", "--allow NAME", "--allow '*'"]);
     // Each is for its role.
     lend(&place, "rdma:127.0.0.1:0", &["--tls", &vm7, "--allow", "*"]).assert_refusal(1, &["of a borrower", "--role lender"]);
     borrow(&place, "rdma:127.0.0.1:7000", &["--tls", &nas]).assert_refusal(1, &["of a lender", "--role borrower"]);
@@ -148,11 +149,11 @@ fn shared_memory_takes_no_options_of_a_network() {
     let place = lab();
     let (nas, vm7) = (place.name("lab/lender/nas"), place.name("lab/borrower/vm7"));
     for options in [&["--tls", &nas][..], &["--plain"], &["--allow", "vm7"]] {
-        lend(&place, &place.link(), options).assert_refusal(1, &["takes no options of TLS", "one user"]);
+        lend(&place, &place.link(), options).assert_refusal(2, &["takes no options of TLS", "one user"]);
         assert!(!place.path("link").exists());
     }
-    borrow(&place, &place.link(), &["--tls", &vm7]).assert_refusal(1, &["takes no options of TLS"]);
-    borrow(&place, &place.link(), &["--peer", "nas"]).assert_refusal(1, &["takes no options of TLS"]);
+    borrow(&place, &place.link(), &["--tls", &vm7]).assert_refusal(2, &["takes no options of TLS"]);
+    borrow(&place, &place.link(), &["--peer", "nas"]).assert_refusal(2, &["takes no options of TLS"]);
 }
 
 #[test]
@@ -160,10 +161,44 @@ fn a_list_that_is_wrong_is_refused_at_the_start() {
     let place = lab();
     let nas = place.name("lab/lender/nas");
     let lend = |options: &[&str]| lend(&place, "rdma:127.0.0.1:0", &[&["--tls", &nas][..], options].concat());
-    lend(&["--allow", "vm7,vm 8"]).assert_refusal(1, &["\"vm 8\" is no name", "farbus cert show"]);
+    lend(&["--allow", "vm7,vm 8"]).assert_refusal(2, &["--allow", "\"vm 8\" is no name"]);
+    lend(&["--allow", ""]).assert_refusal(2, &["--allow", "\"\" is no name"]);
     lend(&["--allow-file", &place.name("nowhere")]).assert_refusal(1, &["cannot read", "nowhere"]);
     std::fs::write(place.path("allowed"), "vm7\nvm/8\n").unwrap();
     lend(&["--allow-file", &place.name("allowed")]).assert_refusal(1, &["line 2", "vm/8"]);
+}
+
+/// What a user may name where a file is wanted, and what it is called: none of them may be waited for or read without end.
+fn no_files(place: &Place) -> [(String, &'static str); 4] {
+    let (fifo, socket) = (place.path("fifo"), place.path("socket"));
+    rustix::fs::mknodat(rustix::fs::CWD, &fifo, rustix::fs::FileType::Fifo, rustix::fs::Mode::from(0o600), 0).unwrap();
+    drop(std::os::unix::net::UnixListener::bind(&socket).unwrap());
+    [
+        (place.name("fifo"), "it is no file but a pipe"),
+        (place.name("socket"), "it is no file but a socket"),
+        (place.name("lab"), "it is no file but a directory"),
+        ("/dev/zero".to_owned(), "it is no file but a device"),
+    ]
+}
+
+#[test]
+fn what_is_no_file_or_too_long_is_never_waited_for_nor_read() {
+    let place = lab();
+    let nas = |file: &str| place.name(&format!("lab/lender/nas/{file}"));
+    let (cert, key, authority) = (nas("cert.pem"), nas("key.pem"), nas("authority.pem"));
+    std::fs::File::create(place.path("long")).unwrap().set_len((1 << 20) + 1).unwrap();
+    let long = (place.name("long"), "it has more than 1048576 bytes");
+    for (name, said) in no_files(&place).into_iter().chain([long]) {
+        run(&["cert", "show", &name]).assert_refusal(1, &[said]);
+        lend(&place, "rdma:127.0.0.1:0", &["--tls", &nas(""), "--allow-file", &name]).assert_refusal(1, &[said]);
+        for [cert, key, authority] in [[&name, &key, &authority], [&cert, &name, &authority], [&cert, &key, &name]] {
+            let files = ["--cert", cert, "--key", key, "--authority", authority];
+            lend(&place, "rdma:127.0.0.1:0", &[&files[..], &["--allow", "vm7"]].concat()).assert_refusal(1, &[said]);
+            borrow(&place, "rdma:127.0.0.1:7000", &files).assert_refusal(1, &[said]);
+        }
+    }
+    std::fs::rename(place.path("fifo"), place.path("lab/authority.key")).unwrap();
+    run(&["cert", "issue", &place.name("lab"), "--name", "a", "--role", "lender"]).assert_refusal(1, &["no file but a pipe"]);
 }
 
 #[test]
@@ -219,6 +254,7 @@ fn a_port_that_cannot_be_used_is_refused() {
         lend(&place, wrong, &tls).assert_refusal(2, &["rdma:"]);
         borrow(&place, wrong, &[]).assert_refusal(2, &["rdma:"]);
     }
+    borrow(&place, "rdma:nas:0", &["--plain"]).assert_refusal(2, &["port 0"]);
 }
 
 #[test]
@@ -226,9 +262,9 @@ fn the_demo_makes_its_own_certificates_and_takes_none() {
     let place = lab();
     let (svg, vm7) = (place.name("demo.svg"), place.name("lab/borrower/vm7"));
     let demo = |options: &[&str]| run(&[&["demo", "--svg", &svg][..], options].concat());
-    demo(&["--tls", &vm7]).assert_refusal(1, &["makes the certificates", "--from"]);
+    demo(&["--tls", &vm7]).assert_refusal(2, &["makes the certificates", "--from"]);
     demo(&["--from", "rdma:127.0.0.1:1"]).assert_refusal(2, &["--image"]);
     let image = place.name("disk.img");
     demo(&["--from", "rdma:127.0.0.1:1,dev=none_0", "--image", &image, "--tls", &vm7]).assert_refusal(1, &["no RDMA"]);
-    demo(&["--from", "rdma:127.0.0.1:1", "--image", &image]).assert_refusal(1, &["needs TLS"]);
+    demo(&["--from", "rdma:127.0.0.1:1", "--image", &image]).assert_refusal(2, &["needs TLS"]);
 }

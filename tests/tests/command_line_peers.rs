@@ -101,6 +101,22 @@ fn strangers_that_say_nothing_keep_no_borrower_waiting_and_are_given_up() {
 }
 
 #[test]
+fn strangers_that_knock_without_end_do_not_fill_the_output() {
+    let place = Place::new();
+    let mut lender = place.lend();
+    for _ in 0..300 {
+        drop(UnixStream::connect(place.path("link")).unwrap());
+    }
+    place.assert_served(&mut lender);
+    let took = lender.age().as_secs();
+    lender.terminate();
+    let end = lender.wait(AMPLE);
+    assert_eq!(end.code(), Some(0));
+    let said = end.stdout.matches("\"refused\"").count() as u64;
+    assert!((1..=8 + took + 1).contains(&said), "{said} in {took} s: {}", end.stdout);
+}
+
+#[test]
 fn a_borrower_that_is_refused_costs_the_one_that_is_served_nothing() {
     let place = Place::new();
     let mut lender = place.lend();

@@ -144,7 +144,7 @@ impl<R: Registers> Driver<R> {
         let mut completion = None;
         while self.admin.reap(&mut self.registers, |done| completion = Some(done))? == 0 {
             self.registers.poll();
-            if patience.exhausted() {
+            if patience.exhausted(&self.registers) {
                 return Err(self.diagnose(0));
             }
             std::hint::spin_loop();

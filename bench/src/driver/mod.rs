@@ -200,7 +200,7 @@ impl<R: Registers> Driver<R> {
             if count > 0 {
                 return Ok(count);
             }
-            if patience.exhausted() {
+            if patience.exhausted(&self.registers) {
                 return Err(self.diagnose(queue.0));
             }
             std::hint::spin_loop();
@@ -252,6 +252,11 @@ impl<R: Registers> Driver<R> {
         if status.ok() { Ok(()) } else { Err(DriverError::Command { command, status }) }
     }
 
+    /// Whether it is known that the device is gone.
+    pub fn is_gone(&self) -> bool {
+        self.registers.is_gone()
+    }
+
     /// Why commands of `queue` do not complete: the device is gone, it failed, or it only takes too long.
     pub fn diagnose(&mut self, queue: u16) -> DriverError {
         let csts = self.registers.read(CSTS, Width::B4) as u32;
@@ -294,7 +299,7 @@ impl<R: Registers> Driver<R> {
     }
 }
 
-/// A deadline that looks at the clock only now and then, because a look costs as much as a poll.
+/// A deadline that looks at the clock only now and then, because a look costs as much as a poll; it has passed where the device is gone.
 struct Patience {
     deadline: Option<Instant>,
     timeout: Duration,
@@ -306,13 +311,13 @@ impl Patience {
         Self { deadline: None, timeout, polls: 0 }
     }
 
-    fn exhausted(&mut self) -> bool {
+    fn exhausted(&mut self, registers: &impl Registers) -> bool {
         self.polls = self.polls.wrapping_add(1);
         if !self.polls.is_multiple_of(256) {
             return false;
         }
         let now = Instant::now();
         let timeout = self.timeout;
-        now > *self.deadline.get_or_insert_with(|| now + timeout)
+        registers.is_gone() || now > *self.deadline.get_or_insert_with(|| now + timeout)
     }
 }

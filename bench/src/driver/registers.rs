@@ -15,6 +15,11 @@ pub trait Registers {
 
     /// Lets whatever carries the device make progress. Never blocks.
     fn poll(&mut self);
+
+    /// Whether it is known, without asking the device, that it is gone: then nothing that it was asked for will come.
+    fn is_gone(&self) -> bool {
+        false
+    }
 }
 
 impl<R: Registers + ?Sized> Registers for &mut R {
@@ -29,6 +34,10 @@ impl<R: Registers + ?Sized> Registers for &mut R {
     fn poll(&mut self) {
         (**self).poll();
     }
+
+    fn is_gone(&self) -> bool {
+        (**self).is_gone()
+    }
 }
 
 impl<R: Registers + ?Sized> Registers for Box<R> {
@@ -42,6 +51,10 @@ impl<R: Registers + ?Sized> Registers for Box<R> {
 
     fn poll(&mut self) {
         (**self).poll();
+    }
+
+    fn is_gone(&self) -> bool {
+        (**self).is_gone()
     }
 }
 

@@ -11,7 +11,7 @@ use serde::Serialize;
 
 pub use machine::Machine;
 pub use picture::{Distribution, PictureError, latency_picture};
-pub use table::{demo_table, duration, suite_table};
+pub use table::{demo_table, duration, suite_row, suite_table};
 
 use crate::measure::{Latencies, Pairs, Series};
 use crate::workload::{Case, CaseRun};

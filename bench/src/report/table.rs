@@ -2,7 +2,7 @@
 //!
 //! `randread-4k-qd1   412.3k   2.1 us   3.0 us   388.0k   2.5 us   3.9 us   0.94   1.19   4 %` is one case, native and remote.
 
-use super::{DemoReport, NOISE_BOUND, SideReport, SuiteReport, Target, is_noise};
+use super::{DemoReport, NOISE_BOUND, Row, SideReport, SuiteReport, Target, is_noise};
 
 /// A demo, one line a case. A ratio that is only noise is not printed.
 pub fn demo_table(report: &DemoReport) -> String {
@@ -45,26 +45,34 @@ pub fn demo_table(report: &DemoReport) -> String {
 pub fn suite_table(report: &SuiteReport) -> String {
     let header = ["case", "value", "reference", "", "ratio", "target", "meets"];
     let mut rows = vec![header.map(str::to_owned).to_vec()];
-    for row in &report.rows {
-        let figure = |value: Option<f64>| value.map_or_else(|| "-".to_owned(), |value| in_unit(value, &row.unit));
-        let meets = match row.meets {
-            Some(_) if row.target == Target::None.to_string() => "-".to_owned(),
-            Some(true) => "yes".to_owned(),
-            Some(false) => "NO".to_owned(),
-            None if row.value.is_some() => row.note.clone().unwrap_or_else(|| "?".to_owned()),
-            None => format!("not measured: {}", row.note.as_deref().unwrap_or("no reason given")),
-        };
-        rows.push(vec![
-            row.case.clone(),
-            figure(row.value),
-            row.reference.clone(),
-            figure(row.reference_value),
-            row.ratio.map_or_else(|| "-".to_owned(), |ratio| format!("{ratio:.2}")),
-            row.target.clone(),
-            meets,
-        ]);
-    }
+    rows.extend(report.rows.iter().map(cells));
     format!("suite {}\n{}", report.suite, align(&rows))
+}
+
+/// One row, for whoever wants to see it before the suite has ended: its cells with two spaces between.
+pub fn suite_row(row: &Row) -> String {
+    let cells = cells(row);
+    cells.iter().filter(|cell| *cell != "-").map(String::as_str).collect::<Vec<_>>().join("  ")
+}
+
+fn cells(row: &Row) -> Vec<String> {
+    let figure = |value: Option<f64>| value.map_or_else(|| "-".to_owned(), |value| in_unit(value, &row.unit));
+    let meets = match row.meets {
+        Some(_) if row.target == Target::None.to_string() => "-".to_owned(),
+        Some(true) => "yes".to_owned(),
+        Some(false) => "NO".to_owned(),
+        None if row.value.is_some() => row.note.clone().unwrap_or_else(|| "?".to_owned()),
+        None => format!("not measured: {}", row.note.as_deref().unwrap_or("no reason given")),
+    };
+    vec![
+        row.case.clone(),
+        figure(row.value),
+        row.reference.clone(),
+        figure(row.reference_value),
+        row.ratio.map_or_else(|| "-".to_owned(), |ratio| format!("{ratio:.2}")),
+        row.target.clone(),
+        meets,
+    ]
 }
 
 /// Nanoseconds as people read them: "860 ns", "2.1 us", "13 ms".
@@ -148,6 +156,8 @@ mod tests {
         let rows = vec![Row::missing("a", "ns", "b", Target::AtMost(1.3), "one core only".to_owned())];
         let text = suite_table(&SuiteReport { suite: "shm".to_owned(), rows });
         assert!(text.contains("not measured: one core only"), "{text}");
+        let row = Row::measured("mmio-read-4 p50", "ns", 250.0, ("one round trip", 125.0), 2.0, Target::AtMost(2.0));
+        assert_eq!(suite_row(&row), "mmio-read-4 p50  250 ns  one round trip  125 ns  2.00  <= 2  yes");
     }
 
     #[test]

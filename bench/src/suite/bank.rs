@@ -11,11 +11,11 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, anyhow};
 
-use super::Step;
 use super::bank_large::{Large, large};
 use super::bank_lazy;
 use super::bank_peers::{Round, Tool, deposit, farbus, text};
 use super::bank_series::Series;
+use super::{Heard, Step};
 use crate::measure::Series as Figures;
 use crate::report::{Row, SuiteReport, Target};
 
@@ -47,11 +47,11 @@ pub struct Places {
 type Rounds = BTreeMap<Tool, Result<Vec<Round>, String>>;
 
 /// Measures all rows.
-pub fn run(series: &Series, places: &Places, effort: &Effort, mut progress: impl FnMut(Step)) -> SuiteReport {
+pub fn run(series: &Series, places: &Places, effort: &Effort, mut hear: impl FnMut(Heard<'_>)) -> SuiteReport {
     let total = effort.rounds + 3;
     let mut rounds: Rounds = BTreeMap::new();
     for round in 0..effort.rounds {
-        progress(Step { what: "images in and out", done: round, total });
+        hear(Heard::Begins(Step { what: "images in and out", done: round, total }));
         let mut tools: Vec<_> = [Tool::Farbus].into_iter().chain(Tool::PEERS).collect();
         if round % 2 == 1 {
             tools.reverse();
@@ -67,12 +67,19 @@ pub fn run(series: &Series, places: &Places, effort: &Effort, mut progress: impl
         }
     }
     let mut rows = against_peers(&rounds);
-    progress(Step { what: "what is in the bank already", done: effort.rounds, total });
-    rows.extend(shared(series, places, &rounds));
-    progress(Step { what: "faults", done: effort.rounds + 1, total });
-    rows.extend(bank_lazy::rows(effort.rounds));
-    progress(Step { what: "a large machine", done: effort.rounds + 2, total });
-    rows.extend(of_large(large(&places.scratch.join("large"), effort.large)));
+    hear(Heard::Measured(&rows));
+    hear(Heard::Begins(Step { what: "what is in the bank already", done: effort.rounds, total }));
+    let shared = shared(series, places, &rounds);
+    hear(Heard::Measured(&shared));
+    hear(Heard::Begins(Step { what: "faults", done: effort.rounds + 1, total }));
+    let faults = bank_lazy::rows(effort.rounds);
+    hear(Heard::Measured(&faults));
+    hear(Heard::Begins(Step { what: "a large machine", done: effort.rounds + 2, total }));
+    let large = of_large(large(&places.scratch.join("large"), effort.large));
+    hear(Heard::Measured(&large));
+    rows.extend(shared);
+    rows.extend(faults);
+    rows.extend(large);
     SuiteReport { suite: "bank".to_owned(), rows }
 }
 

@@ -20,7 +20,18 @@ pub use bank_series::Series as BankSeries;
 pub use shm_subjects::ShmSession;
 pub use soft_roce_subjects::{LentNvme, LentRegister, SoftRoce, Traffic, pinned_by_a_link};
 
-/// What the caller of a suite hears before each group of rows.
+use crate::report::Row;
+
+/// What the caller of a suite hears while it runs.
+#[derive(Clone, Copy, Debug)]
+pub enum Heard<'a> {
+    /// A group of rows begins.
+    Begins(Step),
+    /// These rows are measured.
+    Measured(&'a [Row]),
+}
+
+/// A group of rows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Step {
     /// What is measured next.

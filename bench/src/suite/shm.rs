@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use anyhow::Result;
 
-use super::Step;
+use super::{Heard, Step};
 use crate::measure::{
     Latencies, Pairs, cache_line_round_trip, eventfd_wake, interleave, memcpy_bandwidth, memcpy_hot, pin_to, socket_ping_pong,
     two_cores,
@@ -131,7 +131,7 @@ impl Default for Effort {
 }
 
 /// Measures all rows.
-pub fn run(subjects: &mut dyn ShmSubjects, effort: &Effort, mut progress: impl FnMut(Step)) -> SuiteReport {
+pub fn run(subjects: &mut dyn ShmSubjects, effort: &Effort, mut hear: impl FnMut(Heard<'_>)) -> SuiteReport {
     type Group = fn(&mut dyn ShmSubjects, &Effort) -> Vec<Row>;
     let groups: [(&'static str, Group); 7] = [
         ("register accesses", registers),
@@ -145,8 +145,10 @@ pub fn run(subjects: &mut dyn ShmSubjects, effort: &Effort, mut progress: impl F
     let mut rows = Vec::new();
     for (done, (what, group)) in groups.iter().enumerate() {
         let total = groups.len();
-        progress(Step { what, done, total });
-        rows.extend(group(subjects, effort));
+        hear(Heard::Begins(Step { what, done, total }));
+        let measured = group(subjects, effort);
+        hear(Heard::Measured(&measured));
+        rows.extend(measured);
     }
     SuiteReport { suite: "shm".to_owned(), rows }
 }
@@ -349,8 +351,13 @@ mod tests {
     #[test]
     fn every_target_of_the_fabric_has_its_row_and_a_bad_figure_fails_it() {
         let effort = Effort { rounds: 5, samples: 500, stream_bytes: 4 << 20, nvme: Duration::ZERO, operations: 1000 };
-        let mut steps = 0;
-        let report = run(&mut Scripted { allocations: 1 }, &effort, |_| steps += 1);
+        let (mut steps, mut seen) = (0, Vec::new());
+        let report = run(&mut Scripted { allocations: 1 }, &effort, |heard| match heard {
+            Heard::Begins(step) => steps += usize::from(step.done == steps),
+            Heard::Measured(rows) => seen.extend(rows.iter().map(|row| row.case.clone())),
+        });
+        // Each row was heard of when it was there.
+        assert_eq!(seen, report.rows.iter().map(|row| row.case.clone()).collect::<Vec<_>>());
         assert_eq!((steps, report.rows.len()), (7, 16));
         let row = |case: &str| report.rows.iter().find(|row| row.case == case).unwrap();
         assert_eq!(row("mmio-read-4 p50").meets, Some(false));

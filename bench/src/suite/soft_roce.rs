@@ -12,10 +12,10 @@ use std::time::Duration;
 
 use anyhow::Result;
 
-use super::Step;
 use super::perftest::{Figures, Test};
 use super::shm::Direction;
 use super::soft_roce_subjects::Traffic;
+use super::{Heard, Step};
 use crate::measure::{Latencies, Pairs, interleave};
 use crate::report::{Row, SuiteReport, Target};
 
@@ -152,7 +152,7 @@ struct Suite<'a> {
 }
 
 /// Measures all rows.
-pub fn run(subjects: &mut dyn RoceSubjects, effort: &Effort, mut progress: impl FnMut(Step)) -> SuiteReport {
+pub fn run(subjects: &mut dyn RoceSubjects, effort: &Effort, mut hear: impl FnMut(Heard<'_>)) -> SuiteReport {
     type Group<'a> = fn(&Suite<'a>) -> Vec<Row>;
     let groups: [(&'static str, Group<'_>); 9] = [
         ("counts per operation", Suite::counts),
@@ -168,8 +168,10 @@ pub fn run(subjects: &mut dyn RoceSubjects, effort: &Effort, mut progress: impl 
     let suite = Suite { subjects: RefCell::new(subjects), effort: *effort };
     let mut rows = Vec::new();
     for (done, (what, group)) in groups.iter().enumerate() {
-        progress(Step { what, done, total: groups.len() });
-        rows.extend(group(&suite));
+        hear(Heard::Begins(Step { what, done, total: groups.len() }));
+        let measured = group(&suite);
+        hear(Heard::Measured(&measured));
+        rows.extend(measured);
     }
     SuiteReport { suite: "soft-roce".to_owned(), rows }
 }
@@ -409,8 +411,13 @@ mod tests {
     #[test]
     fn every_target_of_the_fabric_has_its_row_and_is_judged_by_its_figures() {
         let effort = Effort { pairs: 5, side: Duration::from_millis(1), operations: 100 };
-        let mut steps = 0;
-        let report = run(&mut Scripted { round: 0, work_requests: 101 }, &effort, |_| steps += 1);
+        let (mut steps, mut seen) = (0, Vec::new());
+        let report = run(&mut Scripted { round: 0, work_requests: 101 }, &effort, |heard| match heard {
+            Heard::Begins(step) => steps += usize::from(step.done == steps),
+            Heard::Measured(rows) => seen.extend(rows.iter().map(|row| row.case.clone())),
+        });
+        // Each row was heard of when it was there.
+        assert_eq!(seen, report.rows.iter().map(|row| row.case.clone()).collect::<Vec<_>>());
         assert_eq!((steps, report.rows.len()), (9, 26), "{report:#?}");
         let row = |case: &str| report.rows.iter().find(|row| row.case == case).unwrap_or_else(|| panic!("{case}"));
         // Three digits are kept of a latency.

@@ -181,7 +181,7 @@ fn check_deadline<R: Registers>(
     queue: QueueIndex,
 ) -> Result<(), WorkloadError> {
     let timeout = driver.command_timeout();
-    if slots.iter().flatten().any(|command| command.submitted.elapsed() > timeout) {
+    if driver.is_gone() || slots.iter().flatten().any(|command| command.submitted.elapsed() > timeout) {
         return Err(driver.diagnose(queue.0).into());
     }
     Ok(())

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use clap::{Args, Subcommand};
 
-use crate::cli::{parse_duration, parse_wait};
+use crate::values::{parse_duration, parse_wait};
 
 /// `farbus bank`
 #[derive(Debug, Args)]

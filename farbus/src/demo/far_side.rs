@@ -15,7 +15,7 @@ use farbus_transport::link::hello::Role;
 use super::lender::LenderProcess;
 use super::scratch::Scratch;
 use crate::cli::DemoArgs;
-use crate::failure::refusal;
+use crate::failure::misuse;
 use crate::link_address::LinkAddress;
 use crate::security::{PeerArgs, SecurityArgs};
 
@@ -38,7 +38,7 @@ pub struct FarSide {
 pub fn check(args: &DemoArgs) -> anyhow::Result<()> {
     if args.from.is_none() && (args.security.is_given() || args.peer.peer.is_some()) {
         let hint = "leave these options out, or name a lender that is running with --from";
-        return Err(refusal("the demo makes the certificates for its own lender itself", hint));
+        return Err(misuse("the demo makes the certificates for its own lender itself", hint));
     }
     Ok(())
 }
@@ -79,6 +79,14 @@ impl FarSide {
         match self.address {
             LinkAddress::Shm(_) => "shared memory",
             LinkAddress::Rdma(_) => "RDMA",
+        }
+    }
+
+    /// Explains a failure by the process that was started, if that died.
+    pub fn blame<T>(&mut self, result: anyhow::Result<T>) -> anyhow::Result<T> {
+        match &mut self.lender {
+            Some(lender) => lender.blame(result),
+            None => result,
         }
     }
 

@@ -3,6 +3,7 @@
 //! `--image /dev/sda` is refused as "a block device", `--svg disk.img` because that is the image, and nothing that is there already is touched.
 
 use std::fs::{File, Metadata};
+use std::io::Read;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
@@ -67,14 +68,38 @@ impl Given {
     }
 }
 
+/// Whether a file is the image, by whatever name.
+fn is_image(image: Option<&Given>, there: &Metadata) -> bool {
+    image.is_some_and(|image| (image.found.dev(), image.found.ino()) == (there.dev(), there.ino()))
+}
+
+/// Whether a file begins as a picture in SVG does, or is empty.
+fn is_picture(path: &Path) -> std::io::Result<bool> {
+    let mut head = Vec::new();
+    File::open(path)?.take(1024).read_to_end(&mut head)?;
+    let text = String::from_utf8_lossy(&head);
+    let text = text.trim_start_matches('\u{feff}').trim_start();
+    Ok(head.is_empty() || text.starts_with("<svg") || text.starts_with("<?xml") && text.contains("<svg"))
+}
+
 /// Refuses a place where no picture can be left, or where it would take the image's.
 pub fn check_picture(svg: &Path, image: Option<&Given>) -> anyhow::Result<()> {
     let hint = "name another place with --svg";
     let what = || format!("cannot leave the picture at {}", svg.display());
+    if let Ok(there) = std::fs::metadata(svg) {
+        let kind = there.file_type();
+        // Opening a pipe waits for its reader, and what a block device or another file holds is worth more than a picture.
+        if kind.is_fifo() || kind.is_socket() || kind.is_block_device() {
+            return Err(refusal(format!("{}: it is no file", what()), hint));
+        }
+        if kind.is_file() && !is_image(image, &there) && !is_picture(svg).advise(what(), hint)? {
+            return Err(refusal(format!("{}: the file that is there is no picture in SVG", what()), hint));
+        }
+    }
     match File::options().append(true).open(svg) {
         Ok(there) => {
             let there = there.metadata().advise(what(), hint)?;
-            if image.is_some_and(|image| (image.found.dev(), image.found.ino()) == (there.dev(), there.ino())) {
+            if is_image(image, &there) {
                 return Err(refusal(format!("{}: that is the image", what()), hint));
             }
         }

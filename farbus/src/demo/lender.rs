@@ -6,14 +6,19 @@ use std::ffi::OsString;
 use std::io::{BufRead, BufReader};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, anyhow, bail};
 use serde_json::Value;
 
+use crate::failure::Advise;
 use crate::link_address::LinkAddress;
 
 /// Longer than any pause inside a round, so that the device's thread does not sleep while it is measured; as the native device's.
 const SPIN: &str = "2ms";
+
+/// How long a process whose sockets are closed may take to be dead.
+const LINGER: Duration = Duration::from_millis(500);
 
 /// A running `farbus lend`.
 pub struct LenderProcess {
@@ -55,6 +60,23 @@ impl LenderProcess {
     /// Where it listens.
     pub fn address(&self) -> &LinkAddress {
         &self.address
+    }
+
+    /// Explains a failure of the demo by the end of the lender, if that ended first.
+    pub fn blame<T>(&mut self, result: anyhow::Result<T>) -> anyhow::Result<T> {
+        let Err(error) = result else { return result };
+        // Its sockets are closed a moment before it can be waited for.
+        let deadline = Instant::now() + LINGER;
+        loop {
+            match self.child.try_wait() {
+                Ok(Some(status)) if !status.success() => {
+                    let hint = "look for what ended it: what it said itself, or the kernel's log (dmesg) where memory ran out";
+                    return Err(error).advise(format!("the lender process died ({status})"), hint);
+                }
+                Ok(None) if Instant::now() < deadline => std::thread::sleep(Duration::from_millis(10)),
+                _ => return Err(error),
+            }
+        }
     }
 
     /// Waits for its end: with `--once` it follows when the borrower has left.

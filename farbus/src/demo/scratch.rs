@@ -76,7 +76,11 @@ fn remove_when_ended(folder: PathBuf) -> anyhow::Result<()> {
         let _gone = std::fs::remove_dir_all(&folder);
         eprintln!("farbus: ended by {signal}");
         // As a shell says it of a program that the signal killed.
-        std::process::exit(if signal == "SIGINT" { 128 + 2 } else { 128 + 15 });
+        std::process::exit(match signal {
+            "SIGHUP" => 128 + 1,
+            "SIGINT" => 128 + 2,
+            _ => 128 + 15,
+        });
     })?;
     Ok(())
 }

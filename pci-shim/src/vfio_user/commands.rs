@@ -144,7 +144,7 @@ impl<D: Served> Session<'_, D> {
         self.agreed = true;
         tracing::info!(minor = agreement.minor, "a client is served");
         // Here and not where migration begins: QEMU (11.1.3) never asks for DEVICE_FEATURE, so that we do not hear of it.
-        self.no_migration.call_once(|| {
+        self.told.no_migration.call_once(|| {
             tracing::warn!(
                 "do not migrate the virtual machine: stock QEMU (11.1.3) moves it without the state of this device, and without a word"
             );

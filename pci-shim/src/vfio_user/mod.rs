@@ -30,5 +30,5 @@ pub mod wire;
 pub use irqs::ClientInterrupts;
 pub use options::{ClientEnd, OnGone, Options, ServeError};
 pub use served::Served;
-pub use server::{BindError, Ended, Server, StopHandle, serve_all};
+pub use server::{BindError, Ended, Server, SocketAccess, StopHandle, serve_all};
 pub use share::OnUnshared;

@@ -3,10 +3,11 @@
 //! `Server::bind("/run/nvme.sock")` takes over a socket file that a killed server left behind, but neither one that answers nor a file
 //! that is no socket; `serve` then runs on the caller's thread until `stop_handle().stop()` is called from another.
 
+use std::fmt;
 use std::fs;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -17,6 +18,7 @@ use farbus_remote_dma::Activity;
 use farbus_transport::{CloseReason, Nanos};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd};
 use rustix::io::Errno;
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 use thiserror::Error;
 
 use super::door::Door;
@@ -87,6 +89,34 @@ pub enum Ended {
     DeviceGone(CloseReason),
 }
 
+/// Clients that wait until they are accepted, at most.
+const BACKLOG: i32 = 128;
+
+/// Who may connect to a socket.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SocketAccess {
+    /// The socket file's mode, whatever the umask is: connecting takes the right to write (unix(7)).
+    pub mode: u32,
+    /// Its group; without it, the one that a new file has there.
+    pub group: Option<u32>,
+}
+
+impl Default for SocketAccess {
+    /// This user and root.
+    fn default() -> Self {
+        Self { mode: 0o600, group: None }
+    }
+}
+
+impl SocketAccess {
+    fn give(self, path: &Path) -> io::Result<()> {
+        if self.group.is_some() {
+            std::os::unix::fs::lchown(path, None, self.group)?;
+        }
+        fs::set_permissions(path, fs::Permissions::from_mode(self.mode))
+    }
+}
+
 /// A socket that clients of one device connect to.
 #[derive(Debug)]
 pub struct Server {
@@ -95,29 +125,66 @@ pub struct Server {
     /// Device number and inode of the socket file, so that only our own is removed.
     identity: Option<(u64, u64)>,
     stop: StopHandle,
+    told: Told,
+}
+
+/// What somebody is told once, and how.
+pub(super) struct Told {
     /// Done when the first client was served, whose user is told what a migration would do.
-    no_migration: Once,
+    pub(super) no_migration: Once,
+    /// Hears that the device is gone under a client; without it the log does.
+    pub(super) gone: Option<OnLoss>,
+}
+
+type OnLoss = Box<dyn Fn(CloseReason) + Send + Sync>;
+
+impl fmt::Debug for Told {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (migration, gone) = (self.no_migration.is_completed(), self.gone.is_some());
+        f.debug_struct("Told").field("no_migration", &migration).field("gone", &gone).finish()
+    }
 }
 
 impl Server {
-    /// Listens on `path`. A socket file on which nobody listens is replaced.
+    /// Listens on `path`, for processes of this user. A socket file on which nobody listens is replaced.
     ///
     /// # Errors
     /// [`BindError`].
     pub fn bind(path: impl AsRef<Path>) -> Result<Self, BindError> {
+        Self::bind_for(path, SocketAccess::default())
+    }
+
+    /// As [`Server::bind`], for whom `access` says.
+    ///
+    /// # Errors
+    /// [`BindError`].
+    pub fn bind_for(path: impl AsRef<Path>, access: SocketAccess) -> Result<Self, BindError> {
         let path = path.as_ref().to_owned();
         let failed = |source| BindError::Host { path: path.clone(), source };
-        let listener = match UnixListener::bind(&path) {
-            Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
-                remove_stale(&path)?;
-                UnixListener::bind(&path).map_err(failed)?
-            }
-            other => other.map_err(failed)?,
+        let bind = || {
+            let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
+            rustix::net::bind(&socket, &SocketAddrUnix::new(&path)?)?;
+            Ok(socket)
         };
+        let socket = match bind() {
+            Err(Errno::ADDRINUSE) => {
+                remove_stale(&path)?;
+                bind()
+            }
+            other => other,
+        };
+        let socket = socket.map_err(|errno: Errno| failed(errno.into()))?;
+        // Nobody can connect before listen(2), so nobody does in the time in which the umask decides.
+        access.give(&path).and_then(|()| Ok(rustix::net::listen(&socket, BACKLOG)?)).map_err(|error| {
+            // Ours, and served by nobody.
+            drop(fs::remove_file(&path));
+            failed(error)
+        })?;
+        let listener = UnixListener::from(socket);
         listener.set_nonblocking(true).map_err(failed)?;
         let identity = fs::symlink_metadata(&path).ok().map(|data| (data.dev(), data.ino()));
         let stop = StopHandle::new().map_err(failed)?;
-        Ok(Self { listener, path, identity, stop, no_migration: Once::new() })
+        Ok(Self { listener, path, identity, stop, told: Told { no_migration: Once::new(), gone: None } })
     }
 
     /// Where it listens.
@@ -128,6 +195,12 @@ impl Server {
     /// Ends [`Server::serve`].
     pub fn stop_handle(&self) -> StopHandle {
         self.stop.clone()
+    }
+
+    /// Calls `hear` as soon as the device is gone under a client that goes on being served ([`super::OnGone::ServeAllOnes`]), on the thread that
+    /// serves. Without it the log says so.
+    pub fn on_loss(&mut self, hear: impl Fn(CloseReason) + Send + Sync + 'static) {
+        self.told.gone = Some(Box::new(hear));
     }
 
     /// Serves one client after the other with `device`. The device is reset between two. One that comes while another is served is refused with
@@ -163,7 +236,7 @@ impl Server {
                     None => self.wait(door, device, activity)?,
                 }
             };
-            let end = serve_client(device, options, client.as_fd(), &self.stop, &self.no_migration)?;
+            let end = serve_client(device, options, client.as_fd(), &self.stop, &self.told)?;
             drop(client);
             door.left();
             match end {

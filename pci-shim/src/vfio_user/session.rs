@@ -6,7 +6,6 @@
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::Once;
 use std::time::Duration;
 
 use farbus_remote_dma::{Activity, InterruptMode, ResetKind};
@@ -22,7 +21,7 @@ use super::mediation::{Finding, Mediator};
 use super::message::parse;
 use super::options::{ClientEnd, OnGone, Options, ServeError, host};
 use super::served::Served;
-use super::server::StopHandle;
+use super::server::{StopHandle, Told};
 use super::share::{OnUnshared, Trust};
 use super::socket::{Incoming, Input, Output, Received};
 use super::wire::{Command, Header, MAX_DATA_BYTES};
@@ -37,8 +36,8 @@ pub(super) struct Session<'a, D> {
     pub(super) device: &'a mut D,
     pub(super) options: &'a Options,
     socket: BorrowedFd<'a>,
-    /// Whether somebody was told what happens in a migration.
-    pub(super) no_migration: &'a Once,
+    /// What its user is told once.
+    pub(super) told: &'a Told,
     output: Output,
     pub(super) maps: Maps,
     pub(super) mediator: Mediator,
@@ -62,7 +61,7 @@ pub(super) fn serve_client<D: Served>(
     options: &Options,
     socket: BorrowedFd<'_>,
     stop: &StopHandle,
-    no_migration: &Once,
+    told: &Told,
 ) -> Result<ClientEnd, ServeError> {
     let mut session = Session {
         mode: InterruptMode::Pin,
@@ -70,7 +69,7 @@ pub(super) fn serve_client<D: Served>(
         device,
         options,
         socket,
-        no_migration,
+        told,
         output: Output::default(),
         maps: Maps::default(),
         reply: Vec::with_capacity(4096),
@@ -126,7 +125,10 @@ impl<D: Served> Session<'_, D> {
                     return Ok(ClientEnd::DeviceGone);
                 }
                 self.mourned = true;
-                tracing::warn!(%reason, "the device is gone: its client reads all ones until it leaves");
+                match &self.told.gone {
+                    Some(hear) => hear(reason),
+                    None => tracing::warn!(%reason, "the device is gone: its client reads all ones until it leaves"),
+                }
             }
             if activity == Activity::Busy {
                 awake_until = now + self.options.spin;

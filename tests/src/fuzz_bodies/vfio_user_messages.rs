@@ -6,7 +6,7 @@
 use std::io::{IoSlice, Read};
 use std::mem::MaybeUninit;
 use std::net::Shutdown;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::OnceLock;
@@ -20,6 +20,7 @@ use farbus_remote_dma::model::{Nvme, NvmeOptions};
 use farbus_remote_dma::native::Native;
 use farbus_transport::Memory;
 use rustix::event::{EventfdFlags, eventfd};
+use rustix::fs::{Mode, OFlags};
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
 
 use super::input::Input;
@@ -74,6 +75,8 @@ pub fn vfio_user_messages(bytes: &[u8]) {
 
 struct Harness {
     path: PathBuf,
+    /// What the path leads to.
+    _socket: OwnedFd,
     /// What can be passed as a descriptor, right or wrong.
     kinds: Vec<OwnedFd>,
 }
@@ -82,9 +85,13 @@ struct Harness {
 fn harness() -> &'static Harness {
     static HARNESS: OnceLock<Harness> = OnceLock::new();
     HARNESS.get_or_init(|| {
-        // The file stays behind where the fuzzer ends the process; a server that comes to the same name later replaces it.
-        let path = std::env::temp_dir().join(format!("farbus-fuzz-{}.sock", std::process::id()));
-        let mut server = Server::bind(&path).expect("a socket");
+        let folder = tempfile::tempdir().expect("a folder");
+        let name = folder.path().join("vmm");
+        let mut server = Server::bind(&name).expect("a socket");
+        // A process that a fuzzer ends tidies nothing up, so the socket loses its name at once and is reached by its inode (proc(5)).
+        let socket = rustix::fs::open(&name, OFlags::PATH | OFlags::CLOEXEC, Mode::empty()).expect("the socket is there");
+        let path = PathBuf::from(format!("/proc/self/fd/{}", socket.as_raw_fd()));
+        drop(folder);
         std::thread::spawn(move || {
             let image = Memory::memfd("fuzz-image", 64 << 10).expect("memory");
             let nvme = Nvme::in_memory(image, NvmeOptions::default()).expect("a controller");
@@ -103,7 +110,7 @@ fn harness() -> &'static Harness {
         kinds.push(std::fs::File::open("/dev/null").expect("it is everywhere").into());
         kinds.push(UnixStream::pair().expect("a pair").0.into());
         kinds.push(std::fs::File::open("/proc/self/exe").expect("this program").into());
-        Harness { path, kinds }
+        Harness { path, _socket: socket, kinds }
     })
 }
 

@@ -3,6 +3,7 @@
 //! 10,000 numbered messages go to a receiver that polls once where the sender polls fifty times: `Full` must come, and no number may be missing.
 
 use std::collections::VecDeque;
+use std::ops::Range;
 
 use super::Provider;
 use super::rig::{Outcome, Rig, Stop, ensure};
@@ -38,6 +39,17 @@ pub(super) fn spans_of_two_lengths_are_refused(provider: &dyn Provider, seed: u6
 }
 
 pub(super) fn an_unsignalled_operation_that_fails_is_told_once(provider: &dyn Provider, seed: u64) -> Outcome {
+    const KINDS: usize = 3;
+    // Where the first failure ends the link, each kind of operation has one of its own.
+    let rounds = if refused_operations(provider, seed, 0..1)? { 1..KINDS } else { 0..5 * KINDS };
+    if rounds.start == 0 {
+        return refused_operations(provider, seed, rounds).map(drop);
+    }
+    rounds.into_iter().try_for_each(|kind| refused_operations(provider, seed, kind..kind + 1).map(drop))
+}
+
+/// Operations of the kinds `kinds` (a write, a read, a write with a notification, and so on in turn) on memory that was taken back; whether that ends a link.
+fn refused_operations(provider: &dyn Provider, seed: u64, kinds: Range<usize>) -> Outcome<bool> {
     let mut rig = Rig::new(provider, seed)?;
     let (source, target) = (rig.filled(0, 4096)?, rig.filled(1, 4096)?);
     let remote = rig.grant(1, &target, Access::READ_WRITE)?;
@@ -55,15 +67,18 @@ pub(super) fn an_unsignalled_operation_that_fails_is_told_once(provider: &dyn Pr
     let fresh = rig.bytes(4096);
     source.memory.write(0, &fresh)?;
     let theirs = target.all()?;
-    for _ in 0..5 {
-        for op in [to, from, Op::WriteNotify { from: near, to: far, notify: 9 }] {
-            let error = rig.fail(0, op)?;
-            ensure!(error == OpError::Revoked, "an access to memory that was revoked failed with {error:?}");
-        }
+    let ops = [to, from, Op::WriteNotify { from: near, to: far, notify: 9 }];
+    for op in ops.iter().cycle().skip(kinds.start).take(kinds.len()) {
+        let error = rig.fail(0, *op)?;
+        ensure!(error == OpError::Revoked, "an access to memory that was revoked failed with {error:?}");
     }
     rig.settle();
     ensure!(source.all()? == fresh && target.all()? == theirs, "a refused operation moved bytes");
-    rig.still_works()
+    let ends_link = rig.end(0).limits().revocation_ends_link;
+    if !ends_link {
+        rig.still_works()?;
+    }
+    Ok(ends_link)
 }
 
 pub(super) fn the_longest_operation_passes_and_a_longer_one_is_refused(provider: &dyn Provider, seed: u64) -> Outcome {

@@ -1,0 +1,113 @@
+//! Values of options that are neither text nor whole numbers: times, the length of a measurement, the mode of a socket.
+//!
+//! `80us`, `1.5ms` and `2s` are times; `80` is none, and the error says that it needs a unit.
+
+use std::time::Duration;
+
+use farbus_bench::measure::LEAST_ROUNDS;
+use farbus_control::allow::EVERYBODY;
+use farbus_control::identity::{Name, NameError};
+
+/// The longest time that an option takes: nobody waits longer for a register, or polls longer for nothing.
+const LONGEST: Duration = Duration::from_secs(3600);
+/// Seconds of a measurement, at least and at most: below, a case is over before its clock was looked at.
+const MEASURED: std::ops::RangeInclusive<f64> = 0.01..=3600.0;
+
+/// `80us`, `2s`, `1.5ms`, `100ns`, at most an hour.
+pub fn parse_duration(text: &str) -> Result<Duration, String> {
+    const WANTED: &str = "use a number and its unit, ns, us, ms or s, as in 80us, 1.5ms or 2s";
+    let split = text.find(|c: char| c.is_ascii_alphabetic()).unwrap_or(text.len());
+    let (number, unit) = text.split_at(split);
+    let (number, seconds) = match (number.trim().parse::<f64>(), unit) {
+        (Ok(number), "ns") => (number, 1e-9),
+        (Ok(number), "us") => (number, 1e-6),
+        (Ok(number), "ms") => (number, 1e-3),
+        (Ok(number), "s") => (number, 1.0),
+        (Ok(_), "") => return Err(format!("{text:?} has no unit: {WANTED}")),
+        (Ok(_), unit) => return Err(format!("{unit:?} is no unit of time: {WANTED}")),
+        (Err(_), _) => return Err(format!("{text:?} is no time: {WANTED}")),
+    };
+    match Duration::try_from_secs_f64(number * seconds) {
+        Ok(time) if time <= LONGEST => Ok(time),
+        _ if number > 0.0 => Err(format!("{text} is longer than an hour, the longest time that is taken here")),
+        _ => Err(format!("{text} is no length of time")),
+    }
+}
+
+/// A time that is not zero: who waits for nothing gets nothing.
+pub fn parse_wait(text: &str) -> Result<Duration, String> {
+    let wait = parse_duration(text)?;
+    if wait.is_zero() { Err("it must be longer than zero".to_owned()) } else { Ok(wait) }
+}
+
+/// Seconds to measure for.
+pub fn parse_seconds(text: &str) -> Result<f64, String> {
+    let seconds = text.parse::<f64>().ok().filter(|seconds| MEASURED.contains(seconds));
+    seconds.ok_or_else(|| format!("it takes {} to {} seconds", MEASURED.start(), MEASURED.end()))
+}
+
+/// Pairs of measurements.
+pub fn parse_pairs(text: &str) -> Result<usize, String> {
+    let pairs = text.parse().ok().filter(|pairs| (LEAST_ROUNDS..=1000).contains(pairs));
+    pairs.ok_or_else(|| format!("it takes {LEAST_ROUNDS} to 1000: fewer have no median that means anything"))
+}
+
+/// The name of a borrower, or everybody.
+pub fn parse_allowed(text: &str) -> Result<String, NameError> {
+    if text != EVERYBODY {
+        text.parse::<Name>()?;
+    }
+    Ok(text.to_owned())
+}
+
+/// The mode of a socket: `660`, `0600`.
+pub fn parse_mode(text: &str) -> Result<u32, String> {
+    let mode = u32::from_str_radix(text, 8).ok().filter(|mode| *mode <= 0o777);
+    let mode = mode.ok_or_else(|| format!("{text:?} is no mode: use three octal digits, as in 600 or 660"))?;
+    // connect(2) asks for the right to write (unix(7)).
+    if mode & 0o200 == 0 { Err("the mode must let the owner write, as 600 does".to_owned()) } else { Ok(mode) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn times_have_units() {
+        assert_eq!(parse_duration("80us"), Ok(Duration::from_micros(80)));
+        assert_eq!(parse_duration("1.5ms"), Ok(Duration::from_micros(1500)));
+        assert_eq!(parse_duration("50 us"), Ok(Duration::from_micros(50)));
+        for (wrong, said) in [
+            ("80", "\"80\" has no unit"),
+            ("us", "\"us\" is no time"),
+            ("abc", "\"abc\" is no time"),
+            ("", "\"\" is no time"),
+            ("-1s", "no length"),
+            ("1m", "\"m\" is no unit"),
+            ("3601s", "longer than an hour"),
+            ("10000000000000000000000000s", "longer than an hour"),
+        ] {
+            let error = parse_duration(wrong).unwrap_err();
+            assert!(error.contains(said), "{wrong}: {error}");
+            assert!(!error.contains("unit") || error.contains("ns, us, ms or s"), "{error}");
+        }
+        assert!(parse_wait("0us").is_err() && parse_wait("1us").is_ok());
+    }
+
+    #[test]
+    fn a_measurement_has_a_length_that_means_something() {
+        assert_eq!((parse_seconds("0.01"), parse_seconds("3600")), (Ok(0.01), Ok(3600.0)));
+        for wrong in ["0", "-1", "nan", "inf", "1e300", "3601", "0.001", "soon", ""] {
+            assert_eq!(parse_seconds(wrong), Err("it takes 0.01 to 3600 seconds".to_owned()), "{wrong}");
+        }
+        assert!(parse_pairs("4").is_err() && parse_pairs("5") == Ok(5) && parse_pairs("1001").is_err());
+    }
+
+    #[test]
+    fn a_mode_is_octal_and_lets_its_owner_connect() {
+        assert_eq!((parse_mode("600"), parse_mode("0660")), (Ok(0o600), Ok(0o660)));
+        for wrong in ["", "8", "rw", "1777", "-1", "440", "000"] {
+            assert!(parse_mode(wrong).is_err(), "{wrong}");
+        }
+    }
+}
