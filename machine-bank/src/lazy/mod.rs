@@ -39,6 +39,7 @@ mod regions;
 mod report;
 mod served;
 mod server;
+mod state;
 mod uffd;
 mod working_set;
 

@@ -4,7 +4,6 @@
 //! machine's pager fetches. Whoever places and whoever reads the machine's events takes one lock for it: a page that a balloon gave back in the
 //! meantime is zero, and never what it was.
 
-use std::collections::VecDeque;
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -12,11 +11,11 @@ use std::time::{Duration, Instant};
 
 use rustix::io::Errno;
 
-use super::bits::Bits;
 use super::cache::{CachedImage, Held};
 use super::image::{Fetched, pages_of};
 use super::regions::Regions;
 use super::report::{Failure, LazyReport, OnFailure};
+use super::state::{State, bytes_of, runs};
 use super::uffd::{Event, PlaceError, Placed, Uffd};
 use crate::pack::{GROUP, GROUP_PAGES};
 use crate::page::PAGE;
@@ -46,28 +45,6 @@ pub(super) struct Served {
     changed: Condvar,
 }
 
-struct State {
-    demand: VecDeque<u64>,
-    /// Pages that were given back or cannot be had, whose faults could not be answered while the range was changing.
-    again: Vec<u64>,
-    ahead: VecDeque<u64>,
-    /// The next group of the rest, where all of the machine is wanted.
-    rest: Option<u64>,
-    /// Whether the pager knows what to fetch ahead.
-    planned: bool,
-    /// Whether it is fetching.
-    busy: bool,
-    queued: Bits,
-    placed: Bits,
-    left: u64,
-    touched: Bits,
-    order: Vec<u64>,
-    removed: Bits,
-    bad: Bits,
-    over: bool,
-    report: LazyReport,
-}
-
 /// What a pager does next.
 pub(super) enum Next {
     /// [`Served::answer_again`], at this address.
@@ -92,23 +69,7 @@ impl Served {
     ) -> Self {
         let groups = pages.div_ceil(GROUP_PAGES as u64);
         let left = (0..groups).filter(|group| regions.pieces(bytes_of(*group, pages)).next().is_some()).count() as u64;
-        let state = State {
-            demand: VecDeque::new(),
-            again: Vec::new(),
-            ahead: VecDeque::new(),
-            rest: None,
-            planned: false,
-            busy: false,
-            queued: Bits::new(groups),
-            placed: Bits::new(groups),
-            left,
-            touched: Bits::new(groups),
-            order: Vec::new(),
-            removed: Bits::new(pages),
-            bad: Bits::new(pages),
-            over: false,
-            report: LazyReport::default(),
-        };
+        let state = State::new(groups, pages, left);
         Self {
             uffd,
             regions,
@@ -436,35 +397,4 @@ impl Served {
         tracing::error!(offset = range.start, len = range.end - range.start, reason, "a part of a machine cannot be had");
         (self.on_failure)(&Failure { offset: range.start, len: range.end - range.start, reason: reason.to_owned() });
     }
-}
-
-/// The bytes of a group of a section of `pages`.
-fn bytes_of(group: u64, pages: u64) -> std::ops::Range<u64> {
-    let pages = pages_of(group, pages);
-    pages.start * PAGE as u64..pages.end * PAGE as u64
-}
-
-/// Stretches of a range that are to be placed, as address, offset and length: all but pages that were given back or cannot be had.
-fn runs(regions: &Regions, range: std::ops::Range<u64>, state: &State) -> Vec<(u64, u64, u64)> {
-    let mut runs: Vec<(u64, u64, u64)> = Vec::new();
-    for piece in regions.pieces(range) {
-        let first = piece.offset / PAGE as u64;
-        let pages = first..first + piece.len / PAGE as u64;
-        if !state.removed.any(pages.clone()) && !state.bad.any(pages.clone()) {
-            runs.push((piece.address, piece.offset, piece.len));
-            continue;
-        }
-        let mut open = false;
-        for page in pages {
-            let at = (page - first) * PAGE as u64;
-            let wanted = !state.removed.get(page) && !state.bad.get(page);
-            match runs.last_mut().filter(|_| open && wanted) {
-                Some(run) => run.2 += PAGE as u64,
-                None if wanted => runs.push((piece.address + at, piece.offset + at, PAGE as u64)),
-                None => {}
-            }
-            open = wanted;
-        }
-    }
-    runs
 }
