@@ -160,6 +160,12 @@ impl FaultSocket {
                 let stream = match self.listener.accept() {
                     Ok((stream, _)) => stream,
                     Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::ConnectionAborted) => continue,
+                    // Clients that go give descriptors and memory back.
+                    Err(error) if scarce(&error) => {
+                        tracing::warn!(%error, "a client has to wait");
+                        std::thread::sleep(LOOK);
+                        continue;
+                    }
                     Err(error) => return Err(error),
                 };
                 number += 1;
@@ -210,6 +216,11 @@ fn begin(
 fn process(stream: &UnixStream) -> Result<OwnedFd, Refused> {
     let peer = rustix::net::sockopt::socket_peercred(stream).map_err(|errno| Refused::Process(errno.into()))?;
     rustix::process::pidfd_open(peer.pid, PidfdFlags::empty()).map_err(|errno| Refused::Process(errno.into()))
+}
+
+fn scarce(error: &io::Error) -> bool {
+    use rustix::io::Errno;
+    matches!(Errno::from_io_error(error), Some(Errno::MFILE | Errno::NFILE | Errno::NOBUFS | Errno::NOMEM))
 }
 
 /// Takes what a client says first.
