@@ -62,18 +62,21 @@
 //! # Who owns what
 //!
 //! [`Bank`] owns a [`Store`](store::Store) and says how pages are named. A [`Deposit`] owns the index while it adds to it; a
-//! [`Withdrawal`] owns a manifest and a [`Reader`], which is all that lazy withdrawal needs: pages by name, verified.
+//! [`Withdrawal`] owns a manifest and a [`Reader`], which hands out pages by name, verified.
+//! A [`lazy::FaultServer`] owns a cache and the threads that place them as they are used; a [`track::WriteTracker`] says what was written since.
 
 pub mod bank;
 pub mod codec;
 pub mod deposit;
 pub mod index;
 pub mod keep;
+pub mod lazy;
 pub mod manifest;
 pub mod pack;
 pub mod page;
 pub mod reader;
 pub mod store;
+pub mod track;
 pub mod withdraw;
 
 pub use bank::{Bank, BankError};

@@ -45,6 +45,10 @@ const DATA_PATH: &[&str] = &[
 const UNSAFE: &[(&str, usize)] = &[
     ("bench/src/measure/allocations.rs", 9),
     ("bench/src/measure/syscalls.rs", 6),
+    ("machine-bank/src/lazy/area.rs", 6),
+    ("machine-bank/src/lazy/device.rs", 4),
+    ("machine-bank/src/lazy/uffd.rs", 4),
+    ("machine-bank/src/track/writes.rs", 4),
     ("remote-dma/src/model/nvme/media/worker.rs", 2),
     ("remote-dma/tests/nvme_data_path.rs", 5),
     ("tests/oracle/tests/peer/mod.rs", 2),
@@ -60,7 +64,7 @@ const UNSAFE: &[(&str, usize)] = &[
     ("transport/src/verbs/windows.rs", 3),
     ("transport/tests/loom_support/mod.rs", 2),
 ];
-const UNSAFE_IN_ALL: usize = 112;
+const UNSAFE_IN_ALL: usize = 130;
 
 /// Lines from which a file should have been split.
 const LONG: usize = 450;

@@ -12,6 +12,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, anyhow};
 
 use super::bank_large::{Large, large};
+use super::bank_lazy;
 use super::bank_peers::{Round, Tool, deposit, farbus, text};
 use super::bank_series::Series;
 use super::{Heard, Step};
@@ -47,7 +48,7 @@ type Rounds = BTreeMap<Tool, Result<Vec<Round>, String>>;
 
 /// Measures all rows.
 pub fn run(series: &Series, places: &Places, effort: &Effort, mut hear: impl FnMut(Heard<'_>)) -> SuiteReport {
-    let total = effort.rounds + 2;
+    let total = effort.rounds + 3;
     let mut rounds: Rounds = BTreeMap::new();
     for round in 0..effort.rounds {
         hear(Heard::Begins(Step { what: "images in and out", done: round, total }));
@@ -70,10 +71,14 @@ pub fn run(series: &Series, places: &Places, effort: &Effort, mut hear: impl FnM
     hear(Heard::Begins(Step { what: "what is in the bank already", done: effort.rounds, total }));
     let shared = shared(series, places, &rounds);
     hear(Heard::Measured(&shared));
-    hear(Heard::Begins(Step { what: "a large machine", done: effort.rounds + 1, total }));
+    hear(Heard::Begins(Step { what: "faults", done: effort.rounds + 1, total }));
+    let faults = bank_lazy::rows(effort.rounds);
+    hear(Heard::Measured(&faults));
+    hear(Heard::Begins(Step { what: "a large machine", done: effort.rounds + 2, total }));
     let large = of_large(large(&places.scratch.join("large"), effort.large));
     hear(Heard::Measured(&large));
     rows.extend(shared);
+    rows.extend(faults);
     rows.extend(large);
     SuiteReport { suite: "bank".to_owned(), rows }
 }

@@ -5,6 +5,7 @@
 
 pub mod bank;
 mod bank_large;
+mod bank_lazy;
 mod bank_peers;
 mod bank_series;
 mod engine;

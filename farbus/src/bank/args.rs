@@ -34,6 +34,8 @@ pub enum BankCommand {
     Deposit(DepositArgs),
     /// Write a machine to files again, every page verified
     Withdraw(WithdrawArgs),
+    /// Serve a machine's memory to VMMs as they use it (Firecracker's page-fault handler)
+    ServeFaults(ServeFaultsArgs),
     /// Which machines are there
     List(ListArgs),
     /// What a machine consists of, and what became of its pages
@@ -64,6 +66,7 @@ impl BankArgs {
             BankCommand::Init(args) => &args.place,
             BankCommand::Deposit(args) => &args.place,
             BankCommand::Withdraw(args) => &args.place,
+            BankCommand::ServeFaults(args) => &args.place,
             BankCommand::List(args) => &args.place,
             BankCommand::Show(args) => &args.place,
             BankCommand::Diff(args) => &args.place,
@@ -183,6 +186,41 @@ pub struct WithdrawArgs {
     /// Put it in the place of files that are there
     #[arg(long)]
     pub replace: bool,
+}
+
+/// `farbus bank serve-faults`
+#[derive(Debug, Args)]
+#[command(
+    after_help = "A VMM that loads a snapshot connects, passes its userfaultfd and says where its memory lies; from then on each page comes when it is
+used, verified, 64 KiB at a time. In Firecracker's API: PUT /snapshot/load with \"mem_backend\": {\"backend_type\": \"Uffd\", \"backend_path\": PATH}.
+
+All VMMs get the same machine, and what one of them fetched the cache has for the others. A client that says something wrong is refused, and the
+next one is served. SIGINT and SIGTERM end it; a VMM whose memory is not all there then waits for ever, so end the VMMs first.
+
+A page that cannot be had is tried again for a quarter of a second; then its use is a SIGBUS in the VMM, and never another byte."
+)]
+pub struct ServeFaultsArgs {
+    /// The bank.
+    #[command(flatten)]
+    pub place: Place,
+    /// Where to listen: a unix socket, which is made
+    #[arg(long, value_name = "PATH")]
+    pub socket: PathBuf,
+    /// The machine
+    #[arg(long, value_name = "MACHINE")]
+    pub machine: String,
+    /// Which section is the memory
+    #[arg(long, value_name = "SECTION", default_value = "memory")]
+    pub section: String,
+    /// Fetch everything, in the background, and not only what is used
+    #[arg(long)]
+    pub rest: bool,
+    /// Keep with the machine, as a deposit of its own, what the first VMM used, in that order: the next withdrawal fetches it ahead
+    #[arg(long)]
+    pub keep_working_set: bool,
+    /// MiB of verified pages that are kept for VMMs to come
+    #[arg(long, value_name = "MIB", default_value_t = 1024)]
+    pub cache: u64,
 }
 
 /// `farbus bank list`

@@ -9,6 +9,7 @@ mod help;
 mod keep;
 mod look;
 mod progress;
+mod serve_faults;
 mod withdraw;
 
 use std::fs;
@@ -31,6 +32,7 @@ pub fn run(args: &BankArgs) -> anyhow::Result<ExitCode> {
         BankCommand::Init(args) => init(&args.place)?,
         BankCommand::Deposit(args) => deposit::run(args)?,
         BankCommand::Withdraw(args) => withdraw::run(args)?,
+        BankCommand::ServeFaults(args) => serve_faults::run(args)?,
         BankCommand::List(args) => look::list(args)?,
         BankCommand::Show(args) => look::show(args)?,
         BankCommand::Diff(args) => look::diff(args)?,

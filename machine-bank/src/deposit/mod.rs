@@ -104,6 +104,9 @@ pub enum DepositError {
     /// It has none.
     #[error("a machine without sections")]
     Empty,
+    /// Somebody deposited the machine meanwhile, and this was to follow its parent at once.
+    #[error("{0} is not the last deposit of its machine any more")]
+    Overtaken(String),
     /// What is deposited cannot be read.
     #[error("cannot read what is deposited: {0}")]
     Source(io::Error),
@@ -262,7 +265,19 @@ impl Deposit<'_> {
     ///
     /// # Errors
     /// The store's fault; the machine is not there.
-    pub fn commit(mut self) -> Result<DepositReport, DepositError> {
+    pub fn commit(self) -> Result<DepositReport, DepositError> {
+        self.finish(false)
+    }
+
+    /// The same, only if the parent is still the machine's last deposit: for what must not put an older state in the place of a newer one.
+    ///
+    /// # Errors
+    /// It is not, or the store's fault; the machine is not there.
+    pub fn commit_onto_parent(self) -> Result<DepositReport, DepositError> {
+        self.finish(true)
+    }
+
+    fn finish(mut self, only_onto_parent: bool) -> Result<DepositReport, DepositError> {
         if self.writer.is_empty() {
             return Err(DepositError::Empty);
         }
@@ -290,6 +305,9 @@ impl Deposit<'_> {
         let root = self.parent.as_ref().map(|(entry, _)| entry.root);
         // Two deposits of one machine that end together have two numbers.
         let commit = bank.store().hold(Hold::Commit, bank.wait())?;
+        if only_onto_parent && bank.listing()?.last(machine).map(|entry| entry.root) != root {
+            return Err(DepositError::Overtaken(self.parent.map(|(entry, _)| entry.to_string()).unwrap_or_default()));
+        }
         let number = |_| Ok(bank.listing()?.last(machine).map_or(1, |entry| entry.number + 1));
         let entry = self.writer.finish(bank.identity(), machine, created, root, number)?;
         drop(commit);

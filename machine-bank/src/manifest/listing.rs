@@ -74,7 +74,7 @@ impl Listing {
             return Some(entry);
         }
         if let Some((machine, number)) = wish.split_once('@') {
-            let number = number.parse().ok()?;
+            let number: u64 = number.parse().ok()?;
             return self.only(|entry| entry.machine == machine && entry.number == number);
         }
         if wish.len() < 6 {

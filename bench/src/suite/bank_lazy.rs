@@ -1,0 +1,170 @@
+//! What a fault costs that the local cache answers, beside a handler that does nothing but copy 64 KiB, in the same run on the same bytes.
+//!
+//! One page of each of 256 groups is read from memory where nothing is: 45 us each by the bare handler, 48 us by ours, 15 us where the pages are mapped
+//! from the shared cache. Every hash was made when the cache was filled. And how many faults of a second withdrawal a recorded working set removes.
+
+use std::os::fd::AsFd;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use farbus_machine_bank::lazy::{Area, Backing, Cache, Event, FaultServer, Features, LazyMachine, LazyOptions, Uffd, Watch};
+use farbus_machine_bank::store::MemoryStore;
+use farbus_machine_bank::{Bank, Changes, DepositOptions, PAGE, SectionKind};
+use farbus_transport::Memory;
+use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
+
+use crate::measure::{Latencies, Series as Figures};
+use crate::report::{Row, Target};
+
+const GROUP: u64 = 64 << 10;
+const GROUPS: u64 = 256;
+const LEN: u64 = GROUPS * GROUP;
+const BARE: &str = "a bare UFFDIO_COPY handler";
+/// The longest wait for anything that is fetched ahead.
+const SOON: Duration = Duration::from_secs(60);
+
+/// The rows, from so many rounds.
+pub fn rows(rounds: usize) -> Vec<Row> {
+    let (copy, map) = ("fault service, 64 KiB in the local cache", "fault service, 64 KiB mapped from the shared cache");
+    let (copy_target, map_target) = (Target::AtMost(1.5), Target::AtMost(0.5));
+    let mut rows = match services(rounds) {
+        Ok(Services { bare, copy: copied, map: mapped }) => {
+            let row = |case, figures: Vec<f64>, target| {
+                let ratios = Figures::new(figures.iter().zip(&bare).map(|(ours, theirs)| ours / theirs).collect());
+                Row::judged(case, "us", (&Figures::new(figures), BARE, &Figures::new(bare.clone())), &ratios, target)
+            };
+            vec![row(copy, copied, copy_target), row(map, mapped, map_target)]
+        }
+        Err(error) => {
+            let why = format!("{error:#}");
+            vec![Row::missing(copy, "us", BARE, copy_target, why.clone()), Row::missing(map, "us", BARE, map_target, why)]
+        }
+    };
+    let (left, target) = ("second lazy withdrawal, faults that a working set leaves", Target::ValueAtMost(5.0));
+    rows.push(match faults_left() {
+        Ok(part) => Row::exact(left, "%", part, "without it", target),
+        Err(error) => Row::missing(left, "%", "without it", target, format!("{error:#}")),
+    });
+    rows
+}
+
+/// Medians of each round, in microseconds.
+struct Services {
+    bare: Vec<f64>,
+    copy: Vec<f64>,
+    map: Vec<f64>,
+}
+
+fn services(rounds: usize) -> Result<Services> {
+    let (bank, bytes) = machine()?;
+    let server = FaultServer::start(Cache::new(2 * LEN))?;
+    let entry = bank.find("vm")?;
+    let begin = |backing, rest| server.withdraw(&bank, &entry, backing, LazyOptions { rest, ..LazyOptions::default() });
+    // Fills the cache, and with that makes every hash.
+    let warm = begin(Backing::Anonymous, true)?;
+    anyhow::ensure!(warm.wait_whole(SOON), "the cache was not filled");
+    let mut services = Services { bare: vec![], copy: vec![], map: vec![] };
+    for _ in 0..rounds {
+        services.bare.push(bare(&bytes)?);
+        services.copy.push(ours(&begin(Backing::Anonymous, false)?, &bytes)?);
+        services.map.push(ours(&begin(Backing::View, false)?, &bytes)?);
+    }
+    Ok(services)
+}
+
+/// 16 MiB of which no page is another, in a bank.
+fn machine() -> Result<(Arc<Bank>, Vec<u8>)> {
+    let words = (0..LEN / 8).flat_map(|word| (word / 4).wrapping_mul(0x9e37_79b9_7f4a_7c15).to_le_bytes());
+    let bytes: Vec<u8> = words.collect();
+    let bank = Bank::init(Box::new(MemoryStore::new()), None)?;
+    let mut deposit = bank.deposit("vm", &DepositOptions::default())?;
+    deposit.section(SectionKind::Memory, "memory", &&bytes[..], Changes::HashAll, &|_| {})?;
+    deposit.commit()?;
+    Ok((Arc::new(bank), bytes))
+}
+
+fn ours(machine: &LazyMachine, bytes: &[u8]) -> Result<f64> {
+    let median = touch(machine.memory().context("the memory is elsewhere")?, bytes)?;
+    let report = machine.report();
+    anyhow::ensure!(report.hits == GROUPS && report.faults == GROUPS, "not all faults were answered from the cache: {report:?}");
+    Ok(median)
+}
+
+/// Reads one page of each group, and holds it against what it should be; the median in microseconds.
+fn touch(memory: &Memory, bytes: &[u8]) -> Result<f64> {
+    let (mut latencies, mut page) = (Latencies::new(), [0; PAGE]);
+    for n in 0..GROUPS {
+        // In no order, as guests do.
+        let at = n * 101 % GROUPS * GROUP + n % 16 * PAGE as u64;
+        let start = Instant::now();
+        memory.read(at, &mut page)?;
+        latencies.record_ns(start.elapsed().as_nanos() as u64);
+        anyhow::ensure!(bytes[at as usize..][..PAGE] == page, "the bytes at {at} are wrong");
+    }
+    Ok(latencies.p50_ns() as f64 / 1000.0)
+}
+
+/// What a handler takes that knows where the bytes are and asks nothing.
+fn bare(bytes: &[u8]) -> Result<f64> {
+    let uffd = Uffd::new(Features(0))?;
+    let area = Area::anonymous(LEN)?;
+    area.watch(&uffd, Watch::MISSING)?;
+    let end = eventfd(0, EventfdFlags::CLOEXEC)?;
+    std::thread::scope(|scope| {
+        let handler = scope.spawn(|| -> Result<()> {
+            loop {
+                let (faults, over) = (uffd.as_fd(), end.as_fd());
+                let mut fds = [PollFd::new(&faults, PollFlags::IN), PollFd::new(&over, PollFlags::IN)];
+                poll(&mut fds, None)?;
+                if !fds[1].revents().is_empty() {
+                    return Ok(());
+                }
+                while let Some(event) = uffd.event()? {
+                    let Event::Fault { address } = event else { bail!("an unexpected event: {event:?}") };
+                    let offset = (address - area.address()) / GROUP * GROUP;
+                    uffd.copy(area.address() + offset, &bytes[offset as usize..][..GROUP as usize])?;
+                }
+            }
+        });
+        let median = touch(area.memory(), bytes);
+        rustix::io::write(&end, &1_u64.to_ne_bytes())?;
+        handler.join().map_err(|_| anyhow::anyhow!("the bare handler panicked"))??;
+        median
+    })
+}
+
+/// Of the faults of a first withdrawal, how many percent are left in a second one that has its working set.
+fn faults_left() -> Result<f64> {
+    let (bank, bytes) = machine()?;
+    let run = |prefetch| -> Result<LazyMachine> {
+        let server = FaultServer::start(Cache::new(2 * LEN))?;
+        let options = LazyOptions { prefetch, ..LazyOptions::default() };
+        let machine = server.withdraw(&bank, &bank.find("vm")?, Backing::Anonymous, options)?;
+        anyhow::ensure!(machine.wait_ahead(SOON), "the working set did not come");
+        touch(machine.memory().context("the memory is elsewhere")?, &bytes)?;
+        Ok(machine)
+    };
+    let first = run(false)?;
+    first.working_set().keep(&bank, &bank.find("vm")?, "memory")?;
+    Ok(100.0 * run(true)?.report().faults as f64 / first.report().faults as f64)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn both_handlers_answer_with_the_right_bytes_and_a_working_set_leaves_few_faults() {
+        if let Err(error) = Uffd::supported() {
+            eprintln!("fault service: not run: {error}");
+            return;
+        }
+        let services = services(5).unwrap();
+        assert!([&services.bare, &services.copy, &services.map].iter().all(|figures| figures.len() == 5));
+        assert!(faults_left().unwrap() <= 5.0);
+        let rows = rows(5);
+        rows.iter().for_each(|row| eprintln!("{}: {:?}, {:?}", row.case, row.value, row.ratio));
+        assert!(rows.iter().all(|row| row.note.is_none() || row.value.is_some()), "{rows:?}");
+    }
+}
