@@ -67,6 +67,7 @@ fn run_over(args: &DemoArgs, given: Option<&Given>) -> anyhow::Result<()> {
         compare(args, native, remote, cores)
     });
     let (bytes_verified, (cases, distributions)) = far.blame(compared)?;
+    given.map(Given::check_unchanged).transpose()?;
     let (fabric, link) = (far.fabric(), far.link());
     far.end()?;
 

@@ -74,7 +74,7 @@ impl Tap {
         Some((taken.kind, message))
     }
 
-    /// The first half of [`Tap::arm`], for one of several: false where a message is there. Then [`barrier`], once for all, and [`Tap::is_quiet`] of each.
+    /// The first half of [`Tap::arm`], for one of several: false where a message is there. Then [`barrier()`], once for all, and [`Tap::is_quiet`] of each.
     pub fn announce(&mut self) -> bool {
         self.asleep = true;
         self.ring.arm(|| ())

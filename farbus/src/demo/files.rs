@@ -56,11 +56,20 @@ impl Given {
         self.found.len()
     }
 
+    /// Fails where somebody wrote to the image meanwhile: what was compared with it means nothing, also where all was equal.
+    pub fn check_unchanged(&self) -> anyhow::Result<()> {
+        anyhow::ensure!(self.is_unchanged(), "it has another length or time than at the start");
+        Ok(())
+    }
+
+    fn is_unchanged(&self) -> bool {
+        let stamp = |data: &Metadata| (data.len(), data.mtime(), data.mtime_nsec());
+        std::fs::metadata(&self.path).is_ok_and(|now| stamp(&now) == stamp(&self.found))
+    }
+
     /// Explains a failure of the demo by somebody who wrote to the image meanwhile, if somebody did.
     pub fn blame<T>(&self, result: anyhow::Result<T>) -> anyhow::Result<T> {
-        let stamp = |data: &Metadata| (data.len(), data.mtime(), data.mtime_nsec());
-        let same = std::fs::metadata(&self.path).is_ok_and(|now| stamp(&now) == stamp(&self.found));
-        if same || result.is_ok() {
+        if result.is_ok() || self.is_unchanged() {
             return result;
         }
         let what = format!("{} was changed while the demo compared with it", self.path.display());
