@@ -10,7 +10,8 @@ use farbus_transport::barrier;
 use farbus_transport::ring::{Consumer, Fencing, HeapLines, Producer};
 use rustix::event::EventfdFlags;
 
-const SLOTS: u32 = 256;
+/// Messages that wait in one direction, at most.
+pub const SLOTS: u32 = 256;
 
 /// The end that is pushed into.
 pub struct Wire {

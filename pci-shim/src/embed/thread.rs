@@ -30,7 +30,7 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use farbus_remote_dma::wait::{Patience, SpinThenSleep, Waker, relax, sleep_until_readable};
-use farbus_remote_dma::wire::barrier;
+use farbus_remote_dma::wire::{SLOTS, barrier};
 use farbus_remote_dma::{Activity, GuestMemory};
 
 use super::Embedded;
@@ -39,8 +39,6 @@ use crate::irq::IrqSink;
 
 /// Accesses for each port that are carried out before the link has its turn.
 const TURN: usize = 64;
-/// Accesses that wait in one port, at most.
-const SLOTS: usize = 256;
 
 /// How a function's thread passes its time.
 #[derive(Clone, Copy, Debug)]
@@ -141,7 +139,7 @@ impl<S: IrqSink, M: GuestMemory> Owner<S, M> {
             }
         }
         // What was posted before the end is carried out; a vCPU that never stops posting is not waited for.
-        for _ in 0..=SLOTS / TURN {
+        for _ in 0..=SLOTS as usize / TURN {
             self.serve();
         }
         self.function.function.send_all();

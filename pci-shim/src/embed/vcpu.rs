@@ -15,6 +15,7 @@ use farbus_remote_dma::wire::{Tap, Wire, wire};
 use farbus_remote_dma::{BarAddress, Width};
 
 use crate::access::AccessError;
+use crate::config::CONFIG_BYTES;
 use crate::routes::Routes;
 
 /// How long a vCPU polls for an answer before it sleeps.
@@ -23,8 +24,6 @@ const SPIN: Duration = Duration::from_micros(200);
 const LOOK: Duration = Duration::from_millis(100);
 /// Bytes of configuration space that one access moves, at most.
 const MAX_CONFIG: usize = 8;
-/// Bytes of configuration space.
-const CONFIG_BYTES: usize = 4096;
 
 /// What a message on the wire is.
 mod kind {

@@ -105,16 +105,16 @@ pub fn devices() -> Result<Vec<DeviceInfo>, VerbsError> {
     for name in names {
         match Context::open(library, &name).and_then(|context| context.as_ref().map(describe).transpose()) {
             Ok(info) => found.extend(info),
-            Err(error) => refused = refused.or(passed_over(&name, error)),
+            Err(error) => pass_over(&name, error, &mut refused),
         }
     }
     if found.is_empty() { refused.map_or(Ok(found), Err) } else { Ok(found) }
 }
 
-/// A device that cannot be used must not hide the others; where there is no other, it is the reason.
-fn passed_over(name: &str, error: VerbsError) -> Option<VerbsError> {
+/// A device that cannot be used must not hide the others; where there is no other, the first such is the reason.
+fn pass_over(name: &str, error: VerbsError, first: &mut Option<VerbsError>) {
     tracing::warn!(device = name, %error, "an RDMA device cannot be used");
-    Some(error)
+    first.get_or_insert(error);
 }
 
 /// Whether a link could be made over the device of `choice`: it is there, its port is active and has an address.
@@ -191,7 +191,7 @@ fn only_active(library: &'static Library, names: &[String]) -> Result<String, Ve
         match port {
             Ok(Some(_)) => active.push(name.clone()),
             Ok(None) => {}
-            Err(error) => refused = refused.or(passed_over(name, error)),
+            Err(error) => pass_over(name, error, &mut refused),
         }
     }
     if let (true, Some(error)) = (active.is_empty(), refused) {

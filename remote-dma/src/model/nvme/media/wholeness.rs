@@ -35,9 +35,7 @@ impl Wholeness {
     /// [`JobError::Failed`] from the first time on that it was too short.
     pub(super) fn check(&self, file: &File) -> Result<(), JobError> {
         let Some(wanted) = self.len else { return Ok(()) };
-        if self.lost.load(Ordering::Relaxed) {
-            return Err(JobError::Failed);
-        }
+        self.recall()?;
         // The length alone: for a file's times a network file system would write everything back first.
         match rustix::fs::statx(file, c"", AtFlags::EMPTY_PATH, StatxFlags::SIZE) {
             Ok(found) if found.stx_size >= wanted => Ok(()),
