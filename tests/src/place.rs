@@ -11,7 +11,7 @@ use farbus_pci_shim::vfio_user::client::Client;
 use serde_json::Value;
 use tempfile::TempDir;
 
-use crate::process::{AMPLE, Running, text};
+use crate::process::{AMPLE, End, Running, text};
 
 /// A folder with one good image, `disk.img`, of 8 MiB.
 pub struct Place(TempDir);
@@ -116,4 +116,15 @@ pub fn assert_end_in_order(running: Running) {
     let end = running.wait(AMPLE);
     assert_eq!(end.code(), Some(0), "{end:?}");
     end.assert_no_panic();
+}
+
+/// A demo over RDMA with a place's image compared every byte of it.
+#[track_caller]
+pub fn assert_demo_verified(end: &End) {
+    assert_eq!(end.code(), Some(0), "{end:?}");
+    end.assert_no_panic();
+    let report: Value = serde_json::from_str(&end.stdout).unwrap();
+    assert_eq!((&report["fabric"], &report["verified"]), (&"rdma".into(), &true.into()), "{report}");
+    // The image of 8 MiB on both sides, before and after the writes.
+    assert!(report["bytes_verified"].as_u64().unwrap() >= 4 * (8 << 20), "{report}");
 }

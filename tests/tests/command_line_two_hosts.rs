@@ -12,9 +12,8 @@ use std::os::unix::fs::PermissionsExt;
 use std::time::{Duration, Instant};
 
 use farbus_tests::Running;
-use farbus_tests::place::{Place, assert_end_in_order};
+use farbus_tests::place::{Place, assert_demo_verified, assert_end_in_order};
 use farbus_tests::process::{AMPLE, run};
-use serde_json::Value;
 
 /// Where host a hands out b's certificate.
 const TABLE: u16 = 7100;
@@ -87,12 +86,7 @@ fn drive(place: &Place, table: &mut Table) {
     let from = format!("rdma:{peer}:{LENDER},dev={device}");
     let args = ["demo", "--json", "--seconds", "0.1", "--image", &image, "--svg", &svg, "--from", &from, "--tls", &vm7];
     let end = Running::farbus(&args).wait(10 * AMPLE);
-    assert_eq!(end.code(), Some(0), "{end:?}");
-    end.assert_no_panic();
-    let report: Value = serde_json::from_str(&end.stdout).unwrap();
-    assert_eq!((&report["fabric"], &report["verified"]), (&"rdma".into(), &true.into()), "{report}");
-    // The image of 8 MiB on both sides, before and after the writes.
-    assert!(report["bytes_verified"].as_u64().unwrap() >= 4 * (8 << 20), "{report}");
+    assert_demo_verified(&end);
     table.say("done");
     assert_eq!(table.hear(), "ended");
 }
