@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use clap::{Args, Subcommand};
 
+use super::address::BankAddress;
 use crate::values::{parse_duration, parse_wait};
 
 /// `farbus bank`
@@ -84,7 +85,7 @@ impl BankArgs {
 pub struct Place {
     /// The bank's directory
     #[arg(value_name = "BANK")]
-    pub bank: PathBuf,
+    pub bank: BankAddress,
     /// A file with the tenant's key, 32 bytes or 64 hexadecimal digits: the bank then names pages so that nobody without it can ask for one
     #[arg(long, value_name = "FILE")]
     pub tenant_key: Option<PathBuf>,
@@ -338,7 +339,7 @@ pub struct CopyArgs {
     pub machine: String,
     /// The other bank
     #[arg(value_name = "TO")]
-    pub to: PathBuf,
+    pub to: BankAddress,
 }
 
 /// `90s`, `15m`, `12h`, `30d`.

@@ -36,7 +36,7 @@ impl<T, E: Error + Send + Sync + 'static> Helped<T> for Result<T, E> {
 
 /// Errors pass their causes' text on as their own, so the whole chain is looked at from the outside.
 fn hint(error: &anyhow::Error, place: &Place) -> String {
-    let bank = place.bank.display();
+    let bank = &place.bank;
     for cause in error.chain() {
         if let Some(error) = cause.downcast_ref::<BankError>() {
             match error {
@@ -88,7 +88,7 @@ fn hint(error: &anyhow::Error, place: &Place) -> String {
 }
 
 fn store_hint(error: &StoreError, place: &Place) -> String {
-    let bank = place.bank.display();
+    let bank = &place.bank;
     match error {
         StoreError::Busy { .. } => "try again when it has ended, or wait longer: --wait 5m".replace("5m", "300s"),
         StoreError::Full(_) => format!("free some space there: farbus bank gc {bank} removes what no machine needs"),

@@ -86,7 +86,7 @@ pub fn copy(args: &CopyArgs) -> anyhow::Result<()> {
         keep::copy(&from, &to, &entry, &|progress| bar.show(progress)).helped(format!("cannot copy {entry}"), &args.place)?;
     drop(bar);
     say(&args.place, &report, || {
-        let to = args.to.display();
+        let to = &args.to;
         if report.was_there {
             return format!("{entry} is in {to} already, as {}", report.machine);
         }

@@ -3,6 +3,7 @@
 //! `farbus bank deposit /srv/bank vm7 --memory vm7.ram` prints "vm7@2: 131072 pages, 46721 zero, 25070 unchanged, 18915 known, 40366 new; 50.9 MiB
 //! added" or the same as one JSON object. A failure says what to do about it.
 
+mod address;
 pub mod args;
 mod deposit;
 mod help;
@@ -13,14 +14,13 @@ mod serve_faults;
 mod withdraw;
 
 use std::fs;
-use std::path::Path;
 use std::process::ExitCode;
 
 use farbus_machine_bank::page::{KEY, from_hex};
-use farbus_machine_bank::store::Directory;
 use farbus_machine_bank::{Bank, Entry};
 use serde::Serialize;
 
+use crate::bank::address::BankAddress;
 use crate::bank::args::{BankArgs, BankCommand, Place};
 use crate::failure::{Advise, refusal};
 use crate::output::print_line;
@@ -47,15 +47,11 @@ pub fn run(args: &BankArgs) -> anyhow::Result<ExitCode> {
 
 fn init(place: &Place) -> anyhow::Result<()> {
     let key = key(place)?;
-    let path = &place.bank;
-    if path.join("config/bank").exists() {
-        return Err(refusal(format!("there is a bank in {}", path.display()), "use it as it is, or choose another directory"));
-    }
-    let store = Directory::create(path).helped(format!("cannot make a bank in {}", path.display()), place)?;
-    Bank::init(Box::new(store), key.as_ref()).helped(format!("cannot make a bank in {}", path.display()), place)?;
+    let bank = &place.bank;
+    Bank::init(bank.create(place)?, key.as_ref()).helped(format!("cannot make a bank in {bank}"), place)?;
     let keyed = key.is_some();
-    say(place, &serde_json::json!({ "bank": path, "keyed": keyed }), || {
-        format!("an empty bank is in {}{}", path.display(), if keyed { "; it opens with this tenant key only" } else { "" })
+    say(place, &serde_json::json!({ "bank": bank.to_string(), "keyed": keyed }), || {
+        format!("an empty bank is in {bank}{}", if keyed { "; it opens with this tenant key only" } else { "" })
     })
 }
 
@@ -64,11 +60,10 @@ fn open(place: &Place) -> anyhow::Result<Bank> {
     open_at(&place.bank, place)
 }
 
-fn open_at(path: &Path, place: &Place) -> anyhow::Result<Bank> {
+fn open_at(address: &BankAddress, place: &Place) -> anyhow::Result<Bank> {
     let key = key(place)?;
-    let what = || format!("cannot open the bank {}", path.display());
-    let store = Directory::open(path).helped(what(), place)?;
-    Ok(Bank::open(Box::new(store), key.as_ref()).helped(what(), place)?.patience(place.wait))
+    let bank = Bank::open(address.open(place)?, key.as_ref());
+    Ok(bank.helped(format!("cannot open the bank {address}"), place)?.patience(place.wait))
 }
 
 /// The tenant's key, where a file is named.

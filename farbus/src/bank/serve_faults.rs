@@ -27,7 +27,7 @@ pub fn run(args: &ServeFaultsArgs) -> anyhow::Result<()> {
     if manifest.section(&args.section).is_none() {
         return Err(refusal(
             format!("{entry} has no section {}", args.section),
-            format!("farbus bank show {} {entry} lists them", args.place.bank.display()),
+            format!("farbus bank show {} {entry} lists them", args.place.bank),
         ));
     }
     // A VMM passes a descriptor of its own, so this process needs none: what the kernel lacks is only told.

@@ -34,7 +34,7 @@ pub fn run(args: &WithdrawArgs) -> anyhow::Result<()> {
         if withdrawal.manifest().section(name).is_none() {
             return Err(refusal(
                 format!("{entry} has no section {name}"),
-                format!("farbus bank show {} {entry} lists them", args.place.bank.display()),
+                format!("farbus bank show {} {entry} lists them", args.place.bank),
             ));
         }
     }
