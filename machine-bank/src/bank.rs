@@ -135,6 +135,18 @@ impl Bank {
         self.listing()?.find(wish).cloned().ok_or_else(|| FindError::None(wish.to_owned()))
     }
 
+    /// The number of a machine's next deposit, where nobody else gives one meanwhile ([`Hold::Commit`](crate::store::Hold)); 0 where the bank at the other
+    /// end of a link is to choose it.
+    ///
+    /// # Errors
+    /// The store's fault.
+    pub fn next_number(&self, machine: &str) -> Result<u64, StoreError> {
+        match self.store().service() {
+            Some(_) => Ok(0),
+            None => Ok(self.listing()?.last(machine).map_or(1, |last| last.number + 1)),
+        }
+    }
+
     /// Keeps a machine from being removed until the guard is dropped; nothing where the bank can only be read. Then a page that is removed
     /// meanwhile is missed, and never wrong.
     ///

@@ -16,7 +16,7 @@ use crate::bank::Bank;
 use crate::deposit::{FileSource, Progress, Source};
 use crate::manifest::{Entry, LEAF, Manifest, ManifestError};
 use crate::page::{PAGE, PageId};
-use crate::reader::{ReadError, Reader, Scratch, Wanted};
+use crate::reader::{At, ReadError, Reader, Scratch, Wanted};
 use crate::store::{Guard, StoreError};
 
 /// Threads that fetch and write.
@@ -82,7 +82,7 @@ impl Bank {
     pub fn withdraw(&self, entry: &Entry) -> Result<Withdrawal<'_>, WithdrawError> {
         // First the pin: what is there after it stays.
         let pin = self.pin(entry)?;
-        Ok(Withdrawal { bank: self, manifest: self.manifest(entry)?, reader: Reader::new(self)?, _pin: pin })
+        Ok(Withdrawal { bank: self, manifest: self.manifest(entry)?, reader: Reader::of(self, entry.root)?, _pin: pin })
     }
 }
 
@@ -165,7 +165,7 @@ impl Withdrawal<'_> {
                 if id.is_zero() {
                     buffer[at * PAGE..(at + 1) * PAGE].fill(0);
                 } else {
-                    wanted.push(Wanted { id: *id, token: at as u64 });
+                    wanted.push(Wanted { id: *id, token: at as u64, at: At::new(section, leaf, at) });
                 }
             }
             let mut sink = |at: u64, page: &[u8; PAGE]| buffer[at as usize * PAGE..][..PAGE].copy_from_slice(page);

@@ -22,7 +22,8 @@ pub use source::{Changes, FileSource, Source};
 use worker::{Leaf, Pages, Worker};
 
 use crate::bank::{Bank, FindError};
-use crate::index::{Index, IndexError};
+use crate::index::IndexError;
+use crate::known::Known;
 use crate::manifest::head::{MOST_BYTES, MOST_SECTIONS, leaves, pages_of};
 use crate::manifest::{Counts, Entry, LEAF, LeafNames, Manifest, ManifestError, SectionKind, Writer, valid_machine};
 use crate::pack::{FULL, GROUP, Sealed};
@@ -164,7 +165,7 @@ impl Bank {
             }
         };
         let writer = Writer::new(self.store(), parent.as_ref().map(|(_, manifest)| manifest.clone()))?;
-        let pages = Pages { index: RwLock::new(Index::open(self.store())?), claimed: Mutex::default() };
+        let pages = Pages { known: RwLock::new(Known::open(self)?), claimed: Mutex::default() };
         let workers = (0..THREADS).map(|_| Worker::new()).collect::<Result<_, _>>()?;
         let machine = machine.to_owned();
         Ok(Deposit { bank: self, machine, parent, writer, pages, workers, pack_bytes: AtomicU64::new(0), _hold: hold })
@@ -305,16 +306,18 @@ impl Deposit<'_> {
         let root = self.parent.as_ref().map(|(entry, _)| entry.root);
         // Two deposits of one machine that end together have two numbers.
         let commit = bank.store().hold(Hold::Commit, bank.wait())?;
-        if only_onto_parent && bank.listing()?.last(machine).map(|entry| entry.root) != root {
+        let last = if only_onto_parent { bank.listing()?.last(machine).cloned() } else { None };
+        if only_onto_parent && last.as_ref().map(|entry| entry.root) != root {
             return Err(DepositError::Overtaken(self.parent.map(|(entry, _)| entry.to_string()).unwrap_or_default()));
         }
-        let number = |_| Ok(bank.listing()?.last(machine).map_or(1, |entry| entry.number + 1));
+        // Where another bank gives the numbers it gives this one or none.
+        let number = |_| last.map_or_else(|| bank.next_number(machine), |last| Ok(last.number + 1));
         let entry = self.writer.finish(bank.identity(), machine, created, root, number)?;
         drop(commit);
         bank.store().sync(Kind::Manifest)?;
         // The machine is there. An index that is not is made again by whoever opens the bank.
-        let mut index = self.pages.index.into_inner().unwrap_or_else(PoisonError::into_inner);
-        if let Err(error) = index.flush(bank.store()) {
+        let mut known = self.pages.known.into_inner().unwrap_or_else(PoisonError::into_inner);
+        if let Err(error) = known.flush(bank) {
             tracing::warn!(%error, "the index of a deposit was not written, and is made again from its packs");
         }
         Ok(DepositReport {

@@ -8,7 +8,7 @@ use std::sync::{Mutex, PoisonError, RwLock};
 use super::DepositError;
 use super::source::{Changes, Source};
 use crate::bank::Bank;
-use crate::index::Index;
+use crate::known::Known;
 use crate::manifest::{Counts, LEAF};
 use crate::pack::{Packer, Sealed};
 use crate::page::{PAGE, PageId};
@@ -22,8 +22,8 @@ pub(super) const EXTENT_BYTES: usize = EXTENT * PAGE;
 /// What all threads of a deposit share.
 #[derive(Debug)]
 pub(super) struct Pages {
-    /// Where stored pages are.
-    pub index: RwLock<Index>,
+    /// Which pages are stored.
+    pub known: RwLock<Known>,
     /// New pages that a thread has taken and that are in no pack of the index yet.
     pub claimed: Mutex<HashSet<PageId>>,
 }
@@ -36,13 +36,7 @@ impl Pages {
 
     /// A pack is in the store.
     pub fn stored(&self, bank: &Bank, sealed: &Sealed) -> Result<(), StoreError> {
-        {
-            let mut index = self.index.write().unwrap_or_else(PoisonError::into_inner);
-            index.add(sealed.id, &sealed.entries);
-            if index.loose() >= crate::index::LOOSE {
-                index.flush(bank.store())?;
-            }
-        }
+        self.known.write().unwrap_or_else(PoisonError::into_inner).add(bank, sealed)?;
         let mut claimed = self.claimed.lock().unwrap_or_else(PoisonError::into_inner);
         for (id, _) in &sealed.entries {
             claimed.remove(id);
@@ -162,21 +156,7 @@ impl Worker {
         pages: &Pages,
         send: &mut dyn FnMut(Sealed) -> Result<(), DepositError>,
     ) -> Result<(), DepositError> {
-        {
-            let index = pages.index.read().unwrap_or_else(PoisonError::into_inner);
-            let mut failed = None;
-            self.fresh.retain(|(_, id)| match index.find(bank.store(), id) {
-                Ok(Some(_)) => false,
-                Ok(None) | Err(StoreError::Missing { .. }) => true,
-                Err(error) => {
-                    failed = Some(error);
-                    true
-                }
-            });
-            if let Some(error) = failed {
-                return Err(error.into());
-            }
-        }
+        pages.known.read().unwrap_or_else(PoisonError::into_inner).lacking(bank, &mut self.fresh, |(_, id)| *id)?;
         let buffer = self.buffer.as_chunks::<PAGE>().0;
         for (at, id) in self.fresh.iter().filter(|(_, id)| pages.claim(*id)) {
             self.counts.new += 1;
