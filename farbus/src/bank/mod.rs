@@ -10,6 +10,7 @@ mod help;
 mod keep;
 mod look;
 mod progress;
+mod serve;
 mod serve_faults;
 mod withdraw;
 
@@ -22,17 +23,19 @@ use serde::Serialize;
 
 use crate::bank::address::BankAddress;
 use crate::bank::args::{BankArgs, BankCommand, Place};
-use crate::failure::{Advise, refusal};
+use crate::failure::{Advise, misuse, refusal};
 use crate::output::print_line;
 use help::Helped;
 
 /// Runs one of its commands.
 pub fn run(args: &BankArgs) -> anyhow::Result<ExitCode> {
+    check_link(args)?;
     match &args.command {
         BankCommand::Init(args) => init(&args.place)?,
         BankCommand::Deposit(args) => deposit::run(args)?,
         BankCommand::Withdraw(args) => withdraw::run(args)?,
         BankCommand::ServeFaults(args) => serve_faults::run(args)?,
+        BankCommand::Serve(args) => serve::run(args)?,
         BankCommand::List(args) => look::list(args)?,
         BankCommand::Show(args) => look::show(args)?,
         BankCommand::Diff(args) => look::diff(args)?,
@@ -43,6 +46,20 @@ pub fn run(args: &BankArgs) -> anyhow::Result<ExitCode> {
         BankCommand::Copy(args) => keep::copy(args)?,
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// Options that do nothing are a misunderstanding.
+fn check_link(args: &BankArgs) -> anyhow::Result<()> {
+    let place = args.place();
+    let over_link = match &args.command {
+        BankCommand::Serve(_) => true,
+        BankCommand::Copy(args) if matches!(args.to, BankAddress::Link(_)) => true,
+        _ => matches!(place.bank, BankAddress::Link(_)),
+    };
+    if place.link.is_given() && !over_link {
+        return Err(misuse(format!("{} takes no options of TLS and the like", place.bank), "leave them out: it is on this host"));
+    }
+    Ok(())
 }
 
 fn init(place: &Place) -> anyhow::Result<()> {

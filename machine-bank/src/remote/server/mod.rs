@@ -417,7 +417,10 @@ impl<F: Fabric> Session<'_, F> {
         } else {
             let written = lane.filter(|_| bytes.len() <= PART).map(|lane| (lane, self.slab.write(u64::from(lane) * PART as u64, bytes)));
             match written {
-                Some((lane, Ok(()))) => answer.part = (Carried::Lane(bytes.len() as u32), lane),
+                Some((lane, Ok(()))) => {
+                    self.port.counts.offered_bytes += bytes.len() as u64;
+                    answer.part = (Carried::Lane(bytes.len() as u32), lane);
+                }
                 // Without a lane that it lent only this can be said.
                 _ => answer.status = Status::Refused,
             }
