@@ -37,7 +37,7 @@ fn what_is_deposited_here_is_there_and_what_the_bank_has_is_not_sent_again() {
         let report = deposit(&here, "vm7", &memory, Changes::HashAll);
         assert!(withdraw(&open(store.clone()), &report.machine, "memory").unwrap() == memory);
         let before = here.store().service().unwrap().wire().offered_bytes;
-        let dirty = work(&mut memory, u64::from(memory[0]) + before, 200);
+        let dirty = work(&mut memory, before, 200);
         let second = deposit(&here, "vm7", &memory, Changes::Bitmap(&dirty));
         let sent = here.store().service().unwrap().wire().offered_bytes - before;
         assert!(second.counts.new > 0 && second.counts.new <= 200, "{:?}", second.counts);

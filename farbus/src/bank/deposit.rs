@@ -5,12 +5,13 @@
 use std::fs::File;
 use std::path::Path;
 
+use farbus_machine_bank::manifest::LEAF;
 use farbus_machine_bank::{Changes, DepositOptions, FileSource, Parent, SectionKind};
 
 use super::args::{DepositArgs, Part};
 use super::help::Helped;
 use super::progress::Bar;
-use super::{open, say, size};
+use super::{open, say, size, wire, wire_line};
 use crate::failure::{Advise, refusal};
 
 /// Deposits a machine.
@@ -52,9 +53,14 @@ pub fn run(args: &DepositArgs) -> anyhow::Result<()> {
         deposit.section(*kind, name, &source, changes, &|progress| bar.show(progress)).helped(what(), &args.place)?;
     }
     let report = deposit.commit().helped(what(), &args.place)?;
-    say(&args.place, &report, || {
+    let wire = wire(&bank);
+    let mut object = serde_json::to_value(&report)?;
+    if let Some(wire) = wire {
+        object["wire"] = serde_json::to_value(wire)?;
+    }
+    say(&args.place, &object, || {
         let counts = &report.counts;
-        format!(
+        let line = format!(
             "{}: {} pages: {} zero, {} as in {}, {} known, {} new; {} added",
             report.machine,
             counts.pages,
@@ -64,7 +70,8 @@ pub fn run(args: &DepositArgs) -> anyhow::Result<()> {
             counts.content,
             counts.new,
             size(report.pack_bytes + report.manifest_bytes),
-        )
+        );
+        line + &wire_line(wire, counts.pages.div_ceil(LEAF as u64))
     })
 }
 

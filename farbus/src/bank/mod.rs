@@ -18,6 +18,7 @@ use std::fs;
 use std::process::ExitCode;
 
 use farbus_machine_bank::page::{KEY, from_hex};
+use farbus_machine_bank::remote::WireCounts;
 use farbus_machine_bank::{Bank, Entry};
 use serde::Serialize;
 
@@ -56,6 +57,16 @@ fn check_link(args: &BankArgs) -> anyhow::Result<()> {
         BankCommand::Copy(args) if matches!(args.to, BankAddress::Link(_)) => true,
         _ => matches!(place.bank, BankAddress::Link(_)),
     };
+    let here = match &args.command {
+        BankCommand::Verify(_) => Some("verify"),
+        BankCommand::Remove(_) => Some("remove"),
+        BankCommand::Gc(_) => Some("gc"),
+        _ => None,
+    };
+    if let (Some(command), BankAddress::Link(_)) = (here, &place.bank) {
+        let hint = format!("run farbus bank {command} DIRECTORY on the host that serves it; it can be served meanwhile");
+        return Err(refusal(format!("{command} needs the bank itself, and {} is a link to one", place.bank), hint));
+    }
     if place.link.is_given() && !over_link {
         return Err(misuse(format!("{} takes no options of TLS and the like", place.bank), "leave them out: it is on this host"));
     }
@@ -108,6 +119,26 @@ fn find(bank: &Bank, place: &Place, wish: &str) -> anyhow::Result<Entry> {
 fn say(place: &Place, object: &impl Serialize, text: impl FnOnce() -> String) -> anyhow::Result<()> {
     print_line(&if place.json { serde_json::to_string(object)? } else { text() });
     Ok(())
+}
+
+/// What went over the link so far, where the bank is at one.
+fn wire(bank: &Bank) -> Option<WireCounts> {
+    bank.store().service().map(|service| service.wire())
+}
+
+/// The same for people; `leaves` of 16 MiB were moved. Nothing where there is no link.
+fn wire_line(wire: Option<WireCounts>, leaves: u64) -> String {
+    let Some(WireCounts { messages_sent, messages_received, message_bytes, reads, read_bytes, offered_bytes }) = wire else {
+        return String::new();
+    };
+    let messages = messages_sent + messages_received;
+    format!(
+        "\nover the link: {} fetched in {reads} reads, {} offered, {messages} messages of {} ({:.1} for each 16 MiB)",
+        size(read_bytes),
+        size(offered_bytes),
+        size(message_bytes),
+        messages as f64 / leaves.max(1) as f64
+    )
 }
 
 /// Bytes for people: `50.9 MiB`.

@@ -5,13 +5,14 @@
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 
+use farbus_machine_bank::manifest::LEAF;
 use farbus_machine_bank::withdraw::WithdrawReport;
 use serde::Serialize;
 
 use super::args::WithdrawArgs;
 use super::help::Helped;
 use super::progress::Bar;
-use super::{find, open, say};
+use super::{find, open, say, wire, wire_line};
 use crate::failure::{Advise, refusal};
 
 #[derive(Serialize)]
@@ -62,14 +63,19 @@ pub fn run(args: &WithdrawArgs) -> anyhow::Result<()> {
         fs::rename(&part, &file).advise(format!("cannot write {}", file.display()), advice)?;
         written.push(Written { section, file, report });
     }
-    let object = serde_json::json!({ "machine": entry.to_string(), "root": entry.root.to_string(), "sections": written });
+    let mut object = serde_json::json!({ "machine": entry.to_string(), "root": entry.root.to_string(), "sections": written });
+    let wire = wire(&bank);
+    if let Some(wire) = wire {
+        object["wire"] = serde_json::to_value(wire)?;
+    }
     say(&args.place, &object, || {
         let line = |Written { section, file, report }: &Written| {
             let WithdrawReport { pages, zero, there, fetched } = report;
             let there = if *there > 0 { format!(", {there} there already") } else { String::new() };
             format!("{section}: {pages} pages in {}: {zero} zero, {fetched} verified{there}", file.display())
         };
-        written.iter().map(line).collect::<Vec<_>>().join("\n")
+        let leaves = written.iter().map(|written| written.report.pages.div_ceil(LEAF as u64)).sum();
+        written.iter().map(line).collect::<Vec<_>>().join("\n") + &wire_line(wire, leaves)
     })
 }
 
