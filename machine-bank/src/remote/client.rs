@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 use farbus_transport::{Fabric, Memory, Nanos};
 use rustix::event::EventfdFlags;
 
-use super::courier::{Asked, Bytes, Courier, Reply, State};
+use super::courier::{ANSWER_LIMIT, Asked, Bytes, Courier, Reply, State};
 use super::draft::RemoteDraft;
 use super::port::{Heard, Port};
 use super::service::{Fetched, Service, WireCounts};
@@ -73,7 +73,20 @@ impl RemoteStore {
     pub fn connect<F: Fabric + 'static>(
         fabric: F,
         address: impl Into<String>,
+        clock: impl FnMut() -> Nanos + Send + 'static,
+    ) -> Result<Self, StoreError> {
+        Self::connect_within(fabric, address, clock, ANSWER_LIMIT)
+    }
+
+    /// The same with a limit for the server's silence while something is asked of it.
+    ///
+    /// # Errors
+    /// As [`RemoteStore::connect`].
+    pub fn connect_within<F: Fabric + 'static>(
+        fabric: F,
+        address: impl Into<String>,
         mut clock: impl FnMut() -> Nanos + Send + 'static,
+        limit: Duration,
     ) -> Result<Self, StoreError> {
         let address = address.into();
         let gone = |why: String| StoreError::Gone(format!("{address}: {why}"));
@@ -86,7 +99,7 @@ impl RemoteStore {
         let state = Arc::new(State::new(wake.map_err(|errno| gone(errno.to_string()))?));
         let (asked, receive) = channel();
         let landed = port.landed().clone();
-        let courier = Courier { port, state: state.clone(), asked: receive, clock: Box::new(clock) };
+        let courier = Courier { port, state: state.clone(), asked: receive, clock: Box::new(clock), limit };
         let thread = std::thread::Builder::new().name("farbus-bank-link".to_owned()).spawn(move || courier.run());
         let thread = thread.map_err(|error| gone(error.to_string()))?;
         let mut client = Client {

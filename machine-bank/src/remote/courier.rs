@@ -15,7 +15,7 @@ use super::service::WireCounts;
 use super::wire::{Answer, Carried, LANES, Request, Status, ToClient, ToServer};
 
 /// How long a server may say nothing while something is asked of it.
-pub(super) const ANSWER_LIMIT: Duration = Duration::from_secs(30);
+pub const ANSWER_LIMIT: Duration = Duration::from_secs(30);
 /// How often a client that asks for nothing says that it is there.
 const PING: Duration = Duration::from_secs(20);
 
@@ -125,13 +125,15 @@ pub(super) struct Courier<F> {
     pub state: Arc<State>,
     pub asked: Receiver<Asked>,
     pub clock: Box<dyn FnMut() -> Nanos + Send>,
+    /// How long the server may say nothing.
+    pub limit: Duration,
 }
 
 impl<F: Fabric> Courier<F> {
     /// Until the link ends, or nobody can ask any more.
     pub fn run(mut self) {
         let why = self.serve();
-        let Self { mut port, state, asked, mut clock } = self;
+        let Self { mut port, state, asked, mut clock, .. } = self;
         state.end(why);
         // Those who asked meanwhile hear it too.
         drop(asked);
@@ -188,8 +190,8 @@ impl<F: Fabric> Courier<F> {
             }
             *self.state.counts.lock().unwrap_or_else(PoisonError::into_inner) = self.port.counts;
             let flying = flights.iter().any(Option::is_some);
-            if flying && last_heard.elapsed() > ANSWER_LIMIT {
-                return format!("the bank there has not answered for {} s", ANSWER_LIMIT.as_secs());
+            if flying && last_heard.elapsed() > self.limit {
+                return format!("the bank there has not answered for {:?}", self.limit);
             }
             if last_said.elapsed() > PING {
                 last_said = Instant::now();

@@ -283,8 +283,8 @@ impl<F: Fabric> Session<'_, F> {
             let clear = self.port.pump();
             if clear {
                 clear_at = Instant::now();
-            } else if clear_at.elapsed() > STALL_LIMIT {
-                return format!("it took nothing for {} s", STALL_LIMIT.as_secs());
+            } else if clear_at.elapsed() > STALL_LIMIT.min(self.server.options.silence) {
+                return "it takes nothing of what is sent to it".to_owned();
             }
             let mut idle = true;
             self.port.poll((self.clock)(), &mut heard);
@@ -323,7 +323,7 @@ impl<F: Fabric> Session<'_, F> {
             }
             let limit = if greeted { self.server.options.silence } else { HELLO_LIMIT };
             if last_heard.elapsed() > limit {
-                return format!("it said nothing for {} s", limit.as_secs());
+                return format!("it said nothing for {limit:?}");
             }
             if idle {
                 self.port.sleep(&[stop.fd()], Duration::from_millis(500));
