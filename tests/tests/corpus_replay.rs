@@ -31,6 +31,11 @@ fn bank_formats() {
 }
 
 #[test]
+fn bank_link() {
+    replay("bank_link");
+}
+
+#[test]
 fn bank_store() {
     replay("bank_store");
 }
