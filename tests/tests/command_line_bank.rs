@@ -60,7 +60,7 @@ impl Lab {
 #[test]
 fn every_bank_command_explains_itself() {
     for command in
-        ["init", "deposit", "withdraw", "serve-faults", "list", "show", "diff", "verify", "remove", "gc", "stats", "copy"]
+        ["init", "deposit", "withdraw", "serve", "serve-faults", "list", "show", "diff", "verify", "remove", "gc", "stats", "copy"]
     {
         let help = Lab::run(&[command, "--help"]);
         assert_eq!(help.code(), Some(0));
