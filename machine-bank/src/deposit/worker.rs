@@ -55,6 +55,7 @@ impl Pages {
 #[derive(Debug)]
 pub(super) struct Worker {
     buffer: Vec<u8>,
+    names: Vec<PageId>,
     fresh: Vec<(usize, PageId)>,
     /// What is in no pack of the store yet.
     pub packer: Packer,
@@ -76,6 +77,7 @@ impl Worker {
     pub fn new() -> Result<Self, DepositError> {
         Ok(Self {
             buffer: Vec::new(),
+            names: Vec::new(),
             fresh: Vec::new(),
             packer: Packer::new().map_err(DepositError::Memory)?,
             counts: Counts::default(),
@@ -141,16 +143,16 @@ impl Worker {
         // The last page is filled up with zeros.
         self.buffer[there..bytes as usize].fill(0);
         self.fresh.clear();
-        for (at, (id, page)) in ids.iter_mut().zip(self.buffer.as_chunks::<PAGE>().0).enumerate() {
-            let before = leaf.parent.map(|_| *id);
-            *id = bank.identity().page(page);
-            if id.is_zero() {
+        bank.identity().pages(&self.buffer.as_chunks::<PAGE>().0[..ids.len()], &mut self.names);
+        for (at, (id, name)) in ids.iter_mut().zip(&self.names).enumerate() {
+            if name.is_zero() {
                 self.counts.zero += 1;
-            } else if before == Some(*id) {
+            } else if leaf.parent.is_some() && id == name {
                 self.counts.position += 1;
             } else {
-                self.fresh.push((at, *id));
+                self.fresh.push((at, *name));
             }
+            *id = *name;
         }
         self.store_fresh(bank, pages, send)
     }
