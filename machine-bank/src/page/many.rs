@@ -19,8 +19,7 @@ const CHUNKS: usize = PAGE / CHUNK;
 const HASH: usize = 32;
 
 /// BLAKE3, table 1: SHA-256's initial values.
-const IV: [u32; 8] =
-    [0x6a09_e667, 0xbb67_ae85, 0x3c6e_f372, 0xa54f_f53a, 0x510e_527f, 0x9b05_688c, 0x1f83_d9ab, 0x5be0_cd19];
+const IV: [u32; 8] = [0x6a09_e667, 0xbb67_ae85, 0x3c6e_f372, 0xa54f_f53a, 0x510e_527f, 0x9b05_688c, 0x1f83_d9ab, 0x5be0_cd19];
 /// BLAKE3, table 3.
 const CHUNK_START: u8 = 1;
 const CHUNK_END: u8 = 2;
