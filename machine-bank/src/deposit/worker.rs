@@ -14,8 +14,8 @@ use crate::pack::{FULL_PAGES, GROUP, PackId, Packer, Place, Sealed};
 use crate::page::{PAGE, PageId};
 use crate::store::{Draft, Kind, StoreError};
 
-/// Pages that are read at once: 1 MiB.
-const EXTENT: usize = 256;
+/// Pages that are read at once: 256 KiB, so that they are still in the core's cache when they are hashed.
+const EXTENT: usize = 64;
 /// The same in bytes.
 const EXTENT_BYTES: usize = EXTENT * PAGE;
 /// Bytes of a pack from which they are written to its draft: few enough to be still in the core's cache then.
