@@ -4,7 +4,7 @@
 
 use crate::bank::Bank;
 use crate::index::{Index, IndexError, LOOSE};
-use crate::pack::Sealed;
+use crate::pack::{PackId, Place};
 use crate::page::PageId;
 use crate::store::StoreError;
 
@@ -62,18 +62,27 @@ impl Known {
     ///
     /// # Errors
     /// The store's fault.
-    pub fn add(&mut self, bank: &Bank, sealed: &Sealed) -> Result<(), StoreError> {
+    pub fn add(&mut self, bank: &Bank, pack: PackId, entries: &[(PageId, Place)]) -> Result<(), StoreError> {
         let Self::Index(index) = self else { return Ok(()) };
-        index.add(sealed.id, &sealed.entries);
+        index.add(pack, entries);
         if index.loose() >= LOOSE { index.flush(bank.store()) } else { Ok(()) }
     }
 
-    /// Writes down what was added.
+    /// A pack is about to be in the store.
+    pub fn note(&mut self, pack: PackId, entries: &[(PageId, Place)]) {
+        if let Self::Index(index) = self {
+            index.add(pack, entries);
+        }
+    }
+
+    /// Writes down what was added, for the last time.
     ///
     /// # Errors
     /// The store's fault.
-    pub fn flush(&mut self, bank: &Bank) -> Result<(), StoreError> {
-        let Self::Index(index) = self else { return Ok(()) };
-        index.flush(bank.store())
+    pub fn finish(self, bank: &Bank) -> Result<(), StoreError> {
+        match self {
+            Self::Index(index) => index.finish(bank.store()),
+            Self::Service => Ok(()),
+        }
     }
 }

@@ -1,7 +1,6 @@
 //! A bank at the other end of a link is the same bank: what goes in here comes out there, over shared memory and a simulated wire, byte for byte.
 //!
 //! A machine of 6,000 pages is deposited through the link, once more with 200 pages changed, and both are taken out on both sides.
-#![expect(clippy::unwrap_used, reason = "a panic is how a test fails")]
 
 #[path = "common/mod.rs"]
 mod common;

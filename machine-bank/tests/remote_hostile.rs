@@ -17,7 +17,9 @@ use farbus_machine_bank::manifest::leaf::{Encoded, encode};
 use farbus_machine_bank::pack::{GroupEncoder, PackBuilder};
 use farbus_machine_bank::page::Identity;
 use farbus_machine_bank::reader::ReadError;
-use farbus_machine_bank::remote::wire::{Answer, BODY, Carried, LANES, Op, PART, Request, Status, ToClient, ToServer, VERSION, put_objects};
+use farbus_machine_bank::remote::wire::{
+    Answer, BODY, Carried, LANES, Op, PART, Request, Status, ToClient, ToServer, VERSION, put_objects,
+};
 use farbus_machine_bank::remote::{RemoteStore, Rights, ServeOptions};
 use farbus_machine_bank::store::{Durability, Hold, Kind, Store, StoreError};
 use farbus_machine_bank::withdraw::WithdrawError;
@@ -370,7 +372,11 @@ fn lying_server(mut raw: Raw, bank: &Bank, memory: &[u8], lie: Lie) {
         if answer.len() <= 44 {
             message.part.0 = Carried::Inline(answer);
         } else {
-            let lane = if lie == Lie::LaneNotLent && about_machine { (0..8).find(|lane| request.lent >> lane & 1 == 0).unwrap() } else { request.lane };
+            let lane = if lie == Lie::LaneNotLent && about_machine {
+                (0..8).find(|lane| request.lent >> lane & 1 == 0).unwrap()
+            } else {
+                request.lane
+            };
             raw.own.write(u64::from(lane) * PART as u64, &answer).ok();
             message.part = (Carried::Lane(answer.len() as u32), lane);
         }
@@ -397,7 +403,9 @@ fn part(memory: &[u8], pages: &[u16], lie: Lie) -> Vec<u8> {
         let mut group = encoder.encode(&contents).to_vec();
         if lie == Lie::Bomb && at == 7 {
             // A mebibyte of zeros in a few bytes: a group is 64 KiB.
-            group = vec![1, 0x28, 0xb5, 0x2f, 0xfd, 0xa4, 0, 0, 0x10, 0, 0x54, 0, 0, 0x10, 0, 0, 1, 0xfb, 0xff, 0x39, 0xc0, 2, 2, 0, 0x10, 0];
+            group = vec![
+                1, 0x28, 0xb5, 0x2f, 0xfd, 0xa4, 0, 0, 0x10, 0, 0x54, 0, 0, 0x10, 0, 0, 1, 0xfb, 0xff, 0x39, 0xc0, 2, 2, 0, 0x10, 0,
+            ];
         }
         let mut named = *page;
         match lie {

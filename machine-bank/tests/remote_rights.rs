@@ -1,7 +1,6 @@
 //! Who may have what of a bank that is served: a client lists, fetches and deposits what its patterns say, and learns nothing of anything else.
 //!
 //! Ann's `web` and Bob's `db` share some pages; Ann's questions about the others of Bob's are answered as if they were not there.
-#![expect(clippy::unwrap_used, reason = "a panic is how a test fails")]
 
 #[path = "common/mod.rs"]
 mod common;

@@ -34,8 +34,22 @@ impl Lab {
         }
         let (listen, nas) = (format!("rdma:{address}:0,dev={device}"), place.name("lab/lender/nas"));
         let mut server = Running::farbus(&[
-            "bank", "serve", &bank, "--json", "--listen", &listen, "--tls", &nas, "--allow", "vm7,vm8", "--read", "*=vm7", "--write",
-            "*=vm7", "--read", "shared*=vm8",
+            "bank",
+            "serve",
+            &bank,
+            "--json",
+            "--listen",
+            &listen,
+            "--tls",
+            &nas,
+            "--allow",
+            "vm7,vm8",
+            "--read",
+            "*=vm7",
+            "--write",
+            "*=vm7",
+            "--read",
+            "shared*=vm8",
         ]);
         let at = server.event("serving", AMPLE)["address"].as_str().unwrap().to_owned();
         Self { place, server, at }

@@ -134,7 +134,8 @@ fn a_client_has_what_the_rules_say_and_no_more() {
     let server = lab.serve(&["--read", "web*", "--write", "web-*"]);
     assert_eq!(lab.names(&link), ["web@1"]);
     Lab::run(&["withdraw", &link, "db", "--to", &lab.path("out")]).assert_refusal(1, &["no machine", "farbus bank list"]);
-    Lab::run(&["deposit", &link, "db", "--memory", &lab.path("db")]).assert_refusal(1, &["may not deposit db", "farbus bank serve"]);
+    Lab::run(&["deposit", &link, "db", "--memory", &lab.path("db")])
+        .assert_refusal(1, &["may not deposit db", "farbus bank serve"]);
     Lab::run(&["stats", &link]).assert_refusal(1, &["every machine"]);
     lab.ok(&["deposit", &link, "web-2", "--memory", &lab.path("db")]);
     lab.assert_out(&link, "web-2", &memory(900));
@@ -248,7 +249,10 @@ fn what_makes_no_sense_is_refused_with_what_to_do() {
         (&["serve", &bank, "--listen", &link, "--read", "a/b"][..], "no pattern for machines"),
         (&["serve", &bank, "--listen", &link, "--write", "web=uid:x"], "use uid:1000"),
         (&["serve", &bank, "--listen", &link, "--read", "web=vm7"], "name users of this host"),
-        (&["serve", &bank, "--listen", "rdma:127.0.0.1:0", "--tls", "x", "--allow", "*", "--read", "web=uid:0"], "as in their certificates"),
+        (
+            &["serve", &bank, "--listen", "rdma:127.0.0.1:0", "--tls", "x", "--allow", "*", "--read", "web=uid:0"],
+            "as in their certificates",
+        ),
         (&["serve", &bank, "--listen", &link, "--tls", "x"], "takes no options of TLS"),
         (&["serve", &bank, "--listen", &link, "--peer", "nas"], "--peer names a server"),
         (&["serve", &link, "--listen", &link], "served already"),

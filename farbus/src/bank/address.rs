@@ -59,7 +59,10 @@ impl BankAddress {
             Self::Directory(path) if path.join("config/bank").exists() => {
                 Err(refusal(format!("there is a bank in {self}"), "use it as it is, or choose another directory"))
             }
-            Self::Link(_) => Err(refusal("no bank is made over a link", format!("run farbus bank init where it is to be, and serve it: {SERVE}"))),
+            Self::Link(_) => Err(refusal(
+                "no bank is made over a link",
+                format!("run farbus bank init where it is to be, and serve it: {SERVE}"),
+            )),
             Self::Directory(path) => Ok(Box::new(Directory::create(path).helped(format!("cannot make a bank in {self}"), place)?)),
         }
     }
@@ -78,7 +81,10 @@ fn connect(address: &LinkAddress, place: &Place) -> anyhow::Result<RemoteStore> 
     let hello = Hello { versions: SPOKEN, role: Role::Borrower, features: 0, epoch: 0, description: GREETING.to_vec() };
     let (linked, agreed) = crate::link::connect(address, Purpose::Bank, &place.link.security, &place.link.peer, &hello)?;
     if agreed.peer.description != GREETING {
-        return Err(refusal(format!("no bank is served at {address}: a device is lent there"), format!("give the address that {SERVE} says")));
+        return Err(refusal(
+            format!("no bank is served at {address}: a device is lent there"),
+            format!("give the address that {SERVE} says"),
+        ));
     }
     let store = match linked {
         Linked::Shm(fabric) => RemoteStore::connect(*fabric, address.to_string(), Nanos::now),

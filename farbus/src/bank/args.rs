@@ -256,7 +256,8 @@ pub struct ServeFaultsArgs {
 
 /// `farbus bank serve`
 #[derive(Debug, Args)]
-#[command(after_help = "The address is then a bank for every command that does not remove anything (deposit, withdraw, serve-faults, list, show, diff, stats,
+#[command(
+    after_help = "The address is then a bank for every command that does not remove anything (deposit, withdraw, serve-faults, list, show, diff, stats,
 copy): farbus bank list shm:/run/bank. Pages go by one-sided reads and are verified by who gets them; what is deposited is verified here.
 
 Who may what. A client is the name in its certificate, or uid:NUMBER over shared memory. Without --read and --write whoever is let in may read and
@@ -265,7 +266,8 @@ and nothing else, and has never heard of other machines; a user that is named by
   farbus bank serve /srv/bank --listen shm:/run/bank
   farbus bank serve /srv/bank --listen rdma:nas:7001,dev=mlx5_0 --tls nas --allow '*' --read 'golden-*' --read '*=backup' --write 'web-*=web'
 
-Both sides need the tenant key of a bank that has one. SIGINT and SIGTERM end it: what clients had under way fails and can be run again.")]
+Both sides need the tenant key of a bank that has one. SIGINT and SIGTERM end it: what clients had under way fails and can be run again."
+)]
 pub struct ServeArgs {
     /// The bank.
     #[command(flatten)]

@@ -127,7 +127,9 @@ fn store_hint(error: &StoreError, place: &Place) -> String {
             format!("run it as a user that may write {bank}, on a file system that is not mounted read-only")
         }
         StoreError::Refused(_) => format!("who serves {bank} can do it there, or say more to farbus bank serve"),
-        StoreError::Gone(_) => format!("look whether farbus bank serve runs at {bank}, and run this again: what was done is not done twice"),
+        StoreError::Gone(_) => {
+            format!("look whether farbus bank serve runs at {bank}, and run this again: what was done is not done twice")
+        }
         StoreError::Missing { kind: Kind::Config, .. } => format!("make a bank first: farbus bank init {bank}"),
         StoreError::Io { source, .. } if source.kind() == std::io::ErrorKind::NotFound => {
             format!("name a bank's directory, or make one: farbus bank init {bank}")

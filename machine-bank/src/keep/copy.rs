@@ -72,7 +72,8 @@ pub fn copy(from: &Bank, to: &Bank, entry: &Entry, progress: &dyn Fn(Progress)) 
         return Ok(CopyReport { machine, root, was_there: true, ..CopyReport::default() });
     }
     let mut packs = Packs { to, known: Known::open(to)?, pending: HashSet::new(), report: CopyReport::default() };
-    let (reader, mut scratch, mut packer) = (Reader::of(from, entry.root)?, Scratch::new()?, Packer::new().map_err(CopyError::Memory)?);
+    let (reader, mut scratch, mut packer) =
+        (Reader::of(from, entry.root)?, Scratch::new()?, Packer::new().map_err(CopyError::Memory)?);
     let total: u64 = manifest.head.sections.iter().map(|section| section.len).sum();
     let mut done = 0;
     for (at, section) in manifest.head.sections.iter().enumerate() {
@@ -102,7 +103,7 @@ pub fn copy(from: &Bank, to: &Bank, entry: &Entry, progress: &dyn Fn(Progress)) 
     let copied = rewrite((from.store(), to.store()), to.identity(), &manifest, base, number)?;
     drop(commit);
     to.store().sync(Kind::Manifest)?;
-    packs.known.flush(to)?;
+    packs.known.finish(to)?;
     let report = packs.report;
     Ok(CopyReport { machine: copied.to_string(), root: copied.root.to_string(), ..report })
 }
@@ -133,6 +134,6 @@ impl Packs<'_> {
         }
         self.report.pages += sealed.entries.len() as u64;
         self.report.pack_bytes += sealed.bytes.len() as u64;
-        self.known.add(self.to, sealed)
+        self.known.add(self.to, sealed.id, &sealed.entries)
     }
 }

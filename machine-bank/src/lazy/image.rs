@@ -110,7 +110,11 @@ impl<'b> Image<'b> {
         let places = groups.iter().enumerate().flat_map(|(at, ids)| ids.iter().enumerate().map(move |(page, id)| (at, page, id)));
         let wanted: Vec<_> = places
             .filter(|(_, _, id)| !id.is_zero())
-            .map(|(at, page, id)| Wanted { id: *id, token: (at * GROUP_PAGES + page) as u64, at: place(section, numbers[at], page) })
+            .map(|(at, page, id)| Wanted {
+                id: *id,
+                token: (at * GROUP_PAGES + page) as u64,
+                at: place(section, numbers[at], page),
+            })
             .collect();
         let (reader, scratch, buffer) = (self.withdrawal.reader(), &mut self.scratch, &mut self.buffer);
         patient(self.patience, self.retries, || {

@@ -133,7 +133,9 @@ fn welcome<F: Fabric>(port: &mut Port<F>, clock: &mut impl FnMut() -> Nanos) -> 
             Some(Heard::Message(message)) => match ToClient::parse(message.bytes()) {
                 Ok(ToClient::Welcome { version: VERSION, grant }) => return Ok(grant),
                 Ok(ToClient::Welcome { version, .. }) => {
-                    return Err(format!("the bank there speaks version {version} of the protocol, and this program version {VERSION}"));
+                    return Err(format!(
+                        "the bank there speaks version {version} of the protocol, and this program version {VERSION}"
+                    ));
                 }
                 Ok(_) => return Err("the bank there breaks the protocol: it does not begin with a welcome".to_owned()),
                 Err(error) => return Err(format!("the bank there breaks the protocol: {error}")),

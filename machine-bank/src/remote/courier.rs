@@ -132,16 +132,17 @@ pub(super) struct Courier<F> {
 impl<F: Fabric> Courier<F> {
     /// Until the link ends, or nobody can ask any more.
     pub fn run(mut self) {
-        let why = self.serve();
+        // Who waits hears the end of what it waits for, and then finds why.
+        let mut flights = Default::default();
+        let why = self.serve(&mut flights);
         let Self { mut port, state, asked, mut clock, .. } = self;
         state.end(why);
         // Those who asked meanwhile hear it too.
-        drop(asked);
+        drop((asked, flights));
         port.close(&mut clock);
     }
 
-    fn serve(&mut self) -> String {
-        let mut flights: [Option<Flight>; LANES] = Default::default();
+    fn serve(&mut self, flights: &mut [Option<Flight>; LANES]) -> String {
         let mut landings: [Option<Landing>; LANES] = Default::default();
         let mut heard = VecDeque::new();
         let (mut last_heard, mut last_said) = (Instant::now(), Instant::now());
@@ -174,11 +175,11 @@ impl<F: Fabric> Courier<F> {
                 let done = match heard {
                     Heard::Closed(why) => return why,
                     Heard::Landed(lane) => {
-                        self.landed(lane, &mut flights, &mut landings);
+                        self.landed(lane, flights, &mut landings);
                         Ok(())
                     }
                     Heard::Message(message) => match ToClient::parse(message.bytes()) {
-                        Ok(ToClient::Answer(answer)) => self.answer(answer, &mut flights, &mut landings),
+                        Ok(ToClient::Answer(answer)) => self.answer(answer, flights, &mut landings),
                         Ok(ToClient::Wait) => Ok(()),
                         Ok(ToClient::Welcome { .. }) => Err("it says welcome twice".to_owned()),
                         Err(error) => Err(error.to_string()),
@@ -239,12 +240,7 @@ impl<F: Fabric> Courier<F> {
         Ok(())
     }
 
-    fn landed(
-        &self,
-        lane: usize,
-        flights: &mut [Option<Flight>; LANES],
-        landings: &mut [Option<Landing>; LANES],
-    ) {
+    fn landed(&self, lane: usize, flights: &mut [Option<Flight>; LANES], landings: &mut [Option<Landing>; LANES]) {
         let Some(Landing { of, status, len }) = landings.get_mut(lane).and_then(Option::take) else { return };
         if let Some(flight) = flights.get_mut(of).and_then(Option::as_mut) {
             flight.reading = flight.reading.saturating_sub(1);

@@ -9,12 +9,16 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use farbus_transport::{
-    Access, CloseReason, Event, Events, Fabric, Grant, LocalRegion, Memory, Message, Nanos, Op, OpId, PostError, RemoteRegion, Signal,
+    Access, CloseReason, Event, Events, Fabric, Grant, LocalRegion, Memory, Message, Nanos, Op, OpError, OpId, PostError,
+    RemoteRegion, Signal,
 };
 use rustix::event::{PollFd, PollFlags, Timespec};
 
 use super::service::WireCounts;
 use super::wire::LANES;
+
+/// How long a full queue is left alone before it is tried again.
+const FULL_PAUSE: Duration = Duration::from_micros(100);
 
 /// What a port reports.
 #[derive(Debug)]
@@ -160,6 +164,8 @@ impl<F: Fabric> Port<F> {
                         }
                     }
                 }
+                // Why it ended is said behind it.
+                Event::Failed(_, OpError::Closed) => {}
                 Event::Failed(_, error) => heard.push_back(Heard::Closed(error.to_string())),
                 Event::Closed(reason) => {
                     self.closed = true;
@@ -175,6 +181,8 @@ impl<F: Fabric> Port<F> {
         if !self.fabric.arm() {
             return;
         }
+        // That there is room again wakes nobody.
+        let limit = if self.out.is_empty() { limit } else { limit.min(FULL_PAUSE) };
         let Some(wake) = self.fabric.wake_fd() else {
             // A simulated link: time passes by polling.
             std::thread::yield_now();

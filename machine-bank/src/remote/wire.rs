@@ -115,16 +115,8 @@ pub enum Status {
 }
 
 impl Status {
-    const ALL: [Self; 8] = [
-        Self::Done,
-        Self::Missing,
-        Self::Refused,
-        Self::Busy,
-        Self::Full,
-        Self::ReadOnly,
-        Self::Failed,
-        Self::Overtaken,
-    ];
+    const ALL: [Self; 8] =
+        [Self::Done, Self::Missing, Self::Refused, Self::Busy, Self::Full, Self::ReadOnly, Self::Failed, Self::Overtaken];
 
     fn code(self) -> u8 {
         Self::ALL.iter().position(|status| *status == self).unwrap_or_default() as u8
@@ -136,6 +128,11 @@ impl Status {
 }
 
 impl Carried {
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
     /// Bytes.
     pub fn len(&self) -> usize {
         match self {
@@ -157,8 +154,7 @@ impl Carried {
         if len as usize > most {
             return Err(Malformed::Value("a body's length", len.into()));
         }
-        let carried =
-            if len as usize <= INLINE { Self::Inline(input.take(len as usize)?.to_vec()) } else { Self::Lane(len) };
+        let carried = if len as usize <= INLINE { Self::Inline(input.take(len as usize)?.to_vec()) } else { Self::Lane(len) };
         input.end()?;
         Ok(carried)
     }
@@ -524,7 +520,12 @@ mod tests {
         }
         let server = [
             ToClient::Welcome { version: 1, grant: (7, 16 << 20) },
-            ToClient::Answer(Answer { status: Status::Busy, lane: 3, last: true, part: (Carried::Inline(b"no".to_vec()), NO_LANE) }),
+            ToClient::Answer(Answer {
+                status: Status::Busy,
+                lane: 3,
+                last: true,
+                part: (Carried::Inline(b"no".to_vec()), NO_LANE),
+            }),
             ToClient::Answer(Answer { status: Status::Done, lane: 3, last: false, part: (Carried::Lane(PART as u32), 6) }),
             ToClient::Wait,
         ];

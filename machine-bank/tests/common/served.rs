@@ -35,7 +35,13 @@ impl Serving {
     }
 
     /// Serves one end, on a thread.
-    pub fn serve<F: Fabric + 'static>(&self, fabric: F, name: &str, rights: Rights, clock: impl FnMut() -> Nanos + Send + 'static) -> Ended {
+    pub fn serve<F: Fabric + 'static>(
+        &self,
+        fabric: F,
+        name: &str,
+        rights: Rights,
+        clock: impl FnMut() -> Nanos + Send + 'static,
+    ) -> Ended {
         let (server, stop, client) = (self.server.clone(), self.stop.clone(), Client { name: name.to_owned(), rights });
         let (tell, ended) = channel();
         std::thread::spawn(move || {

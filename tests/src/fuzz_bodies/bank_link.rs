@@ -112,7 +112,11 @@ fn say_all(mut fabric: ShmFabric, input: &mut Input<'_>) {
             Carried::Lane(body.len() as u32)
         };
         // Each op is asked for as often as it is known.
-        let message = if op == 0 { body.get(..56).unwrap_or(body).to_vec() } else { ToServer::Request(Request { op, lane, lent, body: carried }).encode() };
+        let message = if op == 0 {
+            body.get(..56).unwrap_or(body).to_vec()
+        } else {
+            ToServer::Request(Request { op, lane, lent, body: carried }).encode()
+        };
         if !say(&message) {
             return;
         }

@@ -9,16 +9,16 @@ use std::time::Duration;
 
 use farbus_transport::Fabric;
 
+use super::super::wire::Status;
 use super::staged::Staged;
 use super::{Failure, Half, Handle, MOST_BROUGHT, Session, half, refused};
 use crate::manifest::{Entry, Manifest, ManifestError};
 use crate::pack::{FULL, FULL_PAGES, GROUP, GroupDecoder, PackId, Place, parse_pack};
 use crate::page::{PAGE, PageId, Root};
-use super::super::wire::Status;
 use crate::store::{Durability, Hold, Kind};
 
 /// Objects that a client may be sending at a time.
-const MOST_STREAMS: usize = 4;
+const MOST_STREAMS: usize = 16;
 /// Bytes of the largest pack that is taken: groups up to the one that fills it, and a directory of short groups.
 const MOST_PACK: u64 = (FULL + GROUP + FULL_PAGES * 40 + 4096) as u64;
 /// Leaves between two words to the client that they are being checked.
@@ -154,7 +154,7 @@ impl<F: Fabric> Session<'_, F> {
     /// Whether every page of a pack is what it is called.
     fn check_pages(&self, bytes: &[u8], entries: &[(PageId, Place)]) -> Result<(), Failure> {
         let mut decoder = GroupDecoder::new().map_err(|error| Failure(Status::Failed, error.to_string()))?;
-        let mut pages = Box::new([0; GROUP]);
+        let (mut pages, mut names) = (Box::new([0; GROUP]), Vec::new());
         for group in entries.chunk_by(|(_, a), (_, b)| a.offset == b.offset) {
             let Some((_, place)) = group.first() else { continue };
             let (offset, len) = (place.offset as usize, place.len as usize);
@@ -162,8 +162,8 @@ impl<F: Fabric> Session<'_, F> {
             let stored = bytes.get(offset..offset + len).ok_or_else(|| refused("a group outside of its pack"))?;
             let len = decoder.decode(stored, &mut pages)?;
             let there = pages[..len].as_chunks::<PAGE>().0;
-            let right = there.len() == group.len()
-                && group.iter().zip(there).all(|((id, _), page)| !id.is_zero() && self.server.bank.identity().page(page) == *id);
+            self.server.bank.identity().pages(there, &mut names);
+            let right = names.len() == group.len() && group.iter().zip(&names).all(|((id, _), name)| !id.is_zero() && id == name);
             if !right {
                 return Err(refused("a pack with a page that is not what it is called"));
             }
@@ -227,4 +227,3 @@ impl<F: Fabric> Session<'_, F> {
         Ok(entry.number.to_le_bytes().to_vec())
     }
 }
-

@@ -28,7 +28,14 @@ const COUNTS: usize = 4;
 
 impl<F: Fabric> Session<'_, F> {
     /// Sends the pages of a leaf whose bits are set, as many as the lanes hold that were lent; the rest is asked for again.
-    pub(super) fn fetch(&mut self, request: &Request, root: Root, section: u16, leaf: u32, wanted: &[u8; BITMAP]) -> Result<(), Failure> {
+    pub(super) fn fetch(
+        &mut self,
+        request: &Request,
+        root: Root,
+        section: u16,
+        leaf: u32,
+        wanted: &[u8; BITMAP],
+    ) -> Result<(), Failure> {
         let ids = self.leaf(root, section, leaf)?;
         let mut pages = Vec::new();
         for at in (0..LEAF).filter(|at| wanted[at / 8] >> (at % 8) & 1 == 1) {
@@ -68,7 +75,7 @@ impl<F: Fabric> Session<'_, F> {
     fn send_groups(&mut self, request: &Request, groups: &[Group], mut missing: Vec<u16>) -> Result<(), Failure> {
         let mut rest = groups;
         let mut lent = lanes(request.lent, request.lane).peekable();
-        let mut part = Vec::with_capacity(PART);
+        let (mut table, mut bytes) = (Vec::new(), Vec::new());
         while let Some(lane) = lent.next() {
             let mut room = PART - COUNTS - 2 * missing.len();
             let fitting = rest.iter().take_while(|group| {
@@ -79,9 +86,9 @@ impl<F: Fabric> Session<'_, F> {
             });
             let (now, later) = rest.split_at(fitting.count());
             rest = later;
-            self.fill(&mut part, now, std::mem::take(&mut missing))?;
+            self.fill(&mut table, &mut bytes, now, std::mem::take(&mut missing))?;
             let last = rest.is_empty() || lent.peek().is_none();
-            self.part(request, Status::Done, &part, Some(lane), last);
+            self.part(request, Status::Done, [&table, &bytes], Some(lane), last);
             // The client reads while the next one is filled.
             self.port.pump();
             if last {
@@ -92,14 +99,16 @@ impl<F: Fabric> Session<'_, F> {
     }
 
     /// A part with these groups. One whose pack is gone has its pages among the missing ones.
-    fn fill(&self, part: &mut Vec<u8>, groups: &[Group], mut missing: Vec<u16>) -> Result<(), Failure> {
+    fn fill(&self, table: &mut Vec<u8>, bytes: &mut Vec<u8>, groups: &[Group], mut missing: Vec<u16>) -> Result<(), Failure> {
         let store = self.server.bank.store();
-        let mut bytes = vec![0; groups.iter().map(|group| group.len as usize).sum()];
+        // Not cleared first: what is read over need not be zeroed.
+        bytes.resize(groups.iter().map(|group| group.len as usize).sum(), 0);
         let mut there = Vec::with_capacity(groups.len());
         let (mut at, mut rest) = (0, groups);
         while let Some(first) = rest.first() {
             // Groups that follow each other in a pack are one read.
-            let follows = |pair: &&[Group]| pair[0].pack == pair[1].pack && pair[0].offset.checked_add(pair[0].len) == Some(pair[1].offset);
+            let follows =
+                |pair: &&[Group]| pair[0].pack == pair[1].pack && pair[0].offset.checked_add(pair[0].len) == Some(pair[1].offset);
             let count = 1 + rest.windows(2).take_while(follows).count();
             let (stretch, others) = rest.split_at(count);
             rest = others;
@@ -115,9 +124,9 @@ impl<F: Fabric> Session<'_, F> {
                 Err(error) => return Err(error.into()),
             }
         }
-        part.clear();
-        put_table(part, &missing, &there);
-        part.extend_from_slice(&bytes[..at]);
+        bytes.truncate(at);
+        table.clear();
+        put_table(table, &missing, &there);
         Ok(())
     }
 }

@@ -293,14 +293,21 @@ impl<F: Fabric> Session<'_, F> {
                 let done = match heard {
                     Heard::Closed(why) => return why,
                     Heard::Landed(lane) => {
-                        self.queue.iter_mut().filter(|queued| usize::from(queued.request.lane) == lane).for_each(|queued| queued.ready = true);
+                        self.queue
+                            .iter_mut()
+                            .filter(|queued| usize::from(queued.request.lane) == lane)
+                            .for_each(|queued| queued.ready = true);
                         Ok(())
                     }
                     Heard::Message(message) => match ToServer::parse(message.bytes()) {
                         Ok(ToServer::Hello { version, grant: theirs }) if !greeted => {
                             greeted = true;
                             self.port.send(ToClient::Welcome { version: VERSION, grant }.encode());
-                            if version == VERSION { self.port.import(theirs, BODY) } else { Err(format!("it speaks version {version}")) }
+                            if version == VERSION {
+                                self.port.import(theirs, BODY)
+                            } else {
+                                Err(format!("it speaks version {version}"))
+                            }
                         }
                         Ok(ToServer::Request(request)) if greeted => self.queue(request),
                         Ok(ToServer::Ping) if greeted => Ok(()),
@@ -314,7 +321,8 @@ impl<F: Fabric> Session<'_, F> {
                     return format!("it breaks the protocol: {error}");
                 }
             }
-            if clear && self.queue.front().is_some_and(|queued| queued.ready)
+            if clear
+                && self.queue.front().is_some_and(|queued| queued.ready)
                 && let Some(Queued { request, .. }) = self.queue.pop_front()
             {
                 idle = false;
@@ -406,20 +414,24 @@ impl<F: Fabric> Session<'_, F> {
     /// Answers in one part.
     fn answer(&mut self, request: &Request, status: Status, bytes: &[u8]) {
         let lane = lanes(request.lent, request.lane).next();
-        self.part(request, status, bytes, lane, true);
+        self.part(request, status, [bytes, &[]], lane, true);
     }
 
-    /// Answers in part; bytes that no message holds need a lane.
-    fn part(&mut self, request: &Request, status: Status, bytes: &[u8], lane: Option<u8>, last: bool) {
+    /// Answers in part, with both pieces one behind the other; bytes that no message holds need a lane.
+    fn part(&mut self, request: &Request, status: Status, [front, back]: [&[u8]; 2], lane: Option<u8>, last: bool) {
+        let len = front.len() + back.len();
         let mut answer = Answer { status, lane: request.lane, last, part: (Carried::Inline(Vec::new()), 0xff) };
-        if bytes.len() <= INLINE {
-            answer.part.0 = Carried::Inline(bytes.to_vec());
+        if len <= INLINE {
+            answer.part.0 = Carried::Inline([front, back].concat());
         } else {
-            let written = lane.filter(|_| bytes.len() <= PART).map(|lane| (lane, self.slab.write(u64::from(lane) * PART as u64, bytes)));
+            let written = lane.filter(|_| len <= PART).map(|lane| {
+                let at = u64::from(lane) * PART as u64;
+                (lane, self.slab.write(at, front).and_then(|()| self.slab.write(at + front.len() as u64, back)))
+            });
             match written {
                 Some((lane, Ok(()))) => {
-                    self.port.counts.offered_bytes += bytes.len() as u64;
-                    answer.part = (Carried::Lane(bytes.len() as u32), lane);
+                    self.port.counts.offered_bytes += len as u64;
+                    answer.part = (Carried::Lane(len as u32), lane);
                 }
                 // Without a lane that it lent only this can be said.
                 _ => answer.status = Status::Refused,

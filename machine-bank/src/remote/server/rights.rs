@@ -48,11 +48,14 @@ impl FromStr for Pattern {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        let good = (1..=64).contains(&text.len()) && text.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"._-*?".contains(&byte));
+        let good =
+            (1..=64).contains(&text.len()) && text.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"._-*?".contains(&byte));
         if good {
             Ok(Self(text.to_owned()))
         } else {
-            Err(format!("{text:?} is no pattern for machines: use 1 to 64 letters, digits, '.', '_' and '-', '*' for any and '?' for one of them"))
+            Err(format!(
+                "{text:?} is no pattern for machines: use 1 to 64 letters, digits, '.', '_' and '-', '*' for any and '?' for one of them"
+            ))
         }
     }
 }
