@@ -11,6 +11,7 @@ mod keep;
 mod look;
 mod progress;
 mod serve;
+mod serve_args;
 mod serve_faults;
 mod withdraw;
 

@@ -18,8 +18,8 @@ use serde_json::json;
 use tokio::sync::mpsc;
 
 use super::address::{BankAddress, GREETING};
-use super::args::{Rule, ServeArgs};
 use super::help::Helped;
+use super::serve_args::{Rule, ServeArgs};
 use super::{open, size};
 use crate::failure::misuse;
 use crate::link::{Arrival, Door, Greeted, Linked, Purpose};

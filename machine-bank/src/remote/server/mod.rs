@@ -3,28 +3,25 @@
 //! `BankServer::new(bank, options)?` and then, for each client that was let in, `server.serve(fabric, &client, &stop, …)` on a thread of its own: a
 //! client that stalls keeps its own thread waiting, one that floods fills its own eight lanes, and neither is anybody else's trouble.
 
+mod bank_server;
 mod deposit;
 mod fetch;
 mod rights;
 mod staged;
 
 use std::collections::{HashMap, HashSet, VecDeque};
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use farbus_transport::{Fabric, Memory, Nanos};
-use rustix::event::EventfdFlags;
 
+pub use bank_server::{BankServer, Client, ServeOptions, Served, Stop};
 pub use rights::{Pattern, Rights};
 
 use super::port::{Heard, Port};
-use super::service::WireCounts;
 use super::wire::{Answer, BODY, Carried, INLINE, LANES, Op, PART, Request, Status, ToClient, ToServer, VERSION, put_objects};
-use crate::bank::Bank;
 use crate::codec::Malformed;
-use crate::index::{Index, IndexError};
+use crate::index::IndexError;
 use crate::manifest::{Entry, Manifest, ManifestError};
 use crate::page::{PageId, Root};
 use crate::store::{Guard, Kind, StoreError};
@@ -45,150 +42,6 @@ type Half = [u8; 16];
 
 fn half(id: &PageId) -> Half {
     *id.0.first_chunk().unwrap_or(&[0; 16])
-}
-
-/// What a server allows.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct ServeOptions {
-    /// Bytes of packs and manifests that one client may have sent before they are checked.
-    pub staged: u64,
-    /// A client that says nothing for so long is gone. A living one says something every 20 s.
-    pub silence: Duration,
-    /// How long a deposit waits for a sweep at most, whatever the client asks for.
-    pub wait: Duration,
-}
-
-impl Default for ServeOptions {
-    fn default() -> Self {
-        Self { staged: 256 << 20, silence: Duration::from_secs(90), wait: Duration::from_secs(10) }
-    }
-}
-
-/// Who a client is, and what it may do.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Client {
-    /// Its name. Clients of one name are taken for one.
-    pub name: String,
-    /// What it may do.
-    pub rights: Rights,
-}
-
-/// Ends sessions.
-#[derive(Clone, Debug)]
-pub struct Stop(Arc<(AtomicBool, OwnedFd)>);
-
-impl Stop {
-    /// One that is not set.
-    ///
-    /// # Errors
-    /// What eventfd(2) answers.
-    pub fn new() -> std::io::Result<Self> {
-        let fd = rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
-        Ok(Self(Arc::new((AtomicBool::new(false), fd))))
-    }
-
-    /// Ends every session that has it.
-    pub fn set(&self) {
-        self.0.0.store(true, Ordering::Release);
-        if let Err(errno) = rustix::io::write(&self.0.1, &1_u64.to_ne_bytes()) {
-            tracing::debug!(%errno, "a stop was set many times");
-        }
-    }
-
-    /// Whether it is set.
-    pub fn is_set(&self) -> bool {
-        self.0.0.load(Ordering::Acquire)
-    }
-
-    fn fd(&self) -> BorrowedFd<'_> {
-        self.0.1.as_fd()
-    }
-}
-
-/// A bank that is served.
-#[derive(Debug)]
-pub struct BankServer {
-    bank: Bank,
-    index: RwLock<Index>,
-    renewed: Mutex<Instant>,
-    options: ServeOptions,
-    /// What each client brought, by its name: what a deposit that was interrupted need not send again.
-    brought: Mutex<HashMap<String, HashSet<Half>>>,
-}
-
-/// How a session went.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Served {
-    /// Why it ended.
-    pub reason: String,
-    /// What went over the link.
-    pub wire: WireCounts,
-}
-
-impl BankServer {
-    /// Serves a bank.
-    ///
-    /// # Errors
-    /// Its index cannot be read.
-    pub fn new(bank: Bank, options: ServeOptions) -> Result<Arc<Self>, IndexError> {
-        let index = RwLock::new(Index::open(bank.store())?);
-        Ok(Arc::new(Self { bank, index, renewed: Mutex::new(Instant::now()), options, brought: Mutex::default() }))
-    }
-
-    /// The bank.
-    pub fn bank(&self) -> &Bank {
-        &self.bank
-    }
-
-    /// Serves a client until it leaves, is ended for what it does, or `stop` is set. `clock` is the time for the fabric.
-    pub fn serve<F: Fabric>(&self, fabric: F, client: &Client, stop: &Stop, mut clock: impl FnMut() -> Nanos) -> Served {
-        let port = Port::new(fabric, BODY).and_then(|mut port| {
-            let (grant, slab) = port.grant("farbus-bank-slab", PART)?;
-            Ok((port, grant, slab))
-        });
-        let (port, grant, slab) = match port {
-            Ok(port) => port,
-            Err(reason) => return Served { reason, wire: WireCounts::default() },
-        };
-        let mut session = Session {
-            server: self,
-            client,
-            port,
-            slab,
-            queue: VecDeque::new(),
-            manifests: VecDeque::new(),
-            leaves: VecDeque::new(),
-            handles: HashMap::new(),
-            next_handle: 0,
-            streams: HashMap::new(),
-            known: None,
-            clock: &mut clock,
-        };
-        let reason = session.run(grant, stop);
-        session.queue.clear();
-        // Before goodbyes, so that others need not wait for them.
-        session.handles.clear();
-        let Session { mut port, clock, .. } = session;
-        port.close(clock);
-        Served { reason, wire: port.counts }
-    }
-
-    /// Reads the index again: after a sweep, or where somebody else deposited.
-    fn renew(&self) -> Result<(), IndexError> {
-        let fresh = Index::open(self.bank.store())?;
-        *self.index.write().unwrap_or_else(PoisonError::into_inner) = fresh;
-        *self.renewed.lock().unwrap_or_else(PoisonError::into_inner) = Instant::now();
-        Ok(())
-    }
-
-    /// The same where a page was not found, at most once a second: in a bank that lacks pages that costs others nothing.
-    fn renew_after_miss(&self) -> Result<bool, IndexError> {
-        let recent = self.renewed.lock().unwrap_or_else(PoisonError::into_inner).elapsed() < Duration::from_secs(1);
-        if !recent {
-            self.renew()?;
-        }
-        Ok(!recent)
-    }
 }
 
 /// What keeps others from sweeping or removing. Only a hold allows deposits.
