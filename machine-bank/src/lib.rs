@@ -74,6 +74,7 @@ pub mod lazy;
 pub mod manifest;
 pub mod pack;
 pub mod page;
+pub mod qemu;
 pub mod reader;
 pub mod store;
 pub mod track;

@@ -61,6 +61,11 @@ fn prp_lists() {
 }
 
 #[test]
+fn qemu_mapped_ram() {
+    replay("qemu_mapped_ram");
+}
+
+#[test]
 fn session_messages() {
     replay("session_messages");
 }

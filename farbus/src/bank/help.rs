@@ -10,8 +10,10 @@ use farbus_machine_bank::bank::FindError;
 use farbus_machine_bank::deposit::DepositError;
 use farbus_machine_bank::keep::CopyError;
 use farbus_machine_bank::manifest::ManifestError;
+use farbus_machine_bank::qemu::QemuError;
 use farbus_machine_bank::reader::ReadError;
 use farbus_machine_bank::store::{Kind, StoreError};
+use farbus_machine_bank::withdraw::WithdrawError;
 
 use super::args::Place;
 use crate::failure::Advise;
@@ -71,6 +73,16 @@ fn hint(error: &anyhow::Error, place: &Place) -> String {
                 DepositError::Store(error) => return store_hint(error, place),
                 _ => {}
             }
+        }
+        match cause.downcast_ref() {
+            Some(QemuError::Other) => return "withdraw its sections: --to DIR, or --section SECTION=FILE".to_owned(),
+            Some(QemuError::Malformed(_) | QemuError::Block { .. }) => {
+                return "whoever deposited it did so wrongly; its sections can be withdrawn: --to DIR".to_owned();
+            }
+            Some(QemuError::Withdraw(WithdrawError::Target(_))) => {
+                return "choose a place that this user can write, on a file system with room for it".to_owned();
+            }
+            _ => {}
         }
         if let Some(CopyError::Keys) = cause.downcast_ref() {
             return "copy between banks of one tenant; or withdraw the machine and deposit it there".to_owned();

@@ -12,6 +12,7 @@ mod input;
 mod link_hello;
 mod nvme_registers;
 mod prp_lists;
+mod qemu_mapped_ram;
 mod session_messages;
 mod verbs_wire;
 mod vfio_user_messages;
@@ -23,6 +24,7 @@ pub use control_frames::control_frames;
 pub use link_hello::link_hello;
 pub use nvme_registers::nvme_registers;
 pub use prp_lists::prp_lists;
+pub use qemu_mapped_ram::qemu_mapped_ram;
 pub use session_messages::session_messages;
 pub use verbs_wire::verbs_wire;
 pub use vfio_user_messages::vfio_user_messages;
@@ -31,7 +33,7 @@ pub use vfio_user_messages::vfio_user_messages;
 pub type Target = (&'static str, fn(&[u8]));
 
 /// All targets.
-pub const TARGETS: [Target; 10] = [
+pub const TARGETS: [Target; 11] = [
     ("bank_formats", bank_formats),
     ("bank_store", bank_store),
     ("config_writes", config_writes),
@@ -39,6 +41,7 @@ pub const TARGETS: [Target; 10] = [
     ("link_hello", link_hello),
     ("nvme_registers", nvme_registers),
     ("prp_lists", prp_lists),
+    ("qemu_mapped_ram", qemu_mapped_ram),
     ("session_messages", session_messages),
     ("verbs_wire", verbs_wire),
     ("vfio_user_messages", vfio_user_messages),
