@@ -193,9 +193,10 @@ A machine that was deposited with --qemu comes out with --qemu, and QEMU, starte
 
 One whose memory was a shared file:
   farbus bank withdraw BANK vm7 --section memory=/dev/shm/vm7 --section devices=/var/tmp/vm7.dev --section disk0=vm7.img
-  qemu-system-x86_64 … -global migration.x-ignore-shared=on -incoming \"exec:cat /var/tmp/vm7.dev\"
+  qemu-system-x86_64 … -incoming defer
+and in its monitor: migrate_set_capability x-ignore-shared on, and migrate_incoming \"exec:cat /var/tmp/vm7.dev\"
 
-It was saved while it was stopped, so it waits for cont in its monitor."
+Either was saved while it was stopped, and waits for cont in its monitor."
 )]
 pub struct WithdrawArgs {
     /// The bank.

@@ -74,7 +74,7 @@ impl Source for Pieces<'_> {
         assert!(end <= self.len, "{end} of {} bytes", self.len);
         buf.fill(0);
         for (at, piece) in &self.pieces {
-            let (from, to) = ((*at).max(offset), (at + piece.len() as u64).min(end));
+            let (from, to) = ((*at).max(offset), (at + piece.len()).min(end));
             if from < to {
                 buf[(from - offset) as usize..(to - offset) as usize]
                     .copy_from_slice(&piece[(from - at) as usize..(to - at) as usize]);
