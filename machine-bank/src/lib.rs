@@ -65,6 +65,7 @@
 //! [`Withdrawal`] owns a manifest and a [`Reader`], which hands out pages by name, verified.
 //! A [`lazy::FaultServer`] owns a cache and the threads that place them as they are used; a [`track::WriteTracker`] says what was written since.
 
+pub mod archive;
 pub mod bank;
 pub mod codec;
 pub mod deposit;

@@ -59,9 +59,22 @@ impl Lab {
 
 #[test]
 fn every_bank_command_explains_itself() {
-    for command in
-        ["init", "deposit", "withdraw", "serve-faults", "list", "show", "diff", "verify", "remove", "gc", "stats", "copy"]
-    {
+    for command in [
+        "init",
+        "deposit",
+        "withdraw",
+        "serve-faults",
+        "list",
+        "show",
+        "diff",
+        "verify",
+        "remove",
+        "gc",
+        "stats",
+        "copy",
+        "export",
+        "import",
+    ] {
         let help = Lab::run(&[command, "--help"]);
         assert_eq!(help.code(), Some(0));
         assert!(help.stdout.contains("Usage: farbus bank") && help.stdout.contains("--json"), "{}", help.stdout);

@@ -26,6 +26,11 @@ fn replay(name: &str) {
 }
 
 #[test]
+fn bank_archive() {
+    replay("bank_archive");
+}
+
+#[test]
 fn bank_formats() {
     replay("bank_formats");
 }

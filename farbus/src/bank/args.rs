@@ -53,6 +53,10 @@ pub enum BankCommand {
     Stats(StatsArgs),
     /// Take a machine from one bank to another: what the other lacks
     Copy(CopyArgs),
+    /// Write a machine to one file or pipe, that any bank of the same tenant can import
+    Export(ExportArgs),
+    /// Make a machine of such a file or pipe, every page verified
+    Import(ImportArgs),
 }
 
 impl BankArgs {
@@ -76,6 +80,8 @@ impl BankArgs {
             BankCommand::Gc(args) => &args.place,
             BankCommand::Stats(args) => &args.place,
             BankCommand::Copy(args) => &args.place,
+            BankCommand::Export(args) => &args.place,
+            BankCommand::Import(args) => &args.place,
         }
     }
 }
@@ -370,6 +376,48 @@ pub struct CopyArgs {
     /// The other bank
     #[arg(value_name = "TO")]
     pub to: BankAddress,
+}
+
+/// `farbus bank export`
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:
+  farbus bank export /srv/bank vm7@3 vm7.archive
+  farbus bank export /srv/bank vm7 --since vm7@3 vm7-changes.archive
+  farbus bank export /srv/bank vm7 - | ssh other farbus bank import /srv/bank -
+
+An archive has the machine's pages and no other's, compressed and not encrypted. That of a bank with a tenant key is imported with that key only. The root
+that is printed says what the machine is: compare it with what the import prints.")]
+pub struct ExportArgs {
+    /// The bank.
+    #[command(flatten)]
+    pub place: Place,
+    /// The machine
+    #[arg(value_name = "MACHINE")]
+    pub machine: String,
+    /// The archive, or - for standard output; what was done is then said on standard error
+    #[arg(value_name = "FILE")]
+    pub file: PathBuf,
+    /// Leave out what this machine has: the archive is then imported only where it is
+    #[arg(long, value_name = "MACHINE")]
+    pub since: Option<String>,
+    /// Put it in the place of a file that is there
+    #[arg(long)]
+    pub replace: bool,
+}
+
+/// `farbus bank import`
+#[derive(Debug, Args)]
+#[command(
+    after_help = "The machine keeps its root, its name and its time, and becomes the last deposit of that name. An archive that was cut off or changed
+is refused, and no machine is made; pages that came are removed by the next farbus bank gc."
+)]
+pub struct ImportArgs {
+    /// The bank.
+    #[command(flatten)]
+    pub place: Place,
+    /// The archive, or - for standard input
+    #[arg(value_name = "FILE")]
+    pub file: PathBuf,
 }
 
 /// `90s`, `15m`, `12h`, `30d`.

@@ -6,6 +6,7 @@
 use std::error::Error;
 
 use farbus_machine_bank::BankError;
+use farbus_machine_bank::archive::{ExportError, ImportError};
 use farbus_machine_bank::bank::FindError;
 use farbus_machine_bank::deposit::DepositError;
 use farbus_machine_bank::keep::CopyError;
@@ -73,6 +74,24 @@ fn hint(error: &anyhow::Error, place: &Place) -> String {
                 DepositError::Store(error) => return store_hint(error, place),
                 _ => {}
             }
+        }
+        match cause.downcast_ref() {
+            Some(ImportError::Malformed(_)) => {
+                return "export the machine again, and compare the sizes of the two files".to_owned();
+            }
+            Some(ImportError::Keys(_)) => {
+                return "import it into a bank of the same tenant; or withdraw the machine there and deposit it here".to_owned();
+            }
+            Some(ImportError::NoBase(_)) => {
+                return format!(
+                    "import that machine first, or export the whole one, without --since; farbus bank list {bank} shows what is there"
+                );
+            }
+            Some(ImportError::Source(_)) => return "name a file that this user can read".to_owned(),
+            _ => {}
+        }
+        if let Some(ExportError::Target(_)) = cause.downcast_ref() {
+            return "choose a place that this user can write, on a file system with room for it".to_owned();
         }
         match cause.downcast_ref() {
             Some(QemuError::Other) => return "withdraw its sections: --to DIR, or --section SECTION=FILE".to_owned(),

@@ -4,6 +4,7 @@
 //! added" or the same as one JSON object. A failure says what to do about it.
 
 mod address;
+mod archive;
 pub mod args;
 mod deposit;
 mod help;
@@ -41,6 +42,8 @@ pub fn run(args: &BankArgs) -> anyhow::Result<ExitCode> {
         BankCommand::Remove(args) => keep::remove(args)?,
         BankCommand::Gc(args) => keep::gc(args)?,
         BankCommand::Copy(args) => keep::copy(args)?,
+        BankCommand::Export(args) => archive::export(args)?,
+        BankCommand::Import(args) => archive::import(args)?,
     }
     Ok(ExitCode::SUCCESS)
 }

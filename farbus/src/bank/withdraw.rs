@@ -114,7 +114,7 @@ fn qemu(withdrawal: &Withdrawal<'_>, file: &Path, args: &WithdrawArgs, what: &st
 }
 
 /// What a file is called until all of it is there.
-fn part(file: &Path) -> PathBuf {
+pub(super) fn part(file: &Path) -> PathBuf {
     let mut name = file.as_os_str().to_owned();
     name.push(".part");
     name.into()

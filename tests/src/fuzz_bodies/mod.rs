@@ -4,6 +4,7 @@
 //! of the invariants it asserts is broken; any bytes at all are a valid input.
 #![expect(clippy::expect_used, clippy::missing_panics_doc, reason = "a panic is what the fuzzer looks for")]
 
+mod bank_archive;
 mod bank_formats;
 mod bank_store;
 mod config_writes;
@@ -17,6 +18,7 @@ mod session_messages;
 mod verbs_wire;
 mod vfio_user_messages;
 
+pub use bank_archive::bank_archive;
 pub use bank_formats::bank_formats;
 pub use bank_store::bank_store;
 pub use config_writes::config_writes;
@@ -33,7 +35,8 @@ pub use vfio_user_messages::vfio_user_messages;
 pub type Target = (&'static str, fn(&[u8]));
 
 /// All targets.
-pub const TARGETS: [Target; 11] = [
+pub const TARGETS: [Target; 12] = [
+    ("bank_archive", bank_archive),
     ("bank_formats", bank_formats),
     ("bank_store", bank_store),
     ("config_writes", config_writes),
