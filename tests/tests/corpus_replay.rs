@@ -51,6 +51,11 @@ fn control_frames() {
 }
 
 #[test]
+fn firecracker_regions() {
+    replay("firecracker_regions");
+}
+
+#[test]
 fn link_hello() {
     replay("link_hello");
 }

@@ -9,6 +9,7 @@ mod bank_formats;
 mod bank_store;
 mod config_writes;
 mod control_frames;
+mod firecracker_regions;
 mod input;
 mod link_hello;
 mod nvme_registers;
@@ -23,6 +24,7 @@ pub use bank_formats::bank_formats;
 pub use bank_store::bank_store;
 pub use config_writes::config_writes;
 pub use control_frames::control_frames;
+pub use firecracker_regions::firecracker_regions;
 pub use link_hello::link_hello;
 pub use nvme_registers::nvme_registers;
 pub use prp_lists::prp_lists;
@@ -35,12 +37,13 @@ pub use vfio_user_messages::vfio_user_messages;
 pub type Target = (&'static str, fn(&[u8]));
 
 /// All targets.
-pub const TARGETS: [Target; 12] = [
+pub const TARGETS: [Target; 13] = [
     ("bank_archive", bank_archive),
     ("bank_formats", bank_formats),
     ("bank_store", bank_store),
     ("config_writes", config_writes),
     ("control_frames", control_frames),
+    ("firecracker_regions", firecracker_regions),
     ("link_hello", link_hello),
     ("nvme_registers", nvme_registers),
     ("prp_lists", prp_lists),
