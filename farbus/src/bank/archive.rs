@@ -9,7 +9,7 @@ use std::path::Path;
 
 use farbus_machine_bank::archive::{self, ExportReport};
 
-use super::args::{ExportArgs, ImportArgs};
+use super::archive_args::{ExportArgs, ImportArgs};
 use super::help::Helped;
 use super::progress::Bar;
 use super::{find, open, say, size};

@@ -8,6 +8,7 @@ use std::time::Duration;
 use clap::{Args, Subcommand};
 
 use super::address::BankAddress;
+use super::archive_args::{ExportArgs, ImportArgs};
 use crate::values::{parse_duration, parse_wait};
 
 /// `farbus bank`
@@ -301,10 +302,18 @@ pub struct DiffArgs {
 
 /// `farbus bank verify`
 #[derive(Debug, Args)]
+#[command(
+    after_help = "With --repair, while nobody deposits: packs that are damaged are put aside, with what is whole in them moved to new packs, and what is lost
+is noted, so that the next deposit of the same machine, a copy or an import stores it again. That heals every machine that needs it. The next
+farbus bank gc removes what was put aside."
+)]
 pub struct VerifyArgs {
     /// The bank.
     #[command(flatten)]
     pub place: Place,
+    /// Put damaged packs aside, so that what they had can be stored again
+    #[arg(long)]
+    pub repair: bool,
 }
 
 /// `farbus bank remove`
@@ -376,48 +385,6 @@ pub struct CopyArgs {
     /// The other bank
     #[arg(value_name = "TO")]
     pub to: BankAddress,
-}
-
-/// `farbus bank export`
-#[derive(Debug, Args)]
-#[command(after_help = "Examples:
-  farbus bank export /srv/bank vm7@3 vm7.archive
-  farbus bank export /srv/bank vm7 --since vm7@3 vm7-changes.archive
-  farbus bank export /srv/bank vm7 - | ssh other farbus bank import /srv/bank -
-
-An archive has the machine's pages and no other's, compressed and not encrypted. That of a bank with a tenant key is imported with that key only. The root
-that is printed says what the machine is: compare it with what the import prints.")]
-pub struct ExportArgs {
-    /// The bank.
-    #[command(flatten)]
-    pub place: Place,
-    /// The machine
-    #[arg(value_name = "MACHINE")]
-    pub machine: String,
-    /// The archive, or - for standard output; what was done is then said on standard error
-    #[arg(value_name = "FILE")]
-    pub file: PathBuf,
-    /// Leave out what this machine has: the archive is then imported only where it is
-    #[arg(long, value_name = "MACHINE")]
-    pub since: Option<String>,
-    /// Put it in the place of a file that is there
-    #[arg(long)]
-    pub replace: bool,
-}
-
-/// `farbus bank import`
-#[derive(Debug, Args)]
-#[command(
-    after_help = "The machine keeps its root, its name and its time, and becomes the last deposit of that name. An archive that was cut off or changed
-is refused, and no machine is made; pages that came are removed by the next farbus bank gc."
-)]
-pub struct ImportArgs {
-    /// The bank.
-    #[command(flatten)]
-    pub place: Place,
-    /// The archive, or - for standard input
-    #[arg(value_name = "FILE")]
-    pub file: PathBuf,
 }
 
 /// `90s`, `15m`, `12h`, `30d`.

@@ -5,6 +5,7 @@
 
 mod address;
 mod archive;
+pub mod archive_args;
 pub mod args;
 mod deposit;
 mod help;
