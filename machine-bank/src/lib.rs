@@ -67,6 +67,7 @@
 
 pub mod archive;
 pub mod bank;
+pub mod cloud_hypervisor;
 pub mod codec;
 pub mod deposit;
 pub mod index;
@@ -77,6 +78,7 @@ pub mod pack;
 pub mod page;
 pub mod qemu;
 pub mod reader;
+pub mod socket;
 pub mod store;
 pub mod track;
 pub mod withdraw;

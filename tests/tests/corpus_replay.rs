@@ -41,6 +41,11 @@ fn bank_store() {
 }
 
 #[test]
+fn cloud_hypervisor_save() {
+    replay("cloud_hypervisor_save");
+}
+
+#[test]
 fn config_writes() {
     replay("config_writes");
 }

@@ -9,6 +9,7 @@ use clap::{Args, Subcommand};
 
 use super::address::BankAddress;
 use super::archive_args::{ExportArgs, ImportArgs};
+use super::vmm_help;
 use crate::values::{parse_duration, parse_wait};
 
 /// `farbus bank`
@@ -142,26 +143,7 @@ fn parse_named(text: &str) -> Result<Part, String> {
 
 /// `farbus bank deposit`
 #[derive(Debug, Args)]
-#[command(after_help = "The files must not change meanwhile: pause the machine, or deposit a snapshot of it.
-
-Without --dirty all of a section is read and hashed, and pages that are as at the last deposit are not stored again. With --dirty only pages whose
-bit is set are read: the file holds 64-bit little-endian words, and bit j of word i is page 64 i + j (4 KiB). A bit that is wrongly clear is a
-page that is not saved.
-
-A deposit that was interrupted is resumed by running it again: the pages that it had stored are found.
-
-QEMU 9 and newer saves a machine into one file; in its monitor:
-  stop
-  migrate_set_capability mapped-ram on
-  migrate file:/var/tmp/vm7.mig
-and then, here: farbus bank deposit BANK vm7 --qemu /var/tmp/vm7.mig --disk vm7.img
-
-Any QEMU whose memory is a shared file (-object memory-backend-file,id=mem,size=4G,mem-path=/dev/shm/vm7,share=on -machine memory-backend=mem)
-saves the rest beside it; in its monitor:
-  stop
-  migrate_set_capability x-ignore-shared on
-  migrate \"exec:cat >/var/tmp/vm7.dev\"
-and then, while it is stopped: farbus bank deposit BANK vm7 --memory /dev/shm/vm7 --device-state /var/tmp/vm7.dev --disk vm7.img")]
+#[command(after_help = vmm_help::DEPOSIT)]
 pub struct DepositArgs {
     /// The bank.
     #[command(flatten)]
@@ -181,6 +163,9 @@ pub struct DepositArgs {
     /// A machine that QEMU saved into one file with the capability mapped-ram: a section for each block of memory, and one for the rest
     #[arg(long, value_name = "FILE")]
     pub qemu: Option<PathBuf>,
+    /// A machine that Cloud Hypervisor hands over: listen at this socket until it does (sections "slot0" …, "config", "state")
+    #[arg(long, value_name = "SOCKET", conflicts_with_all = ["qemu", "memory", "dirty"])]
+    pub cloud_hypervisor: Option<PathBuf>,
     /// Which pages of a section may have changed since the parent (repeatable)
     #[arg(long, value_name = "SECTION=FILE", value_parser = parse_named)]
     pub dirty: Vec<Part>,
@@ -192,18 +177,7 @@ pub struct DepositArgs {
 /// `farbus bank withdraw`
 #[derive(Debug, Args)]
 #[command(
-    after_help = "A file is written as FILE.part and renamed when all of it is there. A withdrawal that was interrupted is resumed by running it again.
-
-A machine that was deposited with --qemu comes out with --qemu, and QEMU, started as it was with what it had, goes on with it:
-  farbus bank withdraw BANK vm7 --qemu /var/tmp/vm7.mig --section disk0=vm7.img
-  qemu-system-x86_64 … -global migration.mapped-ram=on -incoming file:/var/tmp/vm7.mig
-
-One whose memory was a shared file:
-  farbus bank withdraw BANK vm7 --section memory=/dev/shm/vm7 --section devices=/var/tmp/vm7.dev --section disk0=vm7.img
-  qemu-system-x86_64 … -incoming defer
-and in its monitor: migrate_set_capability x-ignore-shared on, and migrate_incoming \"exec:cat /var/tmp/vm7.dev\"
-
-Either was saved while it was stopped, and waits for cont in its monitor."
+    after_help = vmm_help::WITHDRAW
 )]
 pub struct WithdrawArgs {
     /// The bank.
@@ -213,11 +187,20 @@ pub struct WithdrawArgs {
     #[arg(value_name = "MACHINE")]
     pub machine: String,
     /// Write all sections to files of their names in this folder, which is made where it is missing
-    #[arg(long, value_name = "DIR", required_unless_present_any = ["section", "qemu"])]
+    #[arg(long, value_name = "DIR", required_unless_present_any = ["section", "qemu", "cloud_hypervisor"])]
     pub to: Option<PathBuf>,
     /// Write the machine to this file, that QEMU resumes from, if it was deposited with --qemu
     #[arg(long, value_name = "FILE")]
     pub qemu: Option<PathBuf>,
+    /// Hand the machine to the Cloud Hypervisor that waits at this socket, if one had handed it over
+    #[arg(long, value_name = "SOCKET", conflicts_with = "qemu")]
+    pub cloud_hypervisor: Option<PathBuf>,
+    /// Its guest goes on at once, and each page comes when it is used; it has to wait with memory_mode=postcopy
+    #[arg(long, requires = "cloud_hypervisor")]
+    pub on_demand: bool,
+    /// Its guest runs then, and is not paused
+    #[arg(long, requires = "cloud_hypervisor")]
+    pub resume: bool,
     /// Write this section to this file (repeatable)
     #[arg(long, value_name = "SECTION=FILE", value_parser = parse_named)]
     pub section: Vec<Part>,

@@ -5,19 +5,21 @@
 use std::fs::File;
 use std::path::Path;
 
+use farbus_machine_bank::cloud_hypervisor::Other;
+use farbus_machine_bank::deposit::DepositReport;
 use farbus_machine_bank::qemu::{Refused, SECTION, Saved};
 use farbus_machine_bank::{Changes, DepositOptions, FileSource, Parent, SectionKind, Source};
 
 use super::args::{DepositArgs, Part};
 use super::help::Helped;
 use super::progress::Bar;
-use super::{open, say, size};
+use super::{cloud_hypervisor, open, say, size};
 use crate::failure::{Advise, refusal};
 
 /// Deposits a machine.
 pub fn run(args: &DepositArgs) -> anyhow::Result<()> {
     let sections = sections(args);
-    if sections.is_empty() && args.qemu.is_none() {
+    if sections.is_empty() && args.qemu.is_none() && args.cloud_hypervisor.is_none() {
         return Err(refusal("nothing to deposit", "name files: --memory FILE, --disk FILE, --device-state FILE, --qemu FILE"));
     }
     let qemu = args.qemu.as_deref().map(file).transpose()?;
@@ -39,7 +41,14 @@ pub fn run(args: &DepositArgs) -> anyhow::Result<()> {
         Some(wish) => Parent::Named(wish.to_owned()),
     };
     let what = || format!("cannot deposit {}", args.machine);
-    let mut deposit = bank.deposit(&args.machine, &DepositOptions { parent }).helped(what(), &args.place)?;
+    let options = DepositOptions { parent };
+    if let Some(path) = &args.cloud_hypervisor {
+        let files = sections.iter().map(|(_, _, path)| file(path)).collect::<Result<Vec<_>, _>>()?;
+        let others: Vec<Other<'_>> =
+            sections.iter().zip(&files).map(|((kind, name, _), file)| (*kind, name.as_str(), file as &dyn Source)).collect();
+        return tell(args, &cloud_hypervisor::deposit(&bank, args, path, &options, &others)?);
+    }
+    let mut deposit = bank.deposit(&args.machine, &options).helped(what(), &args.place)?;
     if !args.dirty.is_empty() && deposit.parent().is_none() {
         return Err(refusal(
             "--dirty says what changed since a parent, and there is none",
@@ -62,8 +71,11 @@ pub fn run(args: &DepositArgs) -> anyhow::Result<()> {
     for (kind, name, path) in &sections {
         section(*kind, name, &file(path)?)?;
     }
-    let report = deposit.commit().helped(what(), &args.place)?;
-    say(&args.place, &report, || {
+    tell(args, &deposit.commit().helped(what(), &args.place)?)
+}
+
+fn tell(args: &DepositArgs, report: &DepositReport) -> anyhow::Result<()> {
+    say(&args.place, report, || {
         let counts = &report.counts;
         format!(
             "{}: {} pages: {} zero, {} as in {}, {} known, {} new; {} added",

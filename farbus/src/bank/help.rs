@@ -8,6 +8,7 @@ use std::error::Error;
 use farbus_machine_bank::BankError;
 use farbus_machine_bank::archive::{ExportError, ImportError};
 use farbus_machine_bank::bank::FindError;
+use farbus_machine_bank::cloud_hypervisor::{RestoreError, SaveError};
 use farbus_machine_bank::deposit::DepositError;
 use farbus_machine_bank::keep::CopyError;
 use farbus_machine_bank::manifest::ManifestError;
@@ -92,6 +93,14 @@ fn hint(error: &anyhow::Error, place: &Place) -> String {
         }
         if let Some(ExportError::Target(_)) = cause.downcast_ref() {
             return "choose a place that this user can write, on a file system with room for it".to_owned();
+        }
+        if let Some(RestoreError::Other(_)) = cause.downcast_ref() {
+            return "withdraw its sections: --to DIR, or --section SECTION=FILE".to_owned();
+        }
+        if matches!(cause.downcast_ref(), Some(SaveError::Refused(_)))
+            || matches!(cause.downcast_ref(), Some(RestoreError::Refused(_)))
+        {
+            return "the other end has to be a Cloud Hypervisor that can migrate to another process (July 2026 or newer), with --memory shared=on; its log says more".to_owned();
         }
         match cause.downcast_ref() {
             Some(QemuError::Other) => return "withdraw its sections: --to DIR, or --section SECTION=FILE".to_owned(),

@@ -7,12 +7,14 @@ mod address;
 mod archive;
 pub mod archive_args;
 pub mod args;
+mod cloud_hypervisor;
 mod deposit;
 mod help;
 mod keep;
 mod look;
 mod progress;
 mod serve_faults;
+mod vmm_help;
 mod withdraw;
 
 use std::fs;

@@ -6,6 +6,7 @@ use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 
 use farbus_machine_bank::Withdrawal;
+use farbus_machine_bank::cloud_hypervisor::RestoreReport;
 use farbus_machine_bank::qemu::{QemuReport, SECTION};
 use farbus_machine_bank::withdraw::WithdrawReport;
 use serde::Serialize;
@@ -13,7 +14,7 @@ use serde::Serialize;
 use super::args::WithdrawArgs;
 use super::help::Helped;
 use super::progress::Bar;
-use super::{find, open, say, size};
+use super::{cloud_hypervisor, find, open, say, size};
 use crate::failure::{Advise, refusal};
 
 #[derive(Serialize)]
@@ -73,9 +74,9 @@ pub fn run(args: &WithdrawArgs) -> anyhow::Result<()> {
         })?;
         written.push(Written { section, file, report });
     }
+    let handed = args.cloud_hypervisor.as_deref().map(|path| cloud_hypervisor::withdraw(&bank, &entry, args, path)).transpose()?;
     let qemu = args.qemu.as_deref().map(|file| qemu(&withdrawal, file, args, &what())).transpose()?;
-    let object =
-        serde_json::json!({ "machine": entry.to_string(), "root": entry.root.to_string(), "sections": written, "qemu": qemu });
+    let object = serde_json::json!({ "machine": entry.to_string(), "root": entry.root.to_string(), "sections": written, "qemu": qemu, "cloud_hypervisor": handed });
     say(&args.place, &object, || {
         let line = |Written { section, file, report }: &Written| {
             let WithdrawReport { pages, zero, there, fetched } = report;
@@ -87,6 +88,10 @@ pub fn run(args: &WithdrawArgs) -> anyhow::Result<()> {
             let fetched: u64 = report.sections.iter().map(|(_, report)| report.fetched).sum();
             let sections = report.sections.len();
             lines.push(format!("{}: {}, of {sections} sections: {fetched} pages verified", file.display(), size(report.bytes)));
+        }
+        if let Some(RestoreReport { slots, bytes, faults, placed, .. }) = &handed {
+            let on_demand = if args.on_demand { format!(": {placed} pages for {faults} requests") } else { String::new() };
+            lines.push(format!("Cloud Hypervisor has {entry}, {slots} slots of {}{on_demand}", size(*bytes)));
         }
         lines.join("\n")
     })

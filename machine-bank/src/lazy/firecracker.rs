@@ -12,7 +12,6 @@ use std::fs;
 use std::io::{self, IoSliceMut};
 use std::mem::MaybeUninit;
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -122,17 +121,7 @@ impl FaultSocket {
     /// # Errors
     /// There is something else, or a server that lives.
     pub fn bind(path: &Path) -> io::Result<Self> {
-        let listener = match UnixListener::bind(path) {
-            // A connection to a plain file is refused as well.
-            Err(error) if error.kind() == io::ErrorKind::AddrInUse && fs::symlink_metadata(path)?.file_type().is_socket() => {
-                match UnixStream::connect(path) {
-                    Err(gone) if gone.kind() == io::ErrorKind::ConnectionRefused => fs::remove_file(path)?,
-                    _ => return Err(error),
-                }
-                UnixListener::bind(path)?
-            }
-            other => other?,
-        };
+        let listener = crate::socket::bind(path)?;
         listener.set_nonblocking(true)?;
         Ok(Self { listener, path: path.to_owned() })
     }

@@ -7,6 +7,7 @@
 mod bank_archive;
 mod bank_formats;
 mod bank_store;
+mod cloud_hypervisor_save;
 mod config_writes;
 mod control_frames;
 mod firecracker_regions;
@@ -22,6 +23,7 @@ mod vfio_user_messages;
 pub use bank_archive::bank_archive;
 pub use bank_formats::bank_formats;
 pub use bank_store::bank_store;
+pub use cloud_hypervisor_save::cloud_hypervisor_save;
 pub use config_writes::config_writes;
 pub use control_frames::control_frames;
 pub use firecracker_regions::firecracker_regions;
@@ -37,10 +39,11 @@ pub use vfio_user_messages::vfio_user_messages;
 pub type Target = (&'static str, fn(&[u8]));
 
 /// All targets.
-pub const TARGETS: [Target; 13] = [
+pub const TARGETS: [Target; 14] = [
     ("bank_archive", bank_archive),
     ("bank_formats", bank_formats),
     ("bank_store", bank_store),
+    ("cloud_hypervisor_save", cloud_hypervisor_save),
     ("config_writes", config_writes),
     ("control_frames", control_frames),
     ("firecracker_regions", firecracker_regions),
