@@ -13,7 +13,7 @@ use crate::manifest::{Entry, Listing, Manifest, ManifestError};
 use crate::page::{Identity, KEY};
 use crate::store::{Durability, Guard, Kind, Store, StoreError};
 
-const CONFIG: &str = "bank";
+pub(crate) const CONFIG: &str = "bank";
 const MAGIC: &[u8; 8] = b"FBBANK1\n";
 const VERSION: u16 = 1;
 const CONFIG_BYTES: u64 = 8 + 2 + 1 + 32;

@@ -105,7 +105,7 @@ fn lying_server(mut raw: Raw, bank: &Bank, memory: &[u8], lie: Lie) {
         let mut status = Status::Done;
         let mut answer = Vec::new();
         match &op {
-            Op::Config => answer = bank.store().read_all(Kind::Config, "bank", 4096).unwrap(),
+            Op::Config(_) => answer = bank.store().read_all(Kind::Config, "bank", 4096).unwrap(),
             Op::List(..) => {
                 let objects = bank.store().list(Kind::Manifest).unwrap();
                 match lie {

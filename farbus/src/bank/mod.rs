@@ -4,7 +4,10 @@
 //! added" or the same as one JSON object. A failure says what to do about it.
 
 mod address;
+mod archive;
+pub mod archive_args;
 pub mod args;
+mod cloud_hypervisor;
 mod deposit;
 mod help;
 mod keep;
@@ -13,6 +16,7 @@ mod progress;
 mod serve;
 mod serve_args;
 mod serve_faults;
+mod vmm_help;
 mod withdraw;
 
 use std::fs;
@@ -46,6 +50,8 @@ pub fn run(args: &BankArgs) -> anyhow::Result<ExitCode> {
         BankCommand::Remove(args) => keep::remove(args)?,
         BankCommand::Gc(args) => keep::gc(args)?,
         BankCommand::Copy(args) => keep::copy(args)?,
+        BankCommand::Export(args) => archive::export(args)?,
+        BankCommand::Import(args) => archive::import(args)?,
     }
     Ok(ExitCode::SUCCESS)
 }

@@ -8,6 +8,7 @@ use std::sync::{Mutex, PoisonError, RwLock};
 use super::DepositError;
 use super::source::{Changes, Source};
 use crate::bank::Bank;
+use crate::keep::lost::Lost;
 use crate::known::Known;
 use crate::manifest::{Counts, LEAF};
 use crate::pack::{FULL_PAGES, GROUP, PackId, Packer, Place, Sealed};
@@ -34,6 +35,8 @@ pub(super) struct Pages {
     pub known: RwLock<Known>,
     /// New pages that a thread has taken and that are in no pack of the index yet.
     pub claimed: Mutex<HashSet<PageId>>,
+    /// Pages that a parent has by name and the bank does not have.
+    pub lost: Lost,
 }
 
 impl Pages {
@@ -109,7 +112,10 @@ impl Worker {
         debug_assert!(leaf.pages <= LEAF, "a leaf has at most {LEAF} pages");
         let mut ids = leaf.parent.map_or_else(|| vec![PageId::ZERO; leaf.pages], <[PageId]>::to_vec);
         self.counts.pages += leaf.pages as u64;
-        let may = |at: usize| leaf.parent.is_none() || changes.may(leaf.first + at as u64);
+        // What is lost is read though nothing changed, because it can be stored again.
+        let readable = !matches!(changes, Changes::None);
+        let lost: Vec<bool> = ids.iter().map(|id| readable && pages.lost.has(id)).collect();
+        let may = |at: usize| leaf.parent.is_none() || lost[at] || changes.may(leaf.first + at as u64);
         let extent = if bank.store().service().is_some() { EXTENT_ASKED } else { EXTENT };
         let mut at = 0;
         while at < leaf.pages {
@@ -160,7 +166,7 @@ impl Worker {
         for (at, (id, name)) in ids.iter_mut().zip(&self.names).enumerate() {
             if name.is_zero() {
                 self.counts.zero += 1;
-            } else if leaf.parent.is_some() && id == name {
+            } else if leaf.parent.is_some() && id == name && !pages.lost.has(name) {
                 self.counts.position += 1;
             } else {
                 self.fresh.push((at, *name));

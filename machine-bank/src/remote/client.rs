@@ -35,7 +35,6 @@ pub(super) struct Client {
     asked: Mutex<Option<Sender<Asked>>>,
     area: Arc<Memory>,
     landed: Arc<Memory>,
-    config: Vec<u8>,
     pub streams: AtomicU32,
     courier: Mutex<Option<std::thread::JoinHandle<()>>>,
 }
@@ -94,22 +93,14 @@ impl RemoteStore {
         let courier = Courier { port, state: state.clone(), asked: receive, clock: Box::new(clock), limit };
         let thread = std::thread::Builder::new().name("farbus-bank-link".to_owned()).spawn(move || courier.run());
         let thread = thread.map_err(|error| gone(error.to_string()))?;
-        let mut client = Client {
+        let client = Client {
             address,
             state,
             asked: Mutex::new(Some(asked)),
             area,
             landed,
-            config: Vec::new(),
             streams: AtomicU32::new(0),
             courier: Mutex::new(Some(thread)),
-        };
-        client = {
-            let client = Arc::new(client);
-            let config = client.call(&Op::Config)?;
-            let mut client = Arc::into_inner(client).ok_or_else(|| StoreError::Gone("the link is in use".to_owned()))?;
-            client.config = config;
-            client
         };
         Ok(Self(Arc::new(client)))
     }
@@ -213,7 +204,7 @@ impl Client {
 fn named(error: StoreError, op: &Op) -> StoreError {
     let StoreError::Missing { .. } = error else { return error };
     let (kind, name) = match op {
-        Op::Config => (Kind::Config, "bank".to_owned()),
+        Op::Config(name) => (Kind::Config, name.clone()),
         Op::Head(root, _) | Op::Leaf(root, ..) | Op::Fetch(root, ..) | Op::Pin(root) => (Kind::Manifest, root.to_string()),
         _ => (Kind::Manifest, "of that name".to_owned()),
     };

@@ -31,7 +31,7 @@
 //! | op | body | answer |
 //! |---|---|---|
 //! | 1 list | kind, name | objects of the kind behind the name, and whether there are more |
-//! | 2 config | | what the bank says of itself |
+//! | 2 config | name | what the bank says of itself, or which pages it lost |
 //! | 3 head | root, offset (4) | depth (1), length (4), bytes of the machine's head |
 //! | 4 leaf | root, section (2), leaf (4) | the names of its pages, written in full |
 //! | 5 fetch | root, section, leaf, bitmap of 4096 pages | parts: a table, and groups as they are stored |

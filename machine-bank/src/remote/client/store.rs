@@ -52,6 +52,10 @@ impl RemoteStore {
         Ok(Box::new(RemoteGuard { client: self.0.clone(), handle }))
     }
 
+    fn config(&self, name: &str) -> Result<Vec<u8>, StoreError> {
+        self.0.call(&Op::Config(name.to_owned()))
+    }
+
     fn not_here<T>(&self, what: &str) -> Result<T, StoreError> {
         Err(StoreError::Refused(format!("{what} over a link; it is done on the host that has the bank")))
     }
@@ -87,7 +91,8 @@ impl Store for RemoteStore {
         if kind != Kind::Config {
             return self.not_here("packs, indexes and manifests are not read as they are");
         }
-        let from = usize::try_from(offset).ok().and_then(|from| self.0.config.get(from..)?.get(..buf.len()));
+        let config = self.config(name)?;
+        let from = usize::try_from(offset).ok().and_then(|from| config.get(from..)?.get(..buf.len()));
         let wanted = offset.saturating_add(buf.len() as u64);
         buf.copy_from_slice(from.ok_or_else(|| StoreError::Ends { kind, name: name.to_owned(), wanted })?);
         Ok(())
@@ -95,7 +100,7 @@ impl Store for RemoteStore {
 
     fn len(&self, kind: Kind, name: &str) -> Result<u64, StoreError> {
         if kind == Kind::Config {
-            return Ok(self.0.config.len() as u64);
+            return Ok(self.config(name)?.len() as u64);
         }
         let object = self.list(kind)?.into_iter().find(|object| object.name == name);
         object.map(|object| object.len).ok_or_else(|| StoreError::Missing { kind, name: name.to_owned() })

@@ -20,8 +20,10 @@ pub use rights::{Pattern, Rights};
 
 use super::port::{Heard, Port};
 use super::wire::{Answer, BODY, Carried, INLINE, LANES, Op, PART, Request, Status, ToClient, ToServer, VERSION, put_objects};
+use crate::bank::CONFIG;
 use crate::codec::Malformed;
 use crate::index::IndexError;
+use crate::keep::lost::{self, Lost};
 use crate::manifest::{Entry, Manifest, ManifestError};
 use crate::page::{PageId, Root};
 use crate::store::{Guard, Kind, StoreError};
@@ -233,7 +235,7 @@ impl<F: Fabric> Session<'_, F> {
     fn obey(&mut self, request: &Request, op: Op) -> Result<Option<Vec<u8>>, Failure> {
         match op {
             Op::List(kind, after) => self.list(kind, &after).map(Some),
-            Op::Config => Ok(Some(self.server.bank.store().read_all(Kind::Config, "bank", 4096)?)),
+            Op::Config(name) => self.config(&name).map(Some),
             Op::Head(root, offset) => self.head(&root, offset as usize).map(Some),
             Op::Leaf(root, section, leaf) => {
                 let ids = self.leaf(root, section, leaf)?;
@@ -297,6 +299,23 @@ impl<F: Fabric> Session<'_, F> {
     fn wait(&mut self) {
         self.port.send(ToClient::Wait.encode());
         self.port.pump();
+    }
+
+    /// What the bank says of itself, and which pages it lost: a client that may not read every machine is told that any page may be.
+    fn config(&self, name: &str) -> Result<Vec<u8>, Failure> {
+        let store = self.server.bank.store();
+        match name {
+            CONFIG => Ok(store.read_all(Kind::Config, name, PART as u64)?),
+            lost::OBJECT if !self.client.rights.reads_all() => {
+                store.len(Kind::Config, name)?;
+                Ok(Lost::note_of_all())
+            }
+            lost::OBJECT => match store.read_all(Kind::Config, name, PART as u64) {
+                Err(StoreError::TooLong { .. }) => Ok(Lost::note_of_all()),
+                note => Ok(note?),
+            },
+            _ => Err(missing()),
+        }
     }
 
     fn list(&self, kind: Kind, after: &str) -> Result<Vec<u8>, Failure> {

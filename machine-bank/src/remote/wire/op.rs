@@ -12,8 +12,8 @@ use crate::store::Kind;
 pub enum Op {
     /// Objects of a kind whose names are behind this one.
     List(Kind, String),
-    /// What the bank says of itself.
-    Config,
+    /// What the bank says of itself: an object's name.
+    Config(String),
     /// A machine's head, from a byte on.
     Head(Root, u32),
     /// The names of a leaf's pages.
@@ -47,7 +47,7 @@ impl Op {
     pub fn code(&self) -> u8 {
         match self {
             Self::List(..) => 1,
-            Self::Config => 2,
+            Self::Config(_) => 2,
             Self::Head(..) => 3,
             Self::Leaf(..) => 4,
             Self::Fetch(..) => 5,
@@ -70,7 +70,7 @@ impl Op {
                 out.push(kind_code(*kind));
                 put_text(&mut out, after);
             }
-            Self::Config => {}
+            Self::Config(name) => put_text(&mut out, name),
             Self::Head(root, offset) => {
                 out.extend_from_slice(&root.0);
                 out.extend_from_slice(&offset.to_le_bytes());
@@ -116,7 +116,7 @@ impl Op {
                 let kind = *Kind::ALL.get(usize::from(kind)).ok_or(Malformed::Value("a kind", kind.into()))?;
                 Self::List(kind, input.text()?.to_owned())
             }
-            2 => Self::Config,
+            2 => Self::Config(input.text()?.to_owned()),
             3 => Self::Head(Root(input.array()?), input.u32()?),
             4 => Self::Leaf(Root(input.array()?), input.u16()?, input.u32()?),
             5 => Self::Fetch(Root(input.array()?), input.u16()?, input.u32()?, Box::new(input.array()?)),
@@ -160,7 +160,7 @@ mod tests {
         let root = Root([9; 32]);
         let ops = [
             Op::List(Kind::Manifest, "vm7@".to_owned()),
-            Op::Config,
+            Op::Config("bank".to_owned()),
             Op::Head(root, 5),
             Op::Leaf(root, 1, 2),
             Op::Fetch(root, 1, 2, Box::new([0x55; BITMAP])),
@@ -178,6 +178,6 @@ mod tests {
             assert!(!matches!(op, Op::Leaf(..)) || op.body().len() <= INLINE, "a leaf is asked for in one message");
         }
         assert!(Op::parse(6, &[0; 33]).is_err() && Op::parse(6, &vec![0; MOST_NAMES * 32 + 32]).is_err());
-        assert!(Op::parse(99, &[]).is_err() && Op::parse(2, &[0]).is_err());
+        assert!(Op::parse(99, &[]).is_err() && Op::parse(2, &[0, 0]).is_err());
     }
 }
