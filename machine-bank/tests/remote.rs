@@ -9,8 +9,10 @@ mod served;
 
 use common::{deposit, machine, memory_bank, open, withdraw, work};
 use farbus_machine_bank::Changes;
-use farbus_machine_bank::keep::{copy, diff, stats, verify};
+use farbus_machine_bank::archive::{export, import};
+use farbus_machine_bank::keep::{copy, diff, repair, stats, verify};
 use farbus_machine_bank::remote::Rights;
+use farbus_machine_bank::store::{Kind, Store};
 use served::Serving;
 
 #[test]
@@ -76,4 +78,49 @@ fn machines_are_looked_at_compared_and_copied_over_a_link() {
     assert_eq!((report.machine.as_str(), report.was_there), ("vm7@1", false));
     assert!(copy(&local, &there, &find(&local, "vm7@2"), &|_| {}).unwrap().was_there);
     assert!(withdraw(&open(other), "vm7", "memory").unwrap() == memory);
+}
+
+#[test]
+fn a_machine_is_exported_and_imported_over_a_link() {
+    let (_, bank) = memory_bank();
+    let mut memory = machine(6, 5000);
+    deposit(&bank, "vm7", &memory, Changes::HashAll);
+    let dirty = work(&mut memory, 7, 100);
+    deposit(&bank, "vm7", &memory, Changes::Bitmap(&dirty));
+    let serving = Serving::new(bank);
+    let here = serving.connect("ann", Rights::all());
+    let (first, second) = (here.find("vm7@1").unwrap(), here.find("vm7@2").unwrap());
+    let (mut whole, mut since) = (Vec::new(), Vec::new());
+    export(&here, &first, None, &mut whole, &|_| {}).unwrap();
+    export(&here, &second, Some(&first), &mut since, &|_| {}).unwrap();
+    let (store, bank) = memory_bank();
+    let other = Serving::new(bank);
+    let there = other.connect("ann", Rights::all());
+    for (archive, name) in [(&whole, "vm7@1"), (&since, "vm7@2")] {
+        assert_eq!(import(&there, &mut &archive[..], &|_| {}).unwrap().machine, name);
+    }
+    assert!(withdraw(&open(store), "vm7", "memory").unwrap() == memory);
+}
+
+#[test]
+fn what_a_repair_lost_is_brought_again_over_a_link() {
+    for limited in [false, true] {
+        let (store, bank) = memory_bank();
+        let memory = machine(8, 3000);
+        deposit(&bank, "vm7", &memory, Changes::HashAll);
+        let pack = store.list(Kind::Pack).unwrap().remove(0).name;
+        store.flip(Kind::Pack, &pack, 3000, 1);
+        assert!(repair(&bank, &|_| {}).unwrap().lost > 0);
+        let serving = Serving::new(bank);
+        let here = serving.connect("ann", if limited { served::rights(&["vm*"], &["vm*"]) } else { Rights::all() });
+        assert!(withdraw(&here, "vm7", "memory").is_err());
+        // Nothing has changed, and still what is lost is read and sent.
+        let unchanged = vec![0; 3000_usize.div_ceil(64)];
+        let report = deposit(&here, "vm7", &memory, Changes::Bitmap(&unchanged));
+        assert!((1..100).contains(&report.counts.new), "{report:?}");
+        for machine in ["vm7@1", "vm7@2"] {
+            assert!(withdraw(&here, machine, "memory").unwrap() == memory);
+        }
+        assert_eq!(verify(&open(store), &|_| {}).unwrap().faults, []);
+    }
 }
