@@ -127,6 +127,19 @@ impl Bank {
         Listing::read(self.store())
     }
 
+    /// The number of a machine's next deposit, which nobody else is given. Asked for under [`Hold::Commit`](crate::store::Hold).
+    ///
+    /// # Errors
+    /// The store's fault.
+    pub(crate) fn next_number(&self, machine: &str) -> Result<u64, StoreError> {
+        let mut number = self.listing()?.last(machine).map_or(1, |entry| entry.number + 1);
+        // One that is taken and not there was a deposit's that died at its last step.
+        while !self.store.reserve(&format!("{machine}@{number:08}"))? {
+            number += 1;
+        }
+        Ok(number)
+    }
+
     /// A machine by what people write: `vm7`, `vm7@3`, `9f02ab`.
     ///
     /// # Errors

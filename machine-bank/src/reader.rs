@@ -121,7 +121,7 @@ impl<'b> Reader<'b> {
             scratch.stored.resize((end - start) as usize, 0);
             match self.bank.store().read(Kind::Pack, &pack.name(), start, &mut scratch.stored) {
                 Ok(()) => self.decode(stretch, scratch, sink, failed),
-                Err(StoreError::Missing { .. } | StoreError::Ends { .. }) => {
+                Err(StoreError::Missing { .. } | StoreError::Ends { .. } | StoreError::Unsealed { .. }) => {
                     failed.extend(stretch.iter().map(|(_, _, wanted)| (*wanted, ReadError::Missing(wanted.id))));
                 }
                 Err(error) => return Err(error.into()),
@@ -144,7 +144,7 @@ impl<'b> Reader<'b> {
                 Ok(Some(location @ Location { place, .. })) if (2..=GROUP as u32 + 1).contains(&place.len) => {
                     order.push((index.pack(&location), place, *wanted));
                 }
-                Ok(_) | Err(StoreError::Missing { .. } | StoreError::Ends { .. }) => {
+                Ok(_) | Err(StoreError::Missing { .. } | StoreError::Ends { .. } | StoreError::Unsealed { .. }) => {
                     failed.push((*wanted, ReadError::Missing(wanted.id)))
                 }
                 Err(error) => return Err(error.into()),

@@ -308,7 +308,7 @@ impl Deposit<'_> {
         if only_onto_parent && bank.listing()?.last(machine).map(|entry| entry.root) != root {
             return Err(DepositError::Overtaken(self.parent.map(|(entry, _)| entry.to_string()).unwrap_or_default()));
         }
-        let number = |_| Ok(bank.listing()?.last(machine).map_or(1, |entry| entry.number + 1));
+        let number = |_| bank.next_number(machine);
         let entry = self.writer.finish(bank.identity(), machine, created, root, number)?;
         drop(commit);
         bank.store().sync(Kind::Manifest)?;

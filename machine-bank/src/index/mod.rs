@@ -92,7 +92,7 @@ impl Index {
                 Ok(run) if trusted => run,
                 // Superseded since it was listed.
                 Err(RunError::Store(StoreError::Missing { .. })) => continue,
-                Err(RunError::Store(error @ (StoreError::Io { .. } | StoreError::ReadOnly(_)))) => return Err(error.into()),
+                Err(RunError::Store(error)) if error.is_of_store() => return Err(error.into()),
                 Ok(_) => {
                     index.useless.push(object.name);
                     continue;
@@ -116,7 +116,8 @@ impl Index {
             match read_directory(store, pack, lens[&pack]) {
                 Ok(entries) => index.add_entries(number as u32, &entries),
                 Err(IndexError::Store(StoreError::Missing { .. })) => {}
-                Err(error @ IndexError::Pack { .. } | error @ IndexError::Store(StoreError::Ends { .. })) => {
+                Err(error @ IndexError::Pack { .. })
+                | Err(error @ IndexError::Store(StoreError::Ends { .. } | StoreError::Unsealed { .. })) => {
                     tracing::warn!(%error, "a pack is left out");
                 }
                 Err(error) => return Err(error),

@@ -76,7 +76,7 @@ pub fn verify(bank: &Bank, progress: &dyn Fn(Progress)) -> Result<VerifyReport, 
             },
             // A sweep has removed it meanwhile.
             Err(StoreError::Missing { .. }) => {}
-            Err(error @ (StoreError::TooLong { .. } | StoreError::Ends { .. })) => {
+            Err(error @ (StoreError::TooLong { .. } | StoreError::Ends { .. } | StoreError::Unsealed { .. })) => {
                 report.faults.push(Fault { what, fault: error.to_string() });
             }
             Err(error) => return Err(error.into()),
