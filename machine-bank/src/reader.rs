@@ -94,6 +94,11 @@ impl<'b> Reader<'b> {
         if failed.is_empty() {
             return Ok(());
         }
+        for (_, error) in &failed {
+            if let ReadError::Damaged { pack, .. } = error {
+                self.bank.store().doubt(Kind::Pack, &pack.name());
+            }
+        }
         // A sweep may have moved them, or another pack may have them whole.
         let fresh = Index::rebuild(self.bank.store())?;
         *self.index.write().unwrap_or_else(PoisonError::into_inner) = fresh;

@@ -88,7 +88,12 @@ impl Index {
         }
         let mut covered = vec![false; index.packs.len()];
         for object in objects {
-            let run = match Run::open(store, &object.name, object.len) {
+            let mut opened = Run::open(store, &object.name, object.len);
+            if let Err(RunError::Malformed(..)) = opened {
+                store.doubt(Kind::Index, &object.name);
+                opened = Run::open(store, &object.name, object.len);
+            }
+            let run = match opened {
                 Ok(run) if trusted => run,
                 // Superseded since it was listed.
                 Err(RunError::Store(StoreError::Missing { .. })) => continue,
@@ -308,6 +313,16 @@ impl Source<'_> {
 /// # Errors
 /// It is damaged, or the store's fault.
 pub fn read_directory(store: &dyn Store, pack: PackId, len: u64) -> Result<Vec<(PageId, Place)>, IndexError> {
+    match read_directory_once(store, pack, len) {
+        Err(IndexError::Pack { .. }) => {
+            store.doubt(Kind::Pack, &pack.name());
+            read_directory_once(store, pack, len)
+        }
+        read => read,
+    }
+}
+
+fn read_directory_once(store: &dyn Store, pack: PackId, len: u64) -> Result<Vec<(PageId, Place)>, IndexError> {
     let damaged = |error| IndexError::Pack { pack, error };
     let name = pack.name();
     let mut trailer = [0; TRAILER];
