@@ -20,12 +20,12 @@ use thiserror::Error;
 
 use crate::page::Root;
 
-
+pub use cached::{CacheCounters, CacheFigures, CachedStore};
 pub use directory::Directory;
 pub use memory::MemoryStore;
 #[cfg(feature = "object")]
 pub use object::ObjectStore;
-
+pub use sealed::SealedStore;
 
 /// What an object is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -304,7 +304,12 @@ impl StoreError {
     pub fn is_of_store(&self) -> bool {
         matches!(
             self,
-            Self::Io { .. } | Self::ReadOnly(_) | Self::Full(_) | Self::Unreachable { .. } | Self::Lapsed { .. } | Self::Busy { .. }
+            Self::Io { .. }
+                | Self::ReadOnly(_)
+                | Self::Full(_)
+                | Self::Unreachable { .. }
+                | Self::Lapsed { .. }
+                | Self::Busy { .. }
         )
     }
 

@@ -2,6 +2,8 @@
 //!
 //! `Service::start()` has one empty bucket, `bank`; `service.store("a")` is a store in it, `service.wire.be(Wire::Gone)` refuses every connection.
 
+#![allow(dead_code, reason = "each test program uses some of it")]
+
 use std::io::{Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::sync::atomic::{AtomicU64, Ordering};
