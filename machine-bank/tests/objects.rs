@@ -3,6 +3,8 @@
 //! A deposit over a connection that is cut at 3 MiB leaves no object; one whose process falls asleep for longer than its lease commits nothing afterwards.
 
 mod common;
+#[path = "common/life.rs"]
+mod life;
 #[path = "common/s3.rs"]
 mod s3;
 
@@ -11,11 +13,11 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use common::{deposit, machine, withdraw, work};
-use farbus_machine_bank::keep::{self, SweepOptions};
+use common::{deposit, machine, withdraw};
 use farbus_machine_bank::store::object::{LeaseTimes, ObjectOptions};
 use farbus_machine_bank::store::{Durability, Hold, Kind, ObjectStore, Store, StoreError, conformance};
 use farbus_machine_bank::{Bank, Changes};
+use life::a_whole_life;
 use object_store::memory::InMemory;
 use s3::{Mood, Service, quick};
 
@@ -47,42 +49,18 @@ fn a_bucket_is_a_store() {
     });
 }
 
-/// Deposits, looks, removes, sweeps and verifies; `open` opens the same store again.
-fn a_whole_life(open: &dyn Fn() -> Box<dyn Store>) {
-    let bank = Bank::init(open(), None).unwrap();
-    let first = machine(1, 3000);
-    let mut second = first.clone();
-    let dirty = work(&mut second, 2, 400);
-    deposit(&bank, "vm", &first, Changes::HashAll);
-    let again = Bank::open(open(), None).unwrap();
-    let report = deposit(&again, "vm", &second, Changes::Bitmap(&dirty));
-    assert_eq!(report.machine, "vm@2");
-    deposit(&again, "other", &machine(3, 500), Changes::HashAll);
-    let bank = Bank::open(open(), None).unwrap();
-    assert!(withdraw(&bank, "vm@1", "memory").unwrap() == first && withdraw(&bank, "vm", "memory").unwrap() == second);
-    let gone = [bank.find("vm@1").unwrap(), bank.find("other").unwrap()];
-    assert_eq!(keep::remove(&bank, &gone).unwrap().removed.len(), 2);
-    let swept = keep::sweep(&bank, &SweepOptions::default()).unwrap();
-    assert!(swept.removed > 0, "{swept:?}");
-    let bank = Bank::open(open(), None).unwrap();
-    let verified = keep::verify(&bank, &|_| {}).unwrap();
-    assert!(verified.faults.is_empty() && verified.machines == 1, "{verified:?}");
-    assert!(withdraw(&bank, "vm", "memory").unwrap() == second);
-    assert_eq!(deposit(&bank, "vm", &first, Changes::HashAll).machine, "vm@3");
-}
-
 #[test]
 fn a_bank_lives_in_a_bucket() {
     let service = Service::start();
-    a_whole_life(&|| Box::new(service.store("life")));
+    a_whole_life(&|| Box::new(service.store("life")), None);
 }
 
 #[test]
 fn a_bank_lives_in_a_directory_of_objects_and_in_memory() {
     let folder = tempfile::tempdir().unwrap();
-    a_whole_life(&|| Box::new(ObjectStore::local(folder.path(), false, quick()).unwrap()));
+    a_whole_life(&|| Box::new(ObjectStore::local(folder.path(), false, quick()).unwrap()), None);
     let client = Arc::new(InMemory::new());
-    a_whole_life(&|| Box::new(ObjectStore::over(client.clone(), "", "memory".to_owned(), quick()).unwrap()));
+    a_whole_life(&|| Box::new(ObjectStore::over(client.clone(), "", "memory".to_owned(), quick()).unwrap()), None);
 }
 
 #[test]
@@ -150,9 +128,10 @@ fn a_service_that_is_full_or_lets_nobody_write_says_so() {
     assert!(matches!(&error, StoreError::Io { source, .. } if source.kind() == std::io::ErrorKind::PermissionDenied), "{error}");
     service.wire.be(Mood::Fine);
     store.put(Kind::Pack, "p", b"x", Durability::Durable).unwrap();
-    let stranger = service.environment().into_iter().map(|(name, value)| {
-        if name == "AWS_SECRET_ACCESS_KEY" { (name, "guessed".to_owned()) } else { (name, value) }
-    });
+    let stranger = service
+        .environment()
+        .into_iter()
+        .map(|(name, value)| if name == "AWS_SECRET_ACCESS_KEY" { (name, "guessed".to_owned()) } else { (name, value) });
     let stranger = ObjectStore::s3("bank", "full", stranger, quick()).unwrap();
     assert!(stranger.len(Kind::Pack, "p").is_err() && stranger.put(Kind::Pack, "q", b"x", Durability::Durable).is_err());
     assert_eq!(store.list(Kind::Pack).unwrap().len(), 1);
@@ -249,7 +228,8 @@ fn the_lease_of_a_dead_process_ends_by_itself_and_that_of_a_living_one_does_not(
     drop(living);
     // What is never written anew is as if its process had died.
     let dead = open(LeaseTimes { life, lapse, renew: Duration::from_secs(3600) });
-    let (hold, pin) = (dead.hold(Hold::Deposit, Duration::ZERO).unwrap(), dead.pin(farbus_machine_bank::page::Root([3; 32])).unwrap());
+    let (hold, pin) =
+        (dead.hold(Hold::Deposit, Duration::ZERO).unwrap(), dead.pin(farbus_machine_bank::page::Root([3; 32])).unwrap());
     assert!(matches!(store.hold(Hold::Sweep, Duration::ZERO), Err(StoreError::Busy { .. })));
     assert_eq!(store.pins().unwrap().len(), 1);
     store.hold(Hold::Sweep, Duration::from_secs(5)).unwrap();

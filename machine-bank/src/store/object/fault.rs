@@ -66,6 +66,14 @@ pub fn sorted(what: &str, writing: bool, failure: Failure) -> StoreError {
     if says(&["507 Insufficient Storage", "StorageFull", "QuotaExceeded", "InsufficientStorage"]) {
         return StoreError::Full(io::Error::new(ErrorKind::StorageFull, error));
     }
+    // Listings and removals say it in words only.
+    if says(&["403 Forbidden", "401 Unauthorized", "AccessDenied"]) {
+        let source = io::Error::new(ErrorKind::PermissionDenied, error);
+        return if writing { StoreError::ReadOnly(source) } else { StoreError::Io { what: what.to_owned(), source } };
+    }
+    if says(&["404 Not Found", "NoSuchBucket"]) || matches!(error, object_store::Error::NotFound { .. }) {
+        return host(what.to_owned(), ErrorKind::NotFound, error);
+    }
     let network = chain(&error).find_map(|cause| cause.downcast_ref::<HttpError>()).is_some_and(|error| {
         use HttpErrorKind::{Connect, Interrupted, Request, Timeout};
         matches!(error.kind(), Connect | Request | Timeout | Interrupted)

@@ -195,7 +195,10 @@ impl Bucket {
         }
     }
 
-    fn wait<T: Send + 'static>(&self, future: impl Future<Output = object_store::Result<T>> + Send + 'static) -> Result<T, Failure> {
+    fn wait<T: Send + 'static>(
+        &self,
+        future: impl Future<Output = object_store::Result<T>> + Send + 'static,
+    ) -> Result<T, Failure> {
         self.within(self.limit, future)
     }
 
