@@ -5,13 +5,14 @@
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 
+use farbus_machine_bank::store::CacheFigures;
 use farbus_machine_bank::withdraw::WithdrawReport;
 use serde::Serialize;
 
 use super::args::WithdrawArgs;
 use super::help::Helped;
 use super::progress::Bar;
-use super::{find, open, say};
+use super::{find, open_counted, say, size};
 use crate::failure::{Advise, refusal};
 
 #[derive(Serialize)]
@@ -24,7 +25,7 @@ struct Written {
 
 /// Withdraws a machine.
 pub fn run(args: &WithdrawArgs) -> anyhow::Result<()> {
-    let bank = open(&args.place)?;
+    let (bank, counters) = open_counted(&args.place.bank, &args.place)?;
     let entry = find(&bank, &args.place, &args.machine)?;
     let what = || format!("cannot withdraw {entry}");
     let withdrawal = bank.withdraw(&entry).helped(what(), &args.place)?;
@@ -62,14 +63,19 @@ pub fn run(args: &WithdrawArgs) -> anyhow::Result<()> {
         fs::rename(&part, &file).advise(format!("cannot write {}", file.display()), advice)?;
         written.push(Written { section, file, report });
     }
-    let object = serde_json::json!({ "machine": entry.to_string(), "root": entry.root.to_string(), "sections": written });
+    let cache = counters.map(|counters| counters.figures());
+    let object =
+        serde_json::json!({ "machine": entry.to_string(), "root": entry.root.to_string(), "sections": written, "cache": cache });
     say(&args.place, &object, || {
         let line = |Written { section, file, report }: &Written| {
             let WithdrawReport { pages, zero, there, fetched } = report;
             let there = if *there > 0 { format!(", {there} there already") } else { String::new() };
             format!("{section}: {pages} pages in {}: {zero} zero, {fetched} verified{there}", file.display())
         };
-        written.iter().map(line).collect::<Vec<_>>().join("\n")
+        let of_cache = cache.map(|CacheFigures { hits, wire_bytes, .. }| {
+            format!("{} came from the bank, and {hits} blocks of 32 KiB from the cache", size(wire_bytes))
+        });
+        written.iter().map(line).chain(of_cache).collect::<Vec<_>>().join("\n")
     })
 }
 
