@@ -31,6 +31,11 @@ fn bank_formats() {
 }
 
 #[test]
+fn bank_layers() {
+    replay("bank_layers");
+}
+
+#[test]
 fn bank_store() {
     replay("bank_store");
 }

@@ -5,6 +5,7 @@
 #![expect(clippy::expect_used, clippy::missing_panics_doc, reason = "a panic is what the fuzzer looks for")]
 
 mod bank_formats;
+mod bank_layers;
 mod bank_store;
 mod config_writes;
 mod control_frames;
@@ -17,6 +18,7 @@ mod verbs_wire;
 mod vfio_user_messages;
 
 pub use bank_formats::bank_formats;
+pub use bank_layers::bank_layers;
 pub use bank_store::bank_store;
 pub use config_writes::config_writes;
 pub use control_frames::control_frames;
@@ -31,8 +33,9 @@ pub use vfio_user_messages::vfio_user_messages;
 pub type Target = (&'static str, fn(&[u8]));
 
 /// All targets.
-pub const TARGETS: [Target; 10] = [
+pub const TARGETS: [Target; 11] = [
     ("bank_formats", bank_formats),
+    ("bank_layers", bank_layers),
     ("bank_store", bank_store),
     ("config_writes", config_writes),
     ("control_frames", control_frames),
