@@ -1,7 +1,7 @@
 //! BLAKE3 of up to sixteen pages at once, each in a lane of its own.
 //!
 //! A page has four chunks, so hashed by itself it fills four of the sixteen lanes that AVX-512 has, or of the eight of AVX2; sixteen pages fill all of them,
-//! chunk by chunk: 2.3 times as fast where this was measured (`cargo bench -p farbus-bench --bench page_names`). What is computed is BLAKE3 as it is
+//! chunk by chunk: twice as fast where this was measured (`cargo bench -p farbus-bench --bench parts names`). What is computed is BLAKE3 as it is
 //! specified (BLAKE3, sections 2.2 to 2.4), by the blake3 crate's own compression; how the lanes are filled is all that is here.
 //!
 //! The crate says that its `platform` module may change, so its version is held to `~1.8`, and a test holds each result against `blake3::hash`.
