@@ -1,6 +1,7 @@
 //! A cache in front of stores: what is in it is not fetched again, and what is damaged in it is not handed out.
 //!
 //! Every byte of the cache's file is turned over, one block after the other: the machine comes out right, and the blocks are fetched once more.
+#![expect(clippy::unwrap_used, reason = "a panic is how a test fails, in its helpers too")]
 
 mod common;
 #[path = "common/life.rs"]

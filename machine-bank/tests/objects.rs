@@ -1,6 +1,7 @@
 //! Banks in object stores: the crate's own back-ends, and a service that speaks S3 and is not ours.
 //!
 //! A deposit over a connection that is cut at 3 MiB leaves no object; one whose process falls asleep for longer than its lease commits nothing afterwards.
+#![expect(clippy::unwrap_used, reason = "a panic is how a test fails, in its helpers too")]
 
 mod common;
 #[path = "common/life.rs"]

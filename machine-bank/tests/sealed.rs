@@ -1,6 +1,7 @@
 //! Banks that are sealed: what comes out is what went in, or an error, whatever somebody did to what is stored.
 //!
 //! One bit of a sealed pack of 60,000 bytes is turned, wherever that is: every read of that part of it is refused, and the rest is as it was.
+#![expect(clippy::unwrap_used, reason = "a panic is how a test fails, in its helpers too")]
 
 mod common;
 #[path = "common/life.rs"]

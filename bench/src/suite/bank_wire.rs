@@ -16,7 +16,8 @@ use crate::report::{Row, Target};
 
 /// The row.
 pub fn row(series: &Series, program: &Path, scratch: &Path) -> Row {
-    let (case, peer, target) = ("withdrawal of S2 where the cache holds S0, bytes from the store", "the full image", Target::AtMost(0.15));
+    let (case, peer, target) =
+        ("withdrawal of S2 where the cache holds S0, bytes from the store", "the full image", Target::AtMost(0.15));
     match wire(series, program, scratch) {
         Ok((bytes, full)) => Row::measured(case, "bytes", bytes, (peer, full), bytes / full, target),
         Err(error) => Row::missing(case, "bytes", peer, target, format!("{error:#}")),
@@ -36,7 +37,8 @@ fn wire(series: &Series, program: &Path, scratch: &Path) -> Result<(f64, f64)> {
     let fetched = withdraw(program, &bank, "vm@2", &folder)?;
     let full = fs::metadata(series.image("S2")).context("S2 is gone")?.len() as f64;
     // Whoever withdraws compares what came, so that few bytes are not few because they are wrong.
-    let same = fs::read(folder.join("vm@2/memory")).context("nothing came out")? == fs::read(series.image("S2")).context("S2 is gone")?;
+    let same =
+        fs::read(folder.join("vm@2/memory")).context("nothing came out")? == fs::read(series.image("S2")).context("S2 is gone")?;
     ensure!(same, "what came out is not S2");
     fs::remove_dir_all(&folder).with_context(|| format!("cannot remove {}", folder.display()))?;
     Ok((fetched, full))

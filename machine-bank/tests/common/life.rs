@@ -1,6 +1,7 @@
 //! The life of a bank, as it is over whatever store: in, out, removed, swept, verified, and in again.
 //!
 //! `a_whole_life(&|| store(), None)` opens the same store several times, as several processes would.
+#![expect(clippy::unwrap_used, reason = "a panic is how a test fails")]
 
 use farbus_machine_bank::keep::{self, SweepOptions};
 use farbus_machine_bank::page::KEY;

@@ -1,8 +1,8 @@
 //! An S3 service that is not ours (s3s-fs), on a port of this host, and a wire to it that can be cut, stopped and made to answer for it.
 //!
-//! `Service::start()` has one empty bucket, `bank`; `service.store("a")` is a store in it, `service.wire.be(Wire::Gone)` refuses every connection.
-
+//! `Service::start()` has one empty bucket, `bank`; `service.store("a")` is a store in it, `service.wire.be(Mood::Gone)` refuses every connection.
 #![allow(dead_code, reason = "each test program uses some of it")]
+#![expect(clippy::unwrap_used, reason = "a panic is how a test fails")]
 
 use std::io::{Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};

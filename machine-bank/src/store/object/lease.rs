@@ -285,7 +285,10 @@ impl Drop for LeaseGuard {
         if let Some((end, task, _lease)) = self.renewal.take() {
             drop(end);
             // A task that panicked writes nothing more either.
-            let ended = self.bucket.within(limit, async move { Ok(drop(task.await)) });
+            let ended = self.bucket.within(limit, async move {
+                drop(task.await);
+                Ok(())
+            });
             if let Err(error) = ended {
                 tracing::debug!(?error, key = %self.key, "a lease is still being written");
             }
