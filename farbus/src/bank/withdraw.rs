@@ -78,7 +78,7 @@ pub fn run(args: &WithdrawArgs) -> anyhow::Result<()> {
     let handed = args.cloud_hypervisor.as_deref().map(|path| cloud_hypervisor::withdraw(&bank, &entry, args, path)).transpose()?;
     let qemu = args.qemu.as_deref().map(|file| qemu(&withdrawal, file, args, &what())).transpose()?;
     let cache = counters.map(|counters| counters.figures());
-    let object = serde_json::json!({ "machine": entry.to_string(), "root": entry.root.to_string(), "sections": written, "qemu": qemu, "cloud_hypervisor": handed, "cache": cache });
+    let object = serde_json::json!({ "machine": entry.to_string(), "root": entry.root.to_string(), "sections": written, "cache": cache, "qemu": qemu, "cloud_hypervisor": handed });
     say(&args.place, &object, || {
         let line = |Written { section, file, report }: &Written| {
             let WithdrawReport { pages, zero, there, fetched } = report;
@@ -95,9 +95,9 @@ pub fn run(args: &WithdrawArgs) -> anyhow::Result<()> {
             let on_demand = if args.on_demand { format!(": {placed} pages for {faults} requests") } else { String::new() };
             lines.push(format!("Cloud Hypervisor has {entry}, {slots} slots of {}{on_demand}", size(*bytes)));
         }
-        if let Some(CacheFigures { hits, wire_bytes, .. }) = cache {
-            lines.push(format!("{} came from the bank, and {hits} blocks of 32 KiB from the cache", size(wire_bytes)));
-        }
+        lines.extend(cache.map(|CacheFigures { hits, wire_bytes, .. }| {
+            format!("{} came from the bank, and {hits} blocks of 32 KiB from the cache", size(wire_bytes))
+        }));
         lines.join("\n")
     })
 }

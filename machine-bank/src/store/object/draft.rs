@@ -123,7 +123,7 @@ impl Draft for ObjectDraft {
             return self.parts(&key, &file, len);
         }
         // Two that make a bank at one place are told of each other.
-        let mode = if self.kind == Kind::Config { PutMode::Create } else { PutMode::Overwrite };
+        let mode = if self.kind == Kind::Config && name == "bank" { PutMode::Create } else { PutMode::Overwrite };
         if self.bucket.small(limit, &key, std::mem::take(&mut self.bytes).into(), mode)? {
             return Ok(());
         }
