@@ -36,6 +36,11 @@ fn bank_formats() {
 }
 
 #[test]
+fn bank_layers() {
+    replay("bank_layers");
+}
+
+#[test]
 fn bank_link() {
     replay("bank_link");
 }

@@ -359,8 +359,11 @@ fn publish(
     if only_onto_parent && last.as_ref().map(|entry| entry.root) != root {
         return Err(DepositError::Overtaken(parent.map(ToString::to_string).unwrap_or_default()));
     }
-    // Where another bank gives the numbers, it gives this one or none.
-    let number = |_| last.map_or_else(|| bank.next_number(machine), |last| Ok(last.number + 1));
+    // Where another bank gives the numbers, it gives the one behind the parent or none.
+    let number = |_| match last {
+        Some(last) if bank.store().service().is_some() => Ok(last.number + 1),
+        _ => bank.next_number(machine),
+    };
     let entry = writer.finish(bank.identity(), machine, created, root, number)?;
     drop(commit);
     bank.store().sync(Kind::Manifest)?;

@@ -3,6 +3,7 @@
 //! `manifest.leaf(&store, &identity, 0, 31)` reads the last leaf of the first section: it finds `Same`, `Same`, `Delta`, `Full` in four manifests,
 //! applies the delta to the full one, and returns 4,096 names only if they have the hash that the first manifest's head says.
 
+use std::collections::HashSet;
 use std::sync::Arc;
 
 use thiserror::Error;
@@ -65,7 +66,18 @@ impl Manifest {
         if let Some(service) = store.service() {
             return Self::open_remote(service, identity, object, *root);
         }
-        Self::open_object(store, identity, listing, object, *root, u8::MAX)
+        let mut doubted = HashSet::new();
+        loop {
+            match Self::open_object(store, identity, listing, object.clone(), *root, u8::MAX) {
+                // A cache or an open file may have what it was before somebody wrote it anew.
+                Err(ManifestError::Malformed { object: which, .. } | ManifestError::NoBase { object: which, .. })
+                    if doubted.insert(which.clone()) =>
+                {
+                    store.doubt(Kind::Manifest, &which);
+                }
+                opened => return opened,
+            }
+        }
     }
 
     /// Opens one whose leaves are asked for one by one: how they are written is known where it is.
@@ -136,6 +148,18 @@ impl Manifest {
     /// # Errors
     /// It is damaged or changed, or the store's fault.
     pub fn leaf(&self, store: &dyn Store, identity: &Identity, section: usize, leaf: usize) -> Result<Vec<PageId>, ManifestError> {
+        self.verified(store, identity, section, leaf).or_else(|error| {
+            let ManifestError::Malformed { .. } = error else { return Err(error) };
+            let mut manifest = Some(self);
+            while let Some(doubted) = manifest {
+                store.doubt(Kind::Manifest, &doubted.object);
+                manifest = doubted.base.as_ref().map(|(base, _)| &**base);
+            }
+            self.verified(store, identity, section, leaf)
+        })
+    }
+
+    fn verified(&self, store: &dyn Store, identity: &Identity, section: usize, leaf: usize) -> Result<Vec<PageId>, ManifestError> {
         let pages = self.head.sections[section].pages_of(leaf);
         let ids = match store.service() {
             Some(service) => {
@@ -200,6 +224,11 @@ impl Manifest {
 
     fn malformed(&self, error: Malformed) -> ManifestError {
         ManifestError::Malformed { object: self.object.clone(), error }
+    }
+
+    /// Those that it rests on, the next first.
+    pub fn bases(&self) -> impl Iterator<Item = &Arc<Self>> {
+        std::iter::successors(self.base.as_ref().map(|(base, _)| base), |base| base.base.as_ref().map(|(base, _)| base))
     }
 
     /// The first below it for which `wanted` holds.

@@ -6,6 +6,7 @@
 
 mod bank_archive;
 mod bank_formats;
+mod bank_layers;
 mod bank_link;
 mod bank_store;
 mod cloud_hypervisor_save;
@@ -23,6 +24,7 @@ mod vfio_user_messages;
 
 pub use bank_archive::bank_archive;
 pub use bank_formats::bank_formats;
+pub use bank_layers::bank_layers;
 pub use bank_link::bank_link;
 pub use bank_store::bank_store;
 pub use cloud_hypervisor_save::cloud_hypervisor_save;
@@ -41,9 +43,10 @@ pub use vfio_user_messages::vfio_user_messages;
 pub type Target = (&'static str, fn(&[u8]));
 
 /// All targets.
-pub const TARGETS: [Target; 15] = [
+pub const TARGETS: [Target; 16] = [
     ("bank_archive", bank_archive),
     ("bank_formats", bank_formats),
+    ("bank_layers", bank_layers),
     ("bank_link", bank_link),
     ("bank_store", bank_store),
     ("cloud_hypervisor_save", cloud_hypervisor_save),
