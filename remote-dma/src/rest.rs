@@ -139,10 +139,7 @@ mod tests {
         let (right, wrong) = (RestToken::random().unwrap(), RestToken::random().unwrap());
         let kept_long = kept(right, Duration::from_secs(60)).claim(&wrong).expect_err("a stranger claimed the device");
         assert!(kept_long.left().is_some());
-        assert_eq!(
-            kept_long.claim(&right).unwrap().device().description().name,
-            Edu::new().unwrap().description().name
-        );
+        assert_eq!(kept_long.claim(&right).unwrap().device().description().name, Edu::new().unwrap().description().name);
         let late = kept(right, Duration::ZERO);
         assert!(late.left().is_none() && late.claim(&right).is_err(), "a lease that is over was honoured");
         assert!(!format!("{right:?}").contains(&right.0[0].to_string()) || right.0[0] < 10, "a token in a log");
