@@ -10,6 +10,9 @@ use std::time::{Duration, Instant};
 use crate::backend::Backend;
 use crate::journal::Mark;
 
+/// Begins the description of a borrower who comes for a kept device.
+const CLAIM: [u8; 5] = *b"rest ";
+
 /// Names one rest of one device: 16 random bytes, so that nobody who has not read the saved state can claim the device, and no older state fits.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub struct RestToken(pub [u8; 16]);
@@ -24,6 +27,16 @@ impl RestToken {
         // The kernel gives up to 256 bytes at once (getrandom(2)).
         let given = rustix::rand::getrandom(&mut bytes, rustix::rand::GetRandomFlags::empty())?;
         if given == bytes.len() { Ok(Self(bytes)) } else { Err(io::ErrorKind::UnexpectedEof.into()) }
+    }
+
+    /// What a borrower's hello says (its description) who comes for a kept device.
+    pub fn claim(&self) -> Vec<u8> {
+        [&CLAIM[..], &self.0].concat()
+    }
+
+    /// The token of a hello's description; `None` where its borrower comes for no kept device.
+    pub fn from_claim(description: &[u8]) -> Option<Self> {
+        description.strip_prefix(&CLAIM)?.try_into().ok().map(Self)
     }
 
     /// Whether both are the same, in a time that does not say where they differ.
@@ -132,6 +145,14 @@ mod tests {
 
     fn kept(token: RestToken, time: Duration) -> Kept {
         Kept::new(Box::new(Edu::new().unwrap()), Lease { token, time })
+    }
+
+    #[test]
+    fn a_claim_is_heard_as_it_was_said_and_nothing_else_is_one() {
+        let token = RestToken::random().unwrap();
+        assert_eq!(RestToken::from_claim(&token.claim()), Some(token));
+        assert_eq!(RestToken::from_claim(b""), None);
+        assert_eq!(RestToken::from_claim(b"rest 15 bytes ....."), None);
     }
 
     #[test]

@@ -112,6 +112,48 @@ impl Guest {
         self.set(GENERATIONS + block * 8, generation);
     }
 
+    /// The generation that a block has when all that the guest was told of is taken in: a write may be completed and the guest has not looked yet.
+    pub fn acknowledged_generation(&self, block: u64) -> u64 {
+        let done = self.under_way(block).filter(|id| self.is_completed(*id) && self.get(COMMANDS + id * 32) == WRITE);
+        done.map_or_else(|| self.generation(block), |id| self.get(COMMANDS + id * 32 + 16))
+    }
+
+    /// Tells a guest that went back in time what is on its disk now. A read that it had begun and that was not carried out yet finds that, too; a write
+    /// that was completed brings nothing of before back.
+    pub fn learn(&self, block: u64, generation: u64) {
+        self.set_generation(block, generation);
+        let Some(id) = self.under_way(block) else { return };
+        let write = self.get(COMMANDS + id * 32) == WRITE;
+        if write == self.is_completed(id) {
+            self.set(COMMANDS + id * 32 + 16, generation);
+        }
+    }
+
+    /// The command on a block.
+    fn under_way(&self, block: u64) -> Option<u64> {
+        (0..COMMAND_COUNT).find(|id| self.get(COMMANDS + id * 32) != 0 && self.get(COMMANDS + id * 32 + 8) == block)
+    }
+
+    /// Whether the completion of a command lies in its queue.
+    fn is_completed(&self, id: u64) -> bool {
+        let queue = self.get(COMMANDS + id * 32 + 24);
+        let (_, base, entries) = LAYOUT[queue as usize];
+        let (mut head, mut phase) = (self.get(QUEUES + queue * 32 + 8), self.get(QUEUES + queue * 32 + 16));
+        for _ in 0..entries {
+            let word =
+                self.memory.atomic_u32(base + head * 16 + 12).expect("its own memory").load(std::sync::atomic::Ordering::Acquire);
+            if u64::from(word >> 16 & 1) != phase {
+                return false;
+            }
+            if u64::from(word & 0xffff) == id {
+                return true;
+            }
+            head = (head + 1) % entries;
+            phase ^= u64::from(head == 0);
+        }
+        false
+    }
+
     /// Begins no more commands than this in all from now on; those under way go on.
     pub fn begin_at_most(&self, commands: u64) {
         self.set(LIMIT, commands);

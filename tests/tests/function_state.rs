@@ -317,3 +317,29 @@ fn a_function_that_was_quiesced_goes_on_where_it_is() {
         world.judge(&here);
     }
 }
+
+#[test]
+fn a_device_that_was_reset_and_passes_for_kept_is_found_out() {
+    let (_world, device) = World::new();
+    let here = guest();
+    let (attachment, in_use) = attach(Place::Remote, device);
+    let mut device = start(attachment, &here, 5);
+    run(&here, &mut device, 100);
+    device.quiesce(LIMIT).unwrap();
+    let state = device.save().unwrap();
+    drop(device);
+    let Idle::Reset(device) = in_use.back() else { panic!("a device was kept for nobody") };
+    // The lender lies: it says that this is the rest of the state.
+    let (lender, borrower) = ShmFabric::pair(ShmOptions::default()).unwrap();
+    let session = borrow(borrower, &*device).continuing(FunctionState::parse(&state).unwrap().rest().token);
+    let _lender = std::thread::spawn(move || serve(LenderSession::new(lender, device).map_err(|(error, _)| error).unwrap()));
+    let mut device = restore(Box::new(session), &here, &state).unwrap();
+    device.resume();
+    let (before, until) = (here.verified(), Instant::now() + Duration::from_millis(300));
+    let mut wrong = None;
+    while Instant::now() < until && wrong.is_none() {
+        wrong = here.step(&mut device, DEPTH).err();
+        device.poll(Nanos::now());
+    }
+    assert!(wrong.is_some() || here.verified() < before + 100, "a device that knows nothing of the queues served them");
+}

@@ -16,7 +16,8 @@ const LAYERS: &[(&str, &[&str])] = &[
     ("machine-bank", &["transport"]),
     ("bench", &["transport", "control", "remote-dma", "pci-shim", "machine-bank"]),
     ("farbus", &["transport", "control", "remote-dma", "pci-shim", "machine-bank", "bench"]),
-    ("tests", &["transport", "control", "remote-dma", "pci-shim", "machine-bank", "bench"]),
+    ("mini-vmm", &["transport", "remote-dma", "pci-shim", "machine-bank"]),
+    ("tests", &["transport", "control", "remote-dma", "pci-shim", "machine-bank", "bench", "mini-vmm"]),
     // Outside the workspace.
     ("fuzz", &["tests"]),
     ("tests/oracle", &["transport"]),

@@ -33,7 +33,7 @@ use crate::access::AccessError;
 use crate::config::{AddressSpace, Space, Written};
 use crate::irq::IrqSink;
 use crate::mediation::MediationRequest;
-use crate::profile::{self, Profile, RegisterName, Verdict};
+use crate::profile::{Profile, RegisterName, Verdict};
 use crate::routes::{Route, Routes};
 use front::Front;
 use lazy::Lazy;
@@ -77,30 +77,6 @@ impl<S: IrqSink> Function<S> {
         function.attachment.set_bus_master(false, &mut function.front);
         function.attachment.set_interrupt_mode(InterruptMode::Pin, &mut function.front);
         function.settle();
-        Ok(function)
-    }
-
-    /// The function, of which the device has not heard yet.
-    fn untouched(attachment: Box<dyn Attachment>, sink: S, options: FunctionOptions) -> Result<Self, FunctionError> {
-        let description = attachment.description().clone();
-        let front = Front::new(&description, sink, options.interrupts)?;
-        let mut function = Self {
-            attachment,
-            routes: Routes::new(&description, front.msix.as_ref()),
-            profile: profile::for_device(&description),
-            description,
-            front,
-            lazy: Lazy::default(),
-            armed: false,
-            bus_master: false,
-            mode: InterruptMode::Pin,
-            decoded: 0,
-            gone: false,
-            windows: Windows::default(),
-            quiesced: None,
-            map_changes: 0,
-        };
-        function.decoded = function.front.decoded();
         Ok(function)
     }
 

@@ -13,10 +13,12 @@ use farbus_transport::{Access, Memory, Nanos};
 use thiserror::Error;
 
 use super::front::Front;
-use super::windows::state_of;
+use super::lazy::Lazy;
+use super::windows::{Windows, state_of};
 use super::{Function, FunctionError, FunctionOptions};
 use crate::irq::IrqSink;
-use crate::profile::{ReviveError, Reviving};
+use crate::profile::{self, ReviveError, Reviving};
+use crate::routes::Routes;
 use crate::state::{DeviceIdentity, FunctionState, StateError};
 
 /// Why a saved function cannot be restored here. The attachment is dropped; the state may be restored elsewhere.
@@ -68,6 +70,30 @@ pub struct Restored {
 }
 
 impl<S: IrqSink> Function<S> {
+    /// The function, of which the device has not heard yet.
+    pub(super) fn untouched(attachment: Box<dyn Attachment>, sink: S, options: FunctionOptions) -> Result<Self, FunctionError> {
+        let description = attachment.description().clone();
+        let front = Front::new(&description, sink, options.interrupts)?;
+        let mut function = Self {
+            attachment,
+            routes: Routes::new(&description, front.msix.as_ref()),
+            profile: profile::for_device(&description),
+            description,
+            front,
+            lazy: Lazy::default(),
+            armed: false,
+            bus_master: false,
+            mode: InterruptMode::Pin,
+            decoded: 0,
+            gone: false,
+            windows: Windows::default(),
+            quiesced: None,
+            map_changes: 0,
+        };
+        function.decoded = function.front.decoded();
+        Ok(function)
+    }
+
     /// The function of `state` on `attachment`, with the guest's memory in `windows`: the same addresses as it was saved with. Nothing is told to the guest, and
     /// the device begins nothing, before [`Function::resume`].
     ///
