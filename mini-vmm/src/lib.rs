@@ -5,6 +5,7 @@
 
 pub mod deposit;
 pub mod home;
+pub mod kvm;
 pub mod link;
 pub mod report;
 
