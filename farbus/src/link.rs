@@ -8,6 +8,7 @@ use std::path::PathBuf;
 
 use anyhow::Context;
 use farbus_control::{BorrowerSecurity, LenderSecurity, MeetError};
+use farbus_remote_dma::RestToken;
 use farbus_transport::link::hello::{Agreed, Hello};
 use farbus_transport::link::verdict::Refusal;
 use farbus_transport::shm::{self, Connection, ListenError, ShmFabric, ShmOptions};
@@ -166,6 +167,15 @@ impl Greeted {
             Self::Shm(_) => None,
             Self::Rdma { greeted, .. } => greeted.peer().map(|identity| identity.name.to_string()),
         }
+    }
+
+    /// The rest of a kept device that it comes to end, if it names one.
+    pub fn rest(&self) -> Option<RestToken> {
+        let agreed = match self {
+            Self::Shm(greeted) => greeted.agreed(),
+            Self::Rdma { greeted, .. } => greeted.agreed(),
+        };
+        RestToken::from_claim(&agreed.peer.description)
     }
 
     /// Tells it why there is no link.

@@ -90,7 +90,13 @@ impl Home {
             device = found;
             let claimed = RestToken::from_claim(&greeted.agreed().peer.description);
             let session = match (device, claimed) {
-                (Device::Reset(backend), _) => {
+                (Device::Reset(backend), Some(_)) => {
+                    // Who believes the device to be at rest must not get one that was reset.
+                    refuse(greeted, Refusal::NotKept);
+                    device = Device::Reset(backend);
+                    continue;
+                }
+                (Device::Reset(backend), None) => {
                     let fabric = greeted.link(ShmOptions::default())?.fabric;
                     LenderSession::new(fabric, backend).map_err(|(error, _)| error)?
                 }
@@ -100,12 +106,14 @@ impl Home {
                         LenderSession::continued(fabric, continued).map_err(|(error, _)| error)?
                     }
                     Err(kept) => {
-                        device = refuse(greeted, kept);
+                        refuse(greeted, Refusal::Kept);
+                        device = Device::Kept(kept);
                         continue;
                     }
                 },
                 (Device::Kept(kept), None) => {
-                    device = refuse(greeted, kept);
+                    refuse(greeted, Refusal::Kept);
+                    device = Device::Kept(kept);
                     continue;
                 }
             };
@@ -162,11 +170,10 @@ impl Home {
     }
 }
 
-fn refuse(greeted: Greeted, kept: Kept) -> Device {
-    if let Err(error) = greeted.refuse(Refusal::Kept) {
+fn refuse(greeted: Greeted, refusal: Refusal) {
+    if let Err(error) = greeted.refuse(refusal) {
         tracing::info!(%error, "a borrower left before it was refused");
     }
-    Device::Kept(kept)
 }
 
 fn serve_session(mut session: LenderSession<ShmFabric>, stop: &Waker) -> Result<Left> {

@@ -8,7 +8,20 @@ use anyhow::Result;
 use farbus_remote_dma::borrower::{BorrowerOptions, BorrowerSession};
 use farbus_remote_dma::{Attachment, DeviceDescription, RestToken};
 use farbus_transport::link::hello::{Hello, Role, SPOKEN};
-use farbus_transport::shm::{self, Connection, ShmOptions};
+use farbus_transport::link::verdict::Refusal;
+use farbus_transport::shm::{self, Connection, ListenError, ShmOptions};
+
+/// The lender's device for a function that left it under `token`: at rest as it was, or, where its lease is over, after its reset.
+///
+/// # Errors
+/// As [`borrow`].
+pub fn borrow_again(path: &Path, token: RestToken) -> Result<Box<dyn Attachment>> {
+    let gone = |error: &anyhow::Error| matches!(error.downcast_ref(), Some(ListenError::Refused { refusal: Refusal::NotKept, .. }));
+    match borrow(path, Some(token)) {
+        Err(error) if gone(&error) => borrow(path, None),
+        borrowed => borrowed,
+    }
+}
 
 /// The lender's device.
 ///

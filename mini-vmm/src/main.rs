@@ -3,7 +3,7 @@
 //! `mini-vmm home disk.img --lend-at /run/drive --bank /var/lib/bank --machine vm7` is the host with the drive; `mini-vmm run --from /run/drive --bank
 //! /var/lib/bank --deposit vm7` the one with the machine. Kill that one, and the first says what was written since, and runs the machine itself.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
@@ -14,7 +14,7 @@ use farbus_machine_bank::lazy::Area;
 use farbus_machine_bank::store::Directory;
 use farbus_mini_vmm::kvm::guest;
 use farbus_mini_vmm::kvm::machine::Machine;
-use farbus_mini_vmm::link::borrow;
+use farbus_mini_vmm::link::{borrow, borrow_again};
 use farbus_mini_vmm::{Depositor, Device, Home, Withdrawn, meanwhile, say};
 use farbus_remote_dma::model::{Nvme, NvmeOptions};
 use farbus_remote_dma::wait::Waker;
@@ -154,8 +154,12 @@ fn run(args: &RunArgs) -> Result<()> {
 fn go_on(args: &GoOnArgs) -> Result<()> {
     let bank = open(&args.run.bank)?.context("say where the machine is: --bank FOLDER")?;
     let withdrawn = Withdrawn::from_bank(&bank, &args.machine)?;
-    let device = borrow(Path::new(&args.run.from), Some(withdrawn.state()?.rest().token))?;
-    let (machine, _) = Machine::again(&withdrawn, device)?;
+    let device = borrow_again(&args.run.from, withdrawn.state()?.rest().token)?;
+    let (machine, restored) = Machine::again(&withdrawn, device)?;
+    if restored.revived {
+        println!("the drive was reset since, and was brought back: what it wrote after the deposit is not known here");
+        guest::went_back(withdrawn.area.memory())?;
+    }
     let mut depositor = Depositor::new(&withdrawn.area)?;
     depositor.follow(&withdrawn.entry);
     keep_running(machine, depositor, &args.run)

@@ -132,6 +132,13 @@ impl Continued {
     }
 }
 
+impl Continued {
+    /// The session did not come about: the device is kept for `time` more, for the same.
+    pub fn keep_again(self, time: Duration) -> Kept {
+        Kept::new(self.backend, Lease { token: self.token, time })
+    }
+}
+
 impl fmt::Debug for Continued {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Continued").field("device", &self.backend.description().name).finish_non_exhaustive()

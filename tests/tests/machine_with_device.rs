@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use farbus_machine_bank::store::Directory;
 use farbus_machine_bank::{Bank, Entry};
-use farbus_mini_vmm::link::borrow;
+use farbus_mini_vmm::link::{borrow, borrow_again};
 use farbus_mini_vmm::{Depositor, Device as HomeDevice, Home, Pause, Withdrawn, meanwhile, say};
 use farbus_pci_shim::Embedded;
 use farbus_remote_dma::guest_memory::SliceMemory;
@@ -206,6 +206,35 @@ fn a_machine_is_deposited_while_it_works_and_goes_on_elsewhere_with_its_device()
     machine.run(300);
     machine.guest.drain(&mut machine.device).unwrap();
     place.judge(&machine.guest);
+}
+
+#[test]
+fn a_lease_that_is_over_leaves_a_device_that_is_reset_and_brought_back() {
+    let place = Place::new();
+    let bank = place.bank();
+    let home = Home::open(&place.socket()).unwrap();
+    let lending = home.serve_aside(place.device(), Waker::new().unwrap()).unwrap();
+    let area = farbus_machine_bank::lazy::Area::shared(MEMORY_BYTES).unwrap();
+    let mut depositor = Depositor::new(&area).unwrap();
+    let mut machine = Machine::begin(area.share().unwrap(), borrow(&place.socket(), None).unwrap(), 23);
+    machine.run(200);
+    let frozen = depositor.freeze_and_leave(&mut machine.device, Duration::from_millis(1), || Ok(Vec::new())).unwrap();
+    frozen.put(&bank, "vm").unwrap();
+    let (home, left) = lending.join().unwrap().unwrap();
+    std::thread::sleep(Duration::from_millis(5));
+    let lending = home.serve_aside(left.device, Waker::new().unwrap()).unwrap();
+    let withdrawn = Withdrawn::from_bank(&bank, "vm").unwrap();
+    let token = withdrawn.state().unwrap().rest().token;
+    let refused = borrow(&place.socket(), Some(token)).err().unwrap().to_string();
+    assert!(refused.contains("not kept for this function any more"), "{refused}");
+    let (mut machine, revived) = Machine::again(&withdrawn, borrow_again(&place.socket(), token).unwrap());
+    assert!(revived);
+    machine.device.resume();
+    machine.run(200);
+    machine.guest.drain(&mut machine.device).unwrap();
+    place.judge(&machine.guest);
+    drop(machine);
+    lending.join().unwrap().unwrap();
 }
 
 fn among(ranges: &[BlockRange], block: u64) -> bool {

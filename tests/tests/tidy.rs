@@ -50,6 +50,9 @@ const UNSAFE: &[(&str, usize)] = &[
     ("machine-bank/src/lazy/device.rs", 4),
     ("machine-bank/src/lazy/uffd.rs", 4),
     ("machine-bank/src/track/writes.rs", 4),
+    // KVM is given the address of the machine's memory, and the guest program's bytes lie between two labels of its assembly.
+    ("mini-vmm/src/kvm/guest.rs", 2),
+    ("mini-vmm/src/kvm/mod.rs", 1),
     ("remote-dma/src/model/nvme/media/worker.rs", 2),
     ("remote-dma/tests/nvme_data_path.rs", 5),
     ("tests/oracle/tests/peer/mod.rs", 2),
@@ -65,7 +68,7 @@ const UNSAFE: &[(&str, usize)] = &[
     ("transport/src/verbs/windows.rs", 3),
     ("transport/tests/loom_support/mod.rs", 2),
 ];
-const UNSAFE_IN_ALL: usize = 130;
+const UNSAFE_IN_ALL: usize = 133;
 
 /// Lines from which a file should have been split.
 const LONG: usize = 450;

@@ -98,6 +98,7 @@ impl Lender {
             listen: address.clone(),
             once: false,
             spin: Duration::from_micros(50),
+            keep_at_most: Duration::ZERO,
             accept_unsealed: false,
             core: None,
             json: true,

@@ -67,6 +67,7 @@ pub struct LenderSession<F: Fabric> {
     rest: Option<RestToken>,
     /// The borrower left, and was promised this.
     lease: Option<Lease>,
+    keep_at_most: Duration,
 }
 
 /// A device that could not be attached comes back with the reason.
@@ -89,7 +90,8 @@ impl<F: Fabric> LenderSession<F> {
     }
 
     fn over(bus: LenderBus<F>, backend: Box<dyn Backend>) -> Self {
-        Self { bus, backend, events: Events::new(), waiting: VecDeque::new(), closed: None, rest: None, lease: None }
+        let (events, waiting) = (Events::new(), VecDeque::new());
+        Self { bus, backend, events, waiting, closed: None, rest: None, lease: None, keep_at_most: LONGEST_LEASE }
     }
 
     /// Does what there is to do, without blocking.

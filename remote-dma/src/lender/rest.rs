@@ -39,6 +39,13 @@ impl<F: Fabric> LenderSession<F> {
         Ok(session)
     }
 
+    /// Keeps a device for no longer than this, whatever a borrower asks for; with zero no device is kept. A day unless this says otherwise.
+    #[must_use]
+    pub fn keeping_at_most(mut self, limit: Duration) -> Self {
+        self.keep_at_most = limit.min(LONGEST_LEASE);
+        self
+    }
+
     /// What the borrower was promised before it left; the session's owner decides whether to keep it ([`LenderSession::into_kept`]) or to
     /// [`LenderSession::end`] it.
     pub fn lease(&self) -> Option<Lease> {
@@ -82,13 +89,13 @@ impl<F: Fabric> LenderSession<F> {
     }
 
     pub(super) fn keep(&mut self, sequence: Sequence, lease_ms: u32) {
-        let Some(token) = self.rest else {
+        let Some(token) = self.rest.filter(|_| !self.keep_at_most.is_zero()) else {
             return self.acknowledge(sequence, Outcome::Restless);
         };
         if !self.bus.let_go_of_all() {
             return self.close(CloseReason::Protocol("a device at rest that uses memory"));
         }
-        let time = Duration::from_millis(u64::from(lease_ms)).min(LONGEST_LEASE);
+        let time = Duration::from_millis(u64::from(lease_ms)).min(self.keep_at_most);
         self.lease = Some(Lease { token, time });
         self.acknowledge(sequence, Outcome::Done);
     }
