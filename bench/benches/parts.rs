@@ -11,6 +11,8 @@ use std::time::Duration;
 use criterion::{Criterion, criterion_group, criterion_main};
 use farbus_bench::driver::{Driver, DriverOptions, Io, PrpError, QueueIndex, build_prps};
 use farbus_bench::measure::Latencies;
+use farbus_machine_bank::PAGE;
+use farbus_machine_bank::page::Identity;
 use farbus_remote_dma::Iova;
 
 #[path = "../tests/stub_controller/mod.rs"]
@@ -31,6 +33,21 @@ fn driver(criterion: &mut Criterion) {
             });
         });
     }
+}
+
+fn page_names(criterion: &mut Criterion) {
+    let pages: Vec<[u8; PAGE]> = (0..16u8).map(|n| std::array::from_fn(|at| (at as u8).wrapping_mul(31) ^ n)).collect();
+    let identity = Identity::plain();
+    criterion.bench_function("names/16-pages-one-by-one", |bencher| {
+        bencher.iter(|| black_box(&pages).iter().map(|page| identity.page(page).0[0]).fold(0, u8::wrapping_add));
+    });
+    criterion.bench_function("names/16-pages-at-once", |bencher| {
+        let mut names = Vec::new();
+        bencher.iter(|| {
+            identity.pages(black_box(&pages), &mut names);
+            names[0].0[0]
+        });
+    });
 }
 
 fn parts(criterion: &mut Criterion) {
@@ -57,6 +74,6 @@ fn parts(criterion: &mut Criterion) {
 criterion_group! {
     name = benches;
     config = Criterion::default().warm_up_time(Duration::from_millis(300)).measurement_time(Duration::from_secs(1)).sample_size(20);
-    targets = driver, parts
+    targets = driver, page_names, parts
 }
 criterion_main!(benches);

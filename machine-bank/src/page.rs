@@ -3,9 +3,13 @@
 //! A page of 4096 bytes `0x41` is `PageId(7d0c…)` in every bank without a tenant key, wherever it was: in memory or on a disk. A page of zeros is
 //! [`PageId::ZERO`], which names it without a hash and is never stored.
 
+mod many;
+
 use std::fmt;
 
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
+
+use many::{LANES, Lanes};
 
 /// Bytes of a page.
 pub const PAGE: usize = 4096;
@@ -67,6 +71,7 @@ impl fmt::Debug for Root {
 #[derive(Clone)]
 pub struct Identity {
     page_key: Option<[u8; KEY]>,
+    lanes: Lanes,
     leaf_key: [u8; KEY],
     root_key: [u8; KEY],
     check: [u8; 32],
@@ -86,6 +91,7 @@ impl Identity {
     fn derived(page_key: Option<[u8; KEY]>, material: &[u8]) -> Self {
         Self {
             page_key,
+            lanes: Lanes::new(page_key.as_ref()),
             leaf_key: blake3::derive_key("farbus machine bank 1 leaf", material),
             root_key: blake3::derive_key("farbus machine bank 1 root", material),
             check: blake3::derive_key("farbus machine bank 1 check", material),
@@ -103,10 +109,43 @@ impl Identity {
         if is_zero(page) {
             return PageId::ZERO;
         }
+        self.hashed(page)
+    }
+
+    fn hashed(&self, page: &[u8]) -> PageId {
         PageId(match &self.page_key {
             None => *blake3::hash(page).as_bytes(),
             Some(key) => *blake3::keyed_hash(key, page).as_bytes(),
         })
+    }
+
+    /// The names of many pages, which takes less than half as long as one after the other. `names` gets as many.
+    pub fn pages<'a>(&self, pages: impl IntoIterator<Item = &'a [u8; PAGE]>, names: &mut Vec<PageId>) {
+        names.clear();
+        let (mut batch, mut places, mut count) = ([&[0; PAGE]; LANES], [0; LANES], 0);
+        for page in pages {
+            if !is_zero(page) {
+                (batch[count], places[count]) = (page, names.len());
+                count += 1;
+            }
+            names.push(PageId::ZERO);
+            if count == LANES {
+                self.fill(&batch, &places, names);
+                count = 0;
+            }
+        }
+        self.fill(&batch[..count], &places[..count], names);
+    }
+
+    fn fill(&self, batch: &[&[u8; PAGE]], places: &[usize], names: &mut [PageId]) {
+        // A few pages fill more lanes each for itself.
+        if batch.len() < LANES / 2 {
+            batch.iter().zip(places).for_each(|(page, place)| names[*place] = self.hashed(*page));
+            return;
+        }
+        for (hash, place) in self.lanes.hash(batch).into_iter().zip(places) {
+            names[*place] = PageId(hash);
+        }
     }
 
     /// The hash of a leaf: of the names of its pages, zero pages included.
@@ -171,6 +210,25 @@ mod tests {
         assert!(ours.page(&page) != plain && ours.page(&page) != theirs.page(&page));
         assert_eq!(ours.page(&[0; PAGE]), PageId::ZERO);
         assert!(ours.check() != theirs.check());
+    }
+
+    #[test]
+    fn many_pages_have_the_names_that_each_has_alone() {
+        let page = |n: usize| {
+            let mut page = [0; PAGE];
+            // Every fifth is zero.
+            page[n * 37 % PAGE] = if n.is_multiple_of(5) { 0 } else { n as u8 };
+            page
+        };
+        for identity in [Identity::plain(), Identity::keyed(&[1; KEY])] {
+            for count in [0, 1, 7, 8, 15, 16, 17, 40, 100] {
+                let pages: Vec<_> = (0..count).map(page).collect();
+                let mut names = vec![PageId([9; 32]); 3];
+                identity.pages(&pages, &mut names);
+                let alone: Vec<_> = pages.iter().map(|page| identity.page(page)).collect();
+                assert_eq!(names, alone, "{count} pages, {identity:?}");
+            }
+        }
     }
 
     #[test]

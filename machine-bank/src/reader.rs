@@ -66,6 +66,7 @@ pub struct Scratch {
     stored: Vec<u8>,
     pages: Box<[u8; GROUP]>,
     order: Vec<(PackId, Place, Wanted)>,
+    names: Vec<PageId>,
 }
 
 impl Scratch {
@@ -73,7 +74,7 @@ impl Scratch {
     /// There is no memory for zstd's state.
     pub fn new() -> Result<Self, ReadError> {
         let decoder = GroupDecoder::new().map_err(ReadError::Memory)?;
-        Ok(Self { decoder, stored: Vec::new(), pages: Box::new([0; GROUP]), order: Vec::new() })
+        Ok(Self { decoder, stored: Vec::new(), pages: Box::new([0; GROUP]), order: Vec::new(), names: Vec::new() })
     }
 }
 
@@ -167,11 +168,15 @@ impl<'b> Reader<'b> {
             let at = (place.offset - start) as usize;
             let stored = scratch.stored.get(at..at + place.len as usize);
             let len = stored.and_then(|stored| scratch.decoder.decode(stored, &mut scratch.pages).ok()).unwrap_or(0);
+            let pages = scratch.pages[..len].as_chunks::<PAGE>().0;
             // A damaged index can say that two pages are at one place: each is held against its own name.
-            for same in group.chunk_by(|(_, a, one), (_, b, other)| a.slot == b.slot && one.id == other.id) {
-                let (pack, place, Wanted { id, .. }) = same[0];
-                let page = scratch.pages[..len].as_chunks::<PAGE>().0.get(usize::from(place.slot));
-                match page.filter(|page| self.bank.identity().page(*page) == id) {
+            let each = || group.chunk_by(|(_, a, one), (_, b, other)| a.slot == b.slot && one.id == other.id);
+            let there = |same: &[(PackId, Place, Wanted)]| pages.get(usize::from(same[0].1.slot));
+            self.bank.identity().pages(each().filter_map(there), &mut scratch.names);
+            let mut names = scratch.names.iter();
+            for same in each() {
+                let (pack, _, Wanted { id, .. }) = same[0];
+                match there(same).filter(|_| names.next() == Some(&id)) {
                     Some(page) => same.iter().for_each(|(_, _, wanted)| sink(wanted.token, page)),
                     None => failed.extend(same.iter().map(|(_, _, wanted)| (*wanted, ReadError::Damaged { id, pack }))),
                 }

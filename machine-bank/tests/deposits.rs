@@ -130,7 +130,7 @@ fn a_full_store_refuses_the_deposit_and_keeps_what_it_has() {
     let first = machine(1, 3000);
     deposit(&bank, "vm", &first, Changes::HashAll);
     let second = machine(2, 3000);
-    for writes in 0..12 {
+    for writes in 0..100 {
         store.fail_writes_after(writes);
         let result = bank.deposit("vm", &DepositOptions::default()).and_then(|mut deposit| {
             deposit.section(SectionKind::Memory, "memory", &&second[..], Changes::HashAll, &|_| {})?;
@@ -149,7 +149,7 @@ fn a_full_store_refuses_the_deposit_and_keeps_what_it_has() {
             }
         }
     }
-    panic!("twelve writes are not enough");
+    panic!("a hundred writes are not enough");
 }
 
 #[test]

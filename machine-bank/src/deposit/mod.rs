@@ -19,22 +19,22 @@ use serde::Serialize;
 use thiserror::Error;
 
 pub use source::{Changes, FileSource, Source};
-use worker::{Leaf, Pages, Worker};
+use worker::{Full, Leaf, Pages, Worker};
 
 use crate::bank::{Bank, FindError};
 use crate::index::{Index, IndexError};
 use crate::manifest::head::{MOST_BYTES, MOST_SECTIONS, leaves, pages_of};
 use crate::manifest::{Counts, Entry, LEAF, LeafNames, Manifest, ManifestError, SectionKind, Writer, valid_machine};
-use crate::pack::{FULL, GROUP, Sealed};
-use crate::page::PAGE;
-use crate::store::{Durability, Guard, Hold, Kind, StoreError};
+use crate::pack::{FULL, PackBuilder, PackId, Place, Sealed};
+use crate::page::{PAGE, PageId};
+use crate::store::{Draft, Durability, Guard, Hold, Kind, StoreError};
 
 /// Threads that read, hash and compress.
 pub const THREADS: usize = 2;
 /// Full packs that wait for being written.
 const QUEUE: usize = 1;
-/// Bytes of the buffers of a deposit: each thread's extent, group and growing pack, and packs that are sealed, wait, or are being written.
-pub const BUFFERS: usize = THREADS * (worker::EXTENT_BYTES + GROUP) + (2 * THREADS + QUEUE + 1) * (FULL + (FULL >> 3));
+/// Bytes of the buffers of a deposit: each thread's, and what is known of packs that are sealed, wait, or are being written.
+pub const BUFFERS: usize = THREADS * worker::BUFFERS + (2 * THREADS + QUEUE + 1) * worker::SEALED;
 
 /// What a machine is compared with.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -281,76 +281,111 @@ impl Deposit<'_> {
         if self.writer.is_empty() {
             return Err(DepositError::Empty);
         }
-        let counts = self.writer.counts();
-        let mut packs: Vec<_> = self.workers.iter_mut().map(|worker| worker.packer.take()).collect();
-        // Small deposits make one pack.
-        packs.sort_by_key(|pack| std::cmp::Reverse(pack.len()));
-        let mut merged = packs.pop().unwrap_or_default();
-        for pack in packs.into_iter().rev() {
-            if merged.len() + pack.len() > FULL {
-                self.put(std::mem::replace(&mut merged, pack).seal())?;
-            } else {
-                merged.append(pack);
+        let (counts, last) = (self.writer.counts(), self.last_packs());
+        let Self { bank, machine, parent, writer, pages, mut pack_bytes, .. } = self;
+        let mut index = pages.index.into_inner().unwrap_or_else(PoisonError::into_inner);
+        last.iter().for_each(|full| index.add(full.sealed.id, &full.sealed.entries));
+        let parent = parent.map(|(entry, _)| entry);
+        let entry = std::thread::scope(|scope| {
+            // The index takes the processor's time, packs and manifest the disk's. A run may so name a pack before it is there, or one that never
+            // will be: who opens the index leaves that out.
+            let flushed = scope.spawn(|| index.finish(bank.store()));
+            let entry = publish(bank, &machine, parent.as_ref(), writer, last, &pack_bytes, only_onto_parent);
+            // An index that is not there is made again by whoever opens the bank.
+            match flushed.join() {
+                Ok(Ok(())) => {}
+                Ok(Err(error)) => {
+                    tracing::warn!(%error, "the index of a deposit was not written, and is made again from its packs")
+                }
+                Err(_) => tracing::error!("the thread that wrote an index panicked; it is made again from the packs"),
             }
-        }
-        if !merged.is_empty() {
-            self.put(merged.seal())?;
-        }
-        let (bank, machine) = (self.bank, &self.machine);
-        let pack_bytes = *self.pack_bytes.get_mut();
-        if pack_bytes > 0 {
-            bank.store().sync(Kind::Pack)?;
-        }
-        let created = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis() as u64);
-        let root = self.parent.as_ref().map(|(entry, _)| entry.root);
-        // Two deposits of one machine that end together have two numbers.
-        let commit = bank.store().hold(Hold::Commit, bank.wait())?;
-        if only_onto_parent && bank.listing()?.last(machine).map(|entry| entry.root) != root {
-            return Err(DepositError::Overtaken(self.parent.map(|(entry, _)| entry.to_string()).unwrap_or_default()));
-        }
-        let number = |_| Ok(bank.listing()?.last(machine).map_or(1, |entry| entry.number + 1));
-        let entry = self.writer.finish(bank.identity(), machine, created, root, number)?;
-        drop(commit);
-        bank.store().sync(Kind::Manifest)?;
-        // The machine is there. An index that is not is made again by whoever opens the bank.
-        let mut index = self.pages.index.into_inner().unwrap_or_else(PoisonError::into_inner);
-        if let Err(error) = index.flush(bank.store()) {
-            tracing::warn!(%error, "the index of a deposit was not written, and is made again from its packs");
-        }
+            entry
+        })?;
         Ok(DepositReport {
             machine: entry.to_string(),
             root: entry.root.to_string(),
-            parent: self.parent.map(|(entry, _)| entry.to_string()),
+            parent: parent.map(|entry| entry.to_string()),
             counts,
-            pack_bytes,
+            pack_bytes: *pack_bytes.get_mut(),
             manifest_bytes: entry.len,
         })
     }
 
-    fn put(&self, sealed: Sealed) -> Result<(), DepositError> {
-        put_pack(self.bank, &self.pages, &self.pack_bytes, &sealed)
+    /// The packs that are not full, as few as what is written of them allows.
+    fn last_packs(&mut self) -> Vec<Full> {
+        let mut packs: Vec<_> = self
+            .workers
+            .iter_mut()
+            .map(|worker| (worker.draft.take(), worker.packer.take()))
+            .filter(|(_, pack)| !pack.is_empty())
+            .collect();
+        // What has no draft yet goes into one that has, so that small deposits make one pack.
+        packs.sort_by_key(|(draft, pack)| (draft.is_none(), pack.len()));
+        let mut merged: Vec<(Option<Box<dyn Draft>>, PackBuilder)> = Vec::new();
+        for (draft, pack) in packs {
+            match merged.last_mut() {
+                Some((_, last)) if draft.is_none() && last.len() + pack.len() <= FULL => last.append(pack),
+                _ => merged.push((draft, pack)),
+            }
+        }
+        merged.into_iter().map(|(draft, pack)| Full { draft, sealed: pack.seal() }).collect()
     }
 }
 
-fn put_pack(bank: &Bank, pages: &Pages, pack_bytes: &AtomicU64, sealed: &Sealed) -> Result<(), DepositError> {
-    bank.store().put(Kind::Pack, &sealed.id.name(), &sealed.bytes, Durability::Durable)?;
-    pack_bytes.fetch_add(sealed.bytes.len() as u64, Ordering::Relaxed);
-    pages.stored(bank, sealed)?;
-    Ok(())
+/// Puts the last packs and the manifest, and makes all of it durable.
+fn publish(
+    bank: &Bank,
+    machine: &str,
+    parent: Option<&Entry>,
+    writer: Writer,
+    last: Vec<Full>,
+    pack_bytes: &AtomicU64,
+    only_onto_parent: bool,
+) -> Result<Entry, DepositError> {
+    for full in last {
+        put_pack(bank, pack_bytes, full)?;
+    }
+    if pack_bytes.load(Ordering::Relaxed) > 0 {
+        bank.store().sync(Kind::Pack)?;
+    }
+    let created = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis() as u64);
+    let root = parent.map(|entry| entry.root);
+    // Two deposits of one machine that end together have two numbers.
+    let commit = bank.store().hold(Hold::Commit, bank.wait())?;
+    if only_onto_parent && bank.listing()?.last(machine).map(|entry| entry.root) != root {
+        return Err(DepositError::Overtaken(parent.map(ToString::to_string).unwrap_or_default()));
+    }
+    let number = |_| Ok(bank.listing()?.last(machine).map_or(1, |entry| entry.number + 1));
+    let entry = writer.finish(bank.identity(), machine, created, root, number)?;
+    drop(commit);
+    bank.store().sync(Kind::Manifest)?;
+    Ok(entry)
 }
 
-fn write_packs(bank: &Bank, pages: &Pages, pack_bytes: &AtomicU64, shared: &Shared<'_>, receive: &Receiver<Sealed>) {
+/// Writes what is not written of a pack, and says what it is and what is where in it.
+fn put_pack(bank: &Bank, pack_bytes: &AtomicU64, full: Full) -> Result<(PackId, Vec<(PageId, Place)>), DepositError> {
+    let Full { draft, sealed: Sealed { id, bytes, len, entries } } = full;
+    let mut draft = draft.map_or_else(|| bank.store().create(Kind::Pack), Ok)?;
+    draft.append(&bytes)?;
+    draft.commit(&id.name(), Durability::Durable)?;
+    pack_bytes.fetch_add(len, Ordering::Relaxed);
+    Ok((id, entries))
+}
+
+fn write_packs(bank: &Bank, pages: &Pages, pack_bytes: &AtomicU64, shared: &Shared<'_>, receive: &Receiver<Full>) {
     // After a failure packs are taken all the same, so that nobody waits for room.
-    for sealed in receive {
-        if !shared.stop.load(Ordering::Relaxed)
-            && let Err(error) = put_pack(bank, pages, pack_bytes, &sealed)
-        {
+    for full in receive {
+        if shared.stop.load(Ordering::Relaxed) {
+            continue;
+        }
+        let put = put_pack(bank, pack_bytes, full).and_then(|(id, entries)| Ok(pages.stored(bank, id, &entries)?));
+        if let Err(error) = put {
             shared.fail(error);
         }
     }
 }
 
-fn work(worker: &mut Worker, bank: &Bank, pages: &Pages, shared: &Shared<'_>, job: &Job<'_>, send: &SyncSender<Sealed>) {
+fn work(worker: &mut Worker, bank: &Bank, pages: &Pages, shared: &Shared<'_>, job: &Job<'_>, send: &SyncSender<Full>) {
     let len = job.source.len();
     loop {
         let leaf = shared.next.fetch_add(1, Ordering::Relaxed);
@@ -375,7 +410,7 @@ fn one_leaf(
     shared: &Shared<'_>,
     job: &Job<'_>,
     leaf: usize,
-    send: &SyncSender<Sealed>,
+    send: &SyncSender<Full>,
 ) -> Result<(), DepositError> {
     let count = pages_of(job.source.len(), leaf);
     let parent = match job.parent {
@@ -386,9 +421,9 @@ fn one_leaf(
         _ => None,
     };
     let part = Leaf { first: (leaf * LEAF) as u64, parent: parent.as_deref(), pages: count };
-    let mut send = |sealed| {
+    let mut send = |full| {
         // The receiver ends only after all senders; that it is gone would be a failure of its own, already told.
-        send.send(sealed).map_err(|_| DepositError::Memory(io::ErrorKind::BrokenPipe.into()))
+        send.send(full).map_err(|_| DepositError::Memory(io::ErrorKind::BrokenPipe.into()))
     };
     let ids = worker.leaf(bank, pages, job.source, &job.changes, &part, &mut send)?;
     let base = parent.as_deref().filter(|_| job.is_base);

@@ -10,14 +10,20 @@ use super::source::{Changes, Source};
 use crate::bank::Bank;
 use crate::index::Index;
 use crate::manifest::{Counts, LEAF};
-use crate::pack::{Packer, Sealed};
+use crate::pack::{FULL_PAGES, GROUP, PackId, Packer, Place, Sealed};
 use crate::page::{PAGE, PageId};
-use crate::store::StoreError;
+use crate::store::{Draft, Kind, StoreError};
 
-/// Pages that are read at once: 1 MiB.
-const EXTENT: usize = 256;
+/// Pages that are read at once: 256 KiB, so that they are still in the core's cache when they are hashed.
+const EXTENT: usize = 64;
 /// The same in bytes.
-pub(super) const EXTENT_BYTES: usize = EXTENT * PAGE;
+const EXTENT_BYTES: usize = EXTENT * PAGE;
+/// Bytes of a pack from which they are written to its draft: few enough to be still in the core's cache then.
+const SPILL: usize = 512 << 10;
+/// Bytes of a thread's buffers: an extent, a group, and what is not spilled yet.
+pub(super) const BUFFERS: usize = EXTENT_BYTES + GROUP + 2 * SPILL;
+/// Bytes of what is kept of a pack until it is in the index: names, and places.
+pub(super) const SEALED: usize = FULL_PAGES * (2 * size_of::<PageId>() + size_of::<Place>());
 
 /// What all threads of a deposit share.
 #[derive(Debug)]
@@ -35,29 +41,39 @@ impl Pages {
     }
 
     /// A pack is in the store.
-    pub fn stored(&self, bank: &Bank, sealed: &Sealed) -> Result<(), StoreError> {
+    pub fn stored(&self, bank: &Bank, pack: PackId, entries: &[(PageId, Place)]) -> Result<(), StoreError> {
         {
             let mut index = self.index.write().unwrap_or_else(PoisonError::into_inner);
-            index.add(sealed.id, &sealed.entries);
+            index.add(pack, entries);
             if index.loose() >= crate::index::LOOSE {
                 index.flush(bank.store())?;
             }
         }
         let mut claimed = self.claimed.lock().unwrap_or_else(PoisonError::into_inner);
-        for (id, _) in &sealed.entries {
+        for (id, _) in entries {
             claimed.remove(id);
         }
         Ok(())
     }
 }
 
+/// A pack of which all groups are known. Without a draft nothing of it is written yet.
+#[derive(Debug)]
+pub(super) struct Full {
+    pub draft: Option<Box<dyn Draft>>,
+    pub sealed: Sealed,
+}
+
 /// A thread's buffers, kept from section to section.
 #[derive(Debug)]
 pub(super) struct Worker {
     buffer: Vec<u8>,
+    names: Vec<PageId>,
     fresh: Vec<(usize, PageId)>,
     /// What is in no pack of the store yet.
     pub packer: Packer,
+    /// Where the first part of its pack is.
+    pub draft: Option<Box<dyn Draft>>,
     /// What became of the section's pages.
     pub counts: Counts,
 }
@@ -76,8 +92,10 @@ impl Worker {
     pub fn new() -> Result<Self, DepositError> {
         Ok(Self {
             buffer: Vec::new(),
+            names: Vec::new(),
             fresh: Vec::new(),
             packer: Packer::new().map_err(DepositError::Memory)?,
+            draft: None,
             counts: Counts::default(),
         })
     }
@@ -90,7 +108,7 @@ impl Worker {
         source: &dyn Source,
         changes: &Changes<'_>,
         leaf: &Leaf<'_>,
-        send: &mut dyn FnMut(Sealed) -> Result<(), DepositError>,
+        send: &mut dyn FnMut(Full) -> Result<(), DepositError>,
     ) -> Result<Vec<PageId>, DepositError> {
         debug_assert!(leaf.pages <= LEAF, "a leaf has at most {LEAF} pages");
         let mut ids = leaf.parent.map_or_else(|| vec![PageId::ZERO; leaf.pages], <[PageId]>::to_vec);
@@ -125,7 +143,7 @@ impl Worker {
         leaf: &Leaf<'_>,
         at: usize,
         ids: &mut [PageId],
-        send: &mut dyn FnMut(Sealed) -> Result<(), DepositError>,
+        send: &mut dyn FnMut(Full) -> Result<(), DepositError>,
     ) -> Result<(), DepositError> {
         let offset = (leaf.first + at as u64) * PAGE as u64;
         let bytes = (ids.len() * PAGE) as u64;
@@ -141,16 +159,16 @@ impl Worker {
         // The last page is filled up with zeros.
         self.buffer[there..bytes as usize].fill(0);
         self.fresh.clear();
-        for (at, (id, page)) in ids.iter_mut().zip(self.buffer.as_chunks::<PAGE>().0).enumerate() {
-            let before = leaf.parent.map(|_| *id);
-            *id = bank.identity().page(page);
-            if id.is_zero() {
+        bank.identity().pages(&self.buffer.as_chunks::<PAGE>().0[..ids.len()], &mut self.names);
+        for (at, (id, name)) in ids.iter_mut().zip(&self.names).enumerate() {
+            if name.is_zero() {
                 self.counts.zero += 1;
-            } else if before == Some(*id) {
+            } else if leaf.parent.is_some() && id == name {
                 self.counts.position += 1;
             } else {
-                self.fresh.push((at, *id));
+                self.fresh.push((at, *name));
             }
+            *id = *name;
         }
         self.store_fresh(bank, pages, send)
     }
@@ -160,7 +178,7 @@ impl Worker {
         &mut self,
         bank: &Bank,
         pages: &Pages,
-        send: &mut dyn FnMut(Sealed) -> Result<(), DepositError>,
+        send: &mut dyn FnMut(Full) -> Result<(), DepositError>,
     ) -> Result<(), DepositError> {
         {
             let index = pages.index.read().unwrap_or_else(PoisonError::into_inner);
@@ -181,7 +199,13 @@ impl Worker {
         for (at, id) in self.fresh.iter().filter(|(_, id)| pages.claim(*id)) {
             self.counts.new += 1;
             if let Some(sealed) = self.packer.push(*id, &buffer[*at]) {
-                send(sealed)?;
+                send(Full { draft: self.draft.take(), sealed })?;
+            } else if self.packer.pending() >= SPILL {
+                let draft = match &mut self.draft {
+                    Some(draft) => draft,
+                    none => none.insert(bank.store().create(Kind::Pack)?),
+                };
+                self.packer.spill(|bytes| draft.append(bytes))?;
             }
         }
         Ok(())

@@ -180,6 +180,26 @@ impl Index {
         if self.loose.is_empty() && self.useless.is_empty() {
             return Ok(());
         }
+        let merged = self.take_short();
+        let written = self.write(store, &merged).and_then(|run| self.open_written(store, run));
+        self.replace(store, merged, written)
+    }
+
+    /// The same for the last time.
+    ///
+    /// # Errors
+    /// The store's fault; what was there is there.
+    pub fn finish(mut self, store: &dyn Store) -> Result<(), StoreError> {
+        if self.loose.is_empty() && self.useless.is_empty() {
+            return Ok(());
+        }
+        let merged = self.take_short();
+        let name = self.write(store, &merged)?.map(|(name, _)| name);
+        self.remove_merged(store, &merged, name.as_deref())
+    }
+
+    /// The runs that are to be merged with what is in memory.
+    fn take_short(&mut self) -> Vec<Mapped> {
         self.runs.sort_by_key(|(run, _)| run.len());
         let (mut total, mut merged) = (self.loose.len(), 0);
         for (run, _) in &self.runs {
@@ -189,7 +209,7 @@ impl Index {
             total += run.len();
             merged += 1;
         }
-        self.merge(store, merged)
+        self.runs.drain(..merged).collect()
     }
 
     /// Makes one run of everything that is in packs that are there.
@@ -197,24 +217,22 @@ impl Index {
     /// # Errors
     /// The store's fault; what was there is there.
     pub fn merge_all(&mut self, store: &dyn Store) -> Result<(), StoreError> {
-        let all = self.runs.len();
-        self.merge(store, all)
+        let merged = std::mem::take(&mut self.runs);
+        let written = self.write(store, &merged).and_then(|run| self.open_written(store, run));
+        self.replace(store, merged, written)
     }
 
-    fn merge(&mut self, store: &dyn Store, count: usize) -> Result<(), StoreError> {
-        let merged: Vec<_> = self.runs.drain(..count).collect();
-        match self.write(store, &merged) {
+    /// Puts a run in the place of those that were merged into it; they stay where it could not be written.
+    fn replace(
+        &mut self,
+        store: &dyn Store,
+        merged: Vec<Mapped>,
+        run: Result<Option<Mapped>, StoreError>,
+    ) -> Result<(), StoreError> {
+        match run {
             Ok(run) => {
-                for (old, _) in &merged {
-                    if run.as_ref().is_none_or(|(new, _)| new.name != old.name) {
-                        store.remove(Kind::Index, &old.name)?;
-                    }
-                }
-                for old in self.useless.drain(..) {
-                    if run.as_ref().is_none_or(|(new, _)| new.name != old) {
-                        store.remove(Kind::Index, &old)?;
-                    }
-                }
+                self.remove_merged(store, &merged, run.as_ref().map(|(run, _)| &*run.name))?;
+                self.useless.clear();
                 self.runs.extend(run);
                 self.loose.clear();
                 Ok(())
@@ -226,7 +244,12 @@ impl Index {
         }
     }
 
-    fn write(&self, store: &dyn Store, merged: &[Mapped]) -> Result<Option<Mapped>, StoreError> {
+    fn remove_merged(&self, store: &dyn Store, merged: &[Mapped], new: Option<&str>) -> Result<(), StoreError> {
+        let old = merged.iter().map(|(run, _)| &run.name).chain(&self.useless);
+        old.filter(|old| Some(old.as_str()) != new).try_for_each(|old| store.remove(Kind::Index, old))
+    }
+
+    fn write(&self, store: &dyn Store, merged: &[Mapped]) -> Result<Option<(String, u64)>, StoreError> {
         let mut loose: Vec<_> = self.loose.iter().map(|(id, location)| (*id, *location)).collect();
         loose.sort_unstable_by_key(|(id, _)| *id);
         let mut sources: Vec<Source<'_>> = vec![Source::Loose(loose.iter())];
@@ -240,7 +263,11 @@ impl Index {
             writer.push(&id, &Location { pack, place: location.place })?;
             heads[at] = sources[at].next(store)?;
         }
-        let Some((name, len)) = writer.finish(&packs.ids)? else { return Ok(None) };
+        writer.finish(&packs.ids)
+    }
+
+    fn open_written(&self, store: &dyn Store, run: Option<(String, u64)>) -> Result<Option<Mapped>, StoreError> {
+        let Some((name, len)) = run else { return Ok(None) };
         let run = Run::open(store, &name, len).map_err(|error| match error {
             RunError::Store(error) => error,
             malformed @ RunError::Malformed(..) => {

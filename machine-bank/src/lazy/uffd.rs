@@ -169,6 +169,13 @@ struct Copy {
 
 #[derive(FromBytes, IntoBytes, Immutable, KnownLayout, Clone, Copy, Default)]
 #[repr(C)]
+struct Protect {
+    range: Range,
+    mode: u64,
+}
+
+#[derive(FromBytes, IntoBytes, Immutable, KnownLayout, Clone, Copy, Default)]
+#[repr(C)]
 struct Message {
     event: u8,
     reserved: [u8; 7],
@@ -184,6 +191,7 @@ const COPY: Opcode = opcode::read_write::<Copy>(GROUP, 0x03);
 const ZEROPAGE: Opcode = opcode::read_write::<Ranged>(GROUP, 0x04);
 const CONTINUE: Opcode = opcode::read_write::<Ranged>(GROUP, 0x07);
 const POISON: Opcode = opcode::read_write::<Ranged>(GROUP, 0x08);
+const WRITEPROTECT: Opcode = opcode::read_write::<Protect>(GROUP, 0x06);
 const NEW: Opcode = opcode::none(GROUP, 0x00);
 
 /// A userfaultfd: ours, or one that a client passed us.
@@ -356,6 +364,23 @@ impl Uffd {
             }
         }
         Ok(placed)
+    }
+
+    /// Has the first write to each page of a range told, and waiting; or lets the writes go on, and wakes who waits.
+    ///
+    /// # Errors
+    /// See [`PlaceError`].
+    pub fn protect(&self, start: u64, len: u64, protected: bool) -> Result<(), PlaceError> {
+        loop {
+            let mut request = Protect { range: Range { start, len }, mode: u64::from(protected) };
+            match self.call::<WRITEPROTECT, _>(&mut request) {
+                Ok(()) => return Ok(()),
+                // Mappings of the process are changing: nothing was done yet.
+                Err(Errno::AGAIN | Errno::INTR) => std::thread::yield_now(),
+                Err(Errno::NOENT | Errno::SRCH) => return Err(PlaceError::Gone),
+                Err(errno) => return Err(PlaceError::Host(errno)),
+            }
+        }
     }
 
     /// Lets everybody who waits for a page of the range try again.

@@ -53,7 +53,9 @@ pub struct Place {
 /// A pack that takes groups.
 #[derive(Debug, Default)]
 pub struct PackBuilder {
+    /// What was not spilled yet.
     bytes: Vec<u8>,
+    spilled: usize,
     groups: Vec<(u32, u8)>,
     ids: Vec<PageId>,
 }
@@ -63,8 +65,10 @@ pub struct PackBuilder {
 pub struct Sealed {
     /// Its name.
     pub id: PackId,
-    /// What is stored.
+    /// What is stored, or the rest of it where some was spilled before.
     pub bytes: Vec<u8>,
+    /// Bytes of all of it.
+    pub len: u64,
     /// What is where.
     pub entries: Vec<(PageId, Place)>,
 }
@@ -72,8 +76,7 @@ pub struct Sealed {
 impl PackBuilder {
     /// Adds a group as [`GroupEncoder::encode`] made it, of the pages `ids`.
     pub fn push(&mut self, group: &[u8], ids: &[PageId]) {
-        if self.bytes.is_empty() {
-            self.bytes.reserve(FULL + (FULL >> 3));
+        if self.groups.is_empty() {
             self.bytes.extend_from_slice(MAGIC);
         }
         self.bytes.extend_from_slice(group);
@@ -81,8 +84,9 @@ impl PackBuilder {
         self.ids.extend_from_slice(ids);
     }
 
-    /// Takes over what another one has.
+    /// Takes over what another one has, of which nothing was spilled.
     pub fn append(&mut self, other: Self) {
+        debug_assert_eq!(other.spilled, 0, "what was spilled lies elsewhere");
         if other.groups.is_empty() {
             return;
         }
@@ -97,12 +101,28 @@ impl PackBuilder {
 
     /// Whether it should be sealed.
     pub fn is_full(&self) -> bool {
-        self.bytes.len() >= FULL || self.ids.len() >= FULL_PAGES
+        self.len() >= FULL || self.ids.len() >= FULL_PAGES
+    }
+
+    /// Bytes that can be spilled.
+    pub fn pending(&self) -> usize {
+        self.bytes.len()
+    }
+
+    /// Hands out what follows what was spilled before, and keeps it no longer.
+    ///
+    /// # Errors
+    /// Those of `write`; the pack is of no more use then.
+    pub fn spill<E>(&mut self, write: impl FnOnce(&[u8]) -> Result<(), E>) -> Result<(), E> {
+        write(&self.bytes)?;
+        self.spilled += self.bytes.len();
+        self.bytes.clear();
+        Ok(())
     }
 
     /// Bytes of it so far, without the directory.
     pub fn len(&self) -> usize {
-        self.bytes.len()
+        self.spilled + self.bytes.len()
     }
 
     /// Whether nothing is in it.
@@ -126,7 +146,7 @@ impl PackBuilder {
         self.bytes.extend_from_slice(&[0; 4]);
         self.bytes.extend_from_slice(hash.as_bytes());
         self.bytes.extend_from_slice(END);
-        Sealed { id: name_of(&hash), bytes: self.bytes, entries }
+        Sealed { id: name_of(&hash), len: (self.spilled + self.bytes.len()) as u64, bytes: self.bytes, entries }
     }
 }
 

@@ -34,6 +34,19 @@ impl Packer {
         self.pack.is_full().then(|| std::mem::take(&mut self.pack).seal())
     }
 
+    /// Bytes of whole groups that can be spilled.
+    pub fn pending(&self) -> usize {
+        self.pack.pending()
+    }
+
+    /// Hands out the whole groups that were not spilled before.
+    ///
+    /// # Errors
+    /// Those of `write`; the pack is of no more use then.
+    pub fn spill<E>(&mut self, write: impl FnOnce(&[u8]) -> Result<(), E>) -> Result<(), E> {
+        self.pack.spill(write)
+    }
+
     /// Ends a group that is not full.
     pub fn end_group(&mut self) {
         if self.group.is_empty() {

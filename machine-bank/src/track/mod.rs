@@ -13,13 +13,17 @@
 //!
 //! A page that nobody marks is taken from the parent unread, so whatever writes a machine's memory needs a tracker that sees it. The DMA dirty log is
 //! `farbus_remote_dma::dirty_log::DirtyLog`: `log.take(|page| pages.mark(page))`. Take the marks while the machine is paused, or while what writes is quiet.
+//!
+//! [`Epochs`] are for a machine that runs on while it is deposited.
 
+mod epochs;
 #[cfg(feature = "vm-memory")]
 mod vm_memory;
 mod writes;
 
 use std::ops::Range;
 
+pub use epochs::{Epoch, EpochError, Epochs};
 pub use writes::{TrackError, WriteTracker};
 
 use crate::deposit::Changes;
@@ -74,6 +78,12 @@ impl DirtyPages {
     /// How many may have.
     pub fn count(&self) -> u64 {
         self.words.iter().map(|word| u64::from(word.count_ones())).sum()
+    }
+
+    /// The bits of `count` pages from `first`, both multiples of 64; none behind the end.
+    fn words<const N: usize>(&self, first: u64, count: u64) -> [u64; N] {
+        debug_assert!(first.is_multiple_of(64) && count == 64 * N as u64, "whole words");
+        std::array::from_fn(|at| self.words.get(first as usize / 64 + at).copied().unwrap_or(0))
     }
 
     /// None again.
