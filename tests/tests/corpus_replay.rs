@@ -46,6 +46,11 @@ fn control_frames() {
 }
 
 #[test]
+fn function_state() {
+    replay("function_state");
+}
+
+#[test]
 fn link_hello() {
     replay("link_hello");
 }

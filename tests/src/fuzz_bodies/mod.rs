@@ -8,6 +8,7 @@ mod bank_formats;
 mod bank_store;
 mod config_writes;
 mod control_frames;
+mod function_state;
 mod input;
 mod link_hello;
 mod nvme_registers;
@@ -20,6 +21,7 @@ pub use bank_formats::bank_formats;
 pub use bank_store::bank_store;
 pub use config_writes::config_writes;
 pub use control_frames::control_frames;
+pub use function_state::function_state;
 pub use link_hello::link_hello;
 pub use nvme_registers::nvme_registers;
 pub use prp_lists::prp_lists;
@@ -31,11 +33,12 @@ pub use vfio_user_messages::vfio_user_messages;
 pub type Target = (&'static str, fn(&[u8]));
 
 /// All targets.
-pub const TARGETS: [Target; 10] = [
+pub const TARGETS: [Target; 11] = [
     ("bank_formats", bank_formats),
     ("bank_store", bank_store),
     ("config_writes", config_writes),
     ("control_frames", control_frames),
+    ("function_state", function_state),
     ("link_hello", link_hello),
     ("nvme_registers", nvme_registers),
     ("prp_lists", prp_lists),
