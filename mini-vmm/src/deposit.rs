@@ -109,6 +109,19 @@ impl<'a> Depositor<'a> {
         frozen
     }
 
+    /// What changed since the last time, while the machine runs: pages may be of any moment since, and those that are written meanwhile come again the next time.
+    ///
+    /// # Errors
+    /// The host's fault.
+    pub fn look_ahead<S: IrqSink, M: GuestMemory>(&mut self, device: &mut Embedded<S, M>) -> Result<Frozen> {
+        self.scan(device)?;
+        // The marks are taken: what is written from here on is marked again.
+        let (copies, before) = self.copy()?;
+        let pages = std::mem::replace(&mut self.pages, DirtyPages::none(self.area.len()));
+        let (cpu, function, parent) = (Vec::new(), Vec::new(), None);
+        Ok(Frozen { pages, copies, before, len: self.area.len(), cpu, function, parent, pause: Pause::default() })
+    }
+
     /// As [`Depositor::freeze`], of a machine that goes elsewhere: its function leaves, and the device is kept for it for `lease`.
     ///
     /// # Errors
@@ -142,6 +155,19 @@ impl<'a> Depositor<'a> {
         began: Instant,
     ) -> Result<Frozen> {
         let at_rest = Instant::now();
+        self.scan(device)?;
+        let scanned = Instant::now();
+        let (cpu, function) = (cpu()?, device.save()?);
+        let saved = Instant::now();
+        let (copies, before) = self.copy()?;
+        let copied = Instant::now();
+        let pages = std::mem::replace(&mut self.pages, DirtyPages::none(self.area.len()));
+        let pause = Pause { rest: at_rest - began, scan: scanned - at_rest, save: saved - scanned, copy: copied - saved };
+        Ok(Frozen { pages, copies, before, len: self.area.len(), cpu, function, parent: self.last.clone(), pause })
+    }
+
+    /// Marks what was written, by the CPUs and by the device.
+    fn scan<S: IrqSink, M: GuestMemory>(&mut self, device: &mut Embedded<S, M>) -> Result<()> {
         match &self.tracker {
             Some(tracker) => {
                 // Until the scan has succeeded nothing is known.
@@ -156,14 +182,7 @@ impl<'a> Depositor<'a> {
         if let Some(log) = device.function_mut().dirty_log(&self.memory) {
             log.take(|page| self.pages.mark(page));
         }
-        let scanned = Instant::now();
-        let (cpu, function) = (cpu()?, device.save()?);
-        let saved = Instant::now();
-        let (copies, before) = self.copy()?;
-        let copied = Instant::now();
-        let pages = std::mem::replace(&mut self.pages, DirtyPages::none(self.area.len()));
-        let pause = Pause { rest: at_rest - began, scan: scanned - at_rest, save: saved - scanned, copy: copied - saved };
-        Ok(Frozen { pages, copies, before, len: self.area.len(), cpu, function, parent: self.last.clone(), pause })
+        Ok(())
     }
 
     fn copy(&self) -> Result<(Vec<u8>, Vec<u64>)> {
@@ -208,6 +227,20 @@ impl Frozen {
     /// Pages that are read.
     pub fn pages(&self) -> u64 {
         self.pages.count()
+    }
+
+    /// Each page that is read, in order, with its bytes; the last one of memory that ends within it is filled up with zeros.
+    ///
+    /// # Errors
+    /// What `each` fails with.
+    pub fn each_page(&self, mut each: impl FnMut(u64, &[u8]) -> Result<()>) -> Result<()> {
+        let marked = (0..self.len.div_ceil(PAGE as u64)).filter(|page| self.pages.is_marked(*page));
+        marked.zip(self.copies.chunks(PAGE)).try_for_each(|(page, bytes)| each(page, bytes))
+    }
+
+    /// The states of the CPUs and of the function.
+    pub fn states(&self) -> (&[u8], &[u8]) {
+        (&self.cpu, &self.function)
     }
 
     /// Deposits it as `machine`. Takes its time, while the machine runs on.

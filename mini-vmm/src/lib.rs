@@ -7,6 +7,7 @@ pub mod deposit;
 pub mod home;
 pub mod kvm;
 pub mod link;
+pub mod moving;
 pub mod report;
 
 pub use deposit::{Depositor, Frozen, Pause, Withdrawn};

@@ -75,7 +75,7 @@ pub fn function_state(bytes: &[u8]) {
             let at = BarAddress { bar: 0, offset: 0x1c };
             assert!(function.bar_read(at, Width::B4).is_ok());
             // It can be saved again, as whatever it is now.
-            if function.quiesce(Duration::from_secs(10)).is_ok() {
+            if function.quiesce(Duration::from_millis(100)).is_ok() {
                 let saved = function.save().expect("a function at rest is saved");
                 FunctionState::parse(&saved).expect("what was saved is a state");
             }
