@@ -4,6 +4,8 @@
 //! Where there is no /dev/kvm that can do this, each test says "not run" and why. Its guest program is in `mini-vmm/src/kvm/guest.rs`.
 #![expect(clippy::unwrap_used, reason = "a panic is how a test fails")]
 
+use std::io::{Read, Write};
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
 use std::sync::Arc;
@@ -15,7 +17,9 @@ use farbus_machine_bank::store::Directory;
 use farbus_mini_vmm::kvm::guest::{self, BLOCK_BYTES, BLOCKS, MEMORY_BYTES};
 use farbus_mini_vmm::kvm::machine::Machine;
 use farbus_mini_vmm::link::borrow;
+use farbus_mini_vmm::moving::receive;
 use farbus_mini_vmm::{Depositor, Device, Home, Withdrawn, meanwhile, say};
+use farbus_pci_shim::FunctionState;
 use farbus_remote_dma::Backend;
 use farbus_remote_dma::lender::PollOptions;
 use farbus_remote_dma::model::{Nvme, NvmeOptions};
@@ -129,7 +133,55 @@ fn the_other_process() {
             let frozen = machine.freeze_and_leave(&mut depositor, LEASE).unwrap();
             frozen.put(&bank, "vm").unwrap();
         }
+        "moves, first" | "moves, second" => moves(part == "moves, first", socket, folder),
         other => panic!("no such part: {other}"),
+    }
+}
+
+/// How often the machine moves in each direction.
+const MOVES: u64 = 5;
+
+/// One of two processes between which a machine moves; the last to have it deposits it.
+fn moves(first: bool, socket: &Path, folder: &Path) {
+    let place = |first: bool| folder.with_file_name(if first { "first" } else { "second" });
+    let listener = UnixListener::bind(place(first)).unwrap();
+    let mut here = first.then(|| {
+        let area = Area::shared(MEMORY_BYTES).unwrap();
+        (Machine::begin(&area, borrow(socket, None).unwrap()).unwrap(), area)
+    });
+    for at in 0..=2 * MOVES {
+        let (mut machine, area) = match here.take() {
+            Some(here) => here,
+            None if at == 2 * MOVES && !first => return,
+            None => {
+                let (mut stream, _) = listener.accept().unwrap();
+                let arrived = receive(&mut stream).unwrap();
+                let token = FunctionState::parse(&arrived.function).unwrap().rest().token;
+                let (machine, restored) = Machine::arrive(&arrived, borrow(socket, Some(token)).unwrap()).unwrap();
+                let downtime = arrived.stopped.elapsed().unwrap_or_default();
+                assert!(!restored.revived);
+                println!("move {at}: downtime {downtime:?}");
+                stream.write_all(&[1]).unwrap();
+                here = Some((machine, arrived.area));
+                continue;
+            }
+        };
+        run(&mut machine, 30);
+        if at == 2 * MOVES {
+            let mut depositor = Depositor::new(&area).unwrap();
+            machine.freeze_and_leave(&mut depositor, LEASE).unwrap().put(&bank(folder), "vm").unwrap();
+            return;
+        }
+        let began = Instant::now();
+        let mut stream = loop {
+            match UnixStream::connect(place(!first)) {
+                Ok(stream) => break stream,
+                Err(error) => assert!(began.elapsed() < LIMIT, "{error}"),
+            }
+        };
+        let left = machine.move_away(&area, &mut stream, 2, LEASE).unwrap();
+        println!("move {at}: {left:?}");
+        stream.read_exact(&mut [0]).unwrap();
     }
 }
 
@@ -181,6 +233,28 @@ fn a_kvm_guest_is_deposited_while_it_runs_and_goes_on_in_another_process_and_hom
     let (mut machine, restored) = Machine::again(&withdrawn, left.device.attach_here(&token).unwrap()).unwrap();
     assert!(!restored.revived);
     run(&mut machine, 300);
+    place.judge(withdrawn.area.memory());
+}
+
+#[test]
+fn a_kvm_guest_moves_back_and_forth_between_two_processes_while_it_runs() {
+    if !kvm("a KVM guest between two processes") {
+        return;
+    }
+    let place = Place::new();
+    let home = Home::open(&place.socket()).unwrap();
+    let nvme = place.nvme();
+    let lending = std::thread::spawn(move || {
+        let never = Waker::new().unwrap();
+        let mut device = Device::Reset(nvme);
+        for _ in 0..=2 * MOVES {
+            device = home.serve(device, &never).unwrap().device;
+        }
+    });
+    let mut processes = ["moves, first", "moves, second"].map(|part| place.borrower(part));
+    assert!(processes.iter_mut().all(|process| process.wait().unwrap().success()), "the machine did not come through");
+    lending.join().unwrap();
+    let withdrawn = Withdrawn::from_bank(&place.bank(), "vm").unwrap();
     place.judge(withdrawn.area.memory());
 }
 
