@@ -8,6 +8,7 @@ pub mod guest;
 pub mod place;
 pub mod process;
 pub mod program;
+pub mod qemu;
 pub mod scripted_guest;
 
 pub use process::{End, Running};

@@ -26,13 +26,28 @@ fn replay(name: &str) {
 }
 
 #[test]
+fn bank_archive() {
+    replay("bank_archive");
+}
+
+#[test]
 fn bank_formats() {
     replay("bank_formats");
 }
 
 #[test]
+fn bank_layers() {
+    replay("bank_layers");
+}
+
+#[test]
 fn bank_store() {
     replay("bank_store");
+}
+
+#[test]
+fn cloud_hypervisor_save() {
+    replay("cloud_hypervisor_save");
 }
 
 #[test]
@@ -43,6 +58,11 @@ fn config_writes() {
 #[test]
 fn control_frames() {
     replay("control_frames");
+}
+
+#[test]
+fn firecracker_regions() {
+    replay("firecracker_regions");
 }
 
 #[test]
@@ -63,6 +83,11 @@ fn nvme_registers() {
 #[test]
 fn prp_lists() {
     replay("prp_lists");
+}
+
+#[test]
+fn qemu_mapped_ram() {
+    replay("qemu_mapped_ram");
 }
 
 #[test]

@@ -29,7 +29,7 @@ const LIMIT: Duration = Duration::from_secs(60);
 const DEPTH: u64 = 24;
 
 fn moves() -> u64 {
-    std::env::var("FARBUS_MOVES").ok().map_or(20, |moves| moves.parse().unwrap())
+    std::env::var("FARBUS_MOVES").ok().filter(|moves| !moves.is_empty()).map_or(20, |moves| moves.parse().unwrap())
 }
 
 struct Machine {

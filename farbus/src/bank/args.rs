@@ -8,11 +8,17 @@ use std::time::Duration;
 use clap::{Args, Subcommand};
 
 use super::address::BankAddress;
-use crate::values::{parse_duration, parse_wait};
+use super::archive_args::{ExportArgs, ImportArgs};
+use super::vmm_help;
+use crate::values::{parse_duration, parse_size, parse_wait};
 
 /// `farbus bank`
 #[derive(Debug, Args)]
 #[command(after_help = "A machine is what people write: vm7 (its last deposit), vm7@3 (its third), or at least 6 digits of a root.
+
+A bank is a directory of this host (/srv/bank), a bucket of an S3-compatible service (s3://BUCKET/PREFIX), or a directory that is used as if it were one
+(file:///DIRECTORY). Where the service is and who asks say AWS_ENDPOINT_URL, AWS_REGION, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and the others of their kind;
+http:// without encryption is used only with AWS_ALLOW_HTTP=true. What was read from a bucket is kept in a local cache (--cache).
 
 Save a machine twice, look, and take it out again:
   farbus bank init /srv/bank
@@ -29,7 +35,7 @@ pub struct BankArgs {
 /// The commands of `farbus bank`.
 #[derive(Debug, Subcommand)]
 pub enum BankCommand {
-    /// Make an empty bank in a directory
+    /// Make an empty bank
     Init(InitArgs),
     /// Save a machine: memory, disks and device state from files
     Deposit(DepositArgs),
@@ -53,6 +59,10 @@ pub enum BankCommand {
     Stats(StatsArgs),
     /// Take a machine from one bank to another: what the other lacks
     Copy(CopyArgs),
+    /// Write a machine to one file or pipe, that any bank of the same tenant can import
+    Export(ExportArgs),
+    /// Make a machine of such a file or pipe, every page verified
+    Import(ImportArgs),
 }
 
 impl BankArgs {
@@ -76,6 +86,8 @@ impl BankArgs {
             BankCommand::Gc(args) => &args.place,
             BankCommand::Stats(args) => &args.place,
             BankCommand::Copy(args) => &args.place,
+            BankCommand::Export(args) => &args.place,
+            BankCommand::Import(args) => &args.place,
         }
     }
 }
@@ -83,7 +95,7 @@ impl BankArgs {
 /// Which bank, and how to use it.
 #[derive(Debug, Args)]
 pub struct Place {
-    /// The bank's directory
+    /// The bank: a directory, s3://BUCKET/PREFIX, or file:///DIRECTORY
     #[arg(value_name = "BANK")]
     pub bank: BankAddress,
     /// A file with the tenant's key, 32 bytes or 64 hexadecimal digits: the bank then names pages so that nobody without it can ask for one
@@ -92,6 +104,13 @@ pub struct Place {
     /// How long to wait for a process that uses the bank in another way (a deposit during a gc)
     #[arg(long, value_name = "TIME", default_value = "10s", value_parser = parse_duration)]
     pub wait: Duration,
+    /// Keep what is read from the bank in this directory, for all banks and processes, or nowhere: "none". Without it a bucket has
+    /// $XDG_CACHE_HOME/farbus/bank or ~/.cache/farbus/bank, and other banks none. A sealed bank's cache is as sealed as the bank; verify reads past it
+    #[arg(long, value_name = "DIR")]
+    pub cache: Option<PathBuf>,
+    /// How large a cache becomes that is made now, or is of another size and not in use: 512MiB, 4GiB
+    #[arg(long, value_name = "SIZE", default_value = "4GiB", value_parser = parse_size)]
+    pub cache_size: u64,
     /// Print one JSON object
     #[arg(long)]
     pub json: bool,
@@ -99,10 +118,18 @@ pub struct Place {
 
 /// `farbus bank init`
 #[derive(Debug, Args)]
+#[command(
+    after_help = "With --encrypt nothing of a machine is in the bank but under the key: pages, manifests and the index are sealed, and whoever keeps the bank
+can neither read them nor change them unnoticed. Machines' names, and how large and old things are, can be seen. The bank says itself that it is
+sealed. Keep the key: without it nothing comes out again."
+)]
 pub struct InitArgs {
     /// The bank.
     #[command(flatten)]
     pub place: Place,
+    /// Seal everything in it under the tenant's key
+    #[arg(long, requires = "tenant_key")]
+    pub encrypt: bool,
 }
 
 /// A section and its file: `FILE`, or `NAME=FILE`.
@@ -135,13 +162,7 @@ fn parse_named(text: &str) -> Result<Part, String> {
 
 /// `farbus bank deposit`
 #[derive(Debug, Args)]
-#[command(after_help = "The files must not change meanwhile: pause the machine, or deposit a snapshot of it.
-
-Without --dirty all of a section is read and hashed, and pages that are as at the last deposit are not stored again. With --dirty only pages whose
-bit is set are read: the file holds 64-bit little-endian words, and bit j of word i is page 64 i + j (4 KiB). A bit that is wrongly clear is a
-page that is not saved.
-
-A deposit that was interrupted is resumed by running it again: the pages that it had stored are found.")]
+#[command(after_help = vmm_help::DEPOSIT)]
 pub struct DepositArgs {
     /// The bank.
     #[command(flatten)]
@@ -158,6 +179,12 @@ pub struct DepositArgs {
     /// State of devices, in any format (section "devices", or NAME; repeatable)
     #[arg(long, value_name = "[NAME=]FILE", value_parser = parse_part)]
     pub device_state: Vec<Part>,
+    /// A machine that QEMU saved into one file with the capability mapped-ram: a section for each block of memory, and one for the rest
+    #[arg(long, value_name = "FILE")]
+    pub qemu: Option<PathBuf>,
+    /// A machine that Cloud Hypervisor hands over: listen at this socket until it does (sections "slot0" …, "config", "state")
+    #[arg(long, value_name = "SOCKET", conflicts_with_all = ["qemu", "memory", "dirty"])]
+    pub cloud_hypervisor: Option<PathBuf>,
     /// Which pages of a section may have changed since the parent (repeatable)
     #[arg(long, value_name = "SECTION=FILE", value_parser = parse_named)]
     pub dirty: Vec<Part>,
@@ -169,7 +196,7 @@ pub struct DepositArgs {
 /// `farbus bank withdraw`
 #[derive(Debug, Args)]
 #[command(
-    after_help = "A file is written as FILE.part and renamed when all of it is there. A withdrawal that was interrupted is resumed by running it again."
+    after_help = vmm_help::WITHDRAW
 )]
 pub struct WithdrawArgs {
     /// The bank.
@@ -179,8 +206,20 @@ pub struct WithdrawArgs {
     #[arg(value_name = "MACHINE")]
     pub machine: String,
     /// Write all sections to files of their names in this folder, which is made where it is missing
-    #[arg(long, value_name = "DIR", required_unless_present = "section")]
+    #[arg(long, value_name = "DIR", required_unless_present_any = ["section", "qemu", "cloud_hypervisor"])]
     pub to: Option<PathBuf>,
+    /// Write the machine to this file, that QEMU resumes from, if it was deposited with --qemu
+    #[arg(long, value_name = "FILE")]
+    pub qemu: Option<PathBuf>,
+    /// Hand the machine to the Cloud Hypervisor that waits at this socket, if one had handed it over
+    #[arg(long, value_name = "SOCKET", conflicts_with = "qemu")]
+    pub cloud_hypervisor: Option<PathBuf>,
+    /// Its guest goes on at once, and each page comes when it is used; it has to wait with memory_mode=postcopy
+    #[arg(long, requires = "cloud_hypervisor")]
+    pub on_demand: bool,
+    /// Its guest runs then, and is not paused
+    #[arg(long, requires = "cloud_hypervisor")]
+    pub resume: bool,
     /// Write this section to this file (repeatable)
     #[arg(long, value_name = "SECTION=FILE", value_parser = parse_named)]
     pub section: Vec<Part>,
@@ -221,7 +260,7 @@ pub struct ServeFaultsArgs {
     pub keep_working_set: bool,
     /// MiB of verified pages that are kept for VMMs to come
     #[arg(long, value_name = "MIB", default_value_t = 1024)]
-    pub cache: u64,
+    pub memory_cache: u64,
 }
 
 /// `farbus bank list`
@@ -265,10 +304,18 @@ pub struct DiffArgs {
 
 /// `farbus bank verify`
 #[derive(Debug, Args)]
+#[command(
+    after_help = "With --repair, while nobody deposits: packs that are damaged are put aside, with what is whole in them moved to new packs, and what is lost
+is noted, so that the next deposit of the same machine, a copy or an import stores it again. That heals every machine that needs it. The next
+farbus bank gc removes what was put aside."
+)]
 pub struct VerifyArgs {
     /// The bank.
     #[command(flatten)]
     pub place: Place,
+    /// Put damaged packs aside, so that what they had can be stored again
+    #[arg(long)]
+    pub repair: bool,
 }
 
 /// `farbus bank remove`
