@@ -70,6 +70,8 @@ fn of_refusal(refusal: Refusal) -> &'static str {
         Refusal::Lent => "try again when that one has left",
         Refusal::Wedged => "look at the disk of the lender, or try again later",
         Refusal::Crowded => "try again when one of them has left",
+        Refusal::Kept => "try again when that machine has come for it, or its time is over",
+        Refusal::NotKept => "borrow it without the token: the function's profile brings the device back, where it can",
         Refusal::Unknown(_) => "the lender is newer: what it says itself tells more",
     }
 }

@@ -10,6 +10,7 @@ use std::sync::Arc;
 
 use anyhow::Context;
 use farbus_control::{BorrowerSecurity, LenderSecurity, MeetError};
+use farbus_remote_dma::RestToken;
 use farbus_transport::link::hello::{Agreed, Hello};
 use farbus_transport::link::verdict::Refusal;
 use farbus_transport::shm::{self, Connection, ListenError, ShmFabric, ShmOptions};
@@ -215,6 +216,15 @@ impl Greeted {
             Self::Shm(greeted) => Some(format!("uid:{}", greeted.uid())),
             Self::Rdma { .. } => self.peer(),
         }
+    }
+
+    /// The rest of a kept device that it comes to end, if it names one.
+    pub fn rest(&self) -> Option<RestToken> {
+        let agreed = match self {
+            Self::Shm(greeted) => greeted.agreed(),
+            Self::Rdma { greeted, .. } => greeted.agreed(),
+        };
+        RestToken::from_claim(&agreed.peer.description)
     }
 
     /// Tells it why there is no link.

@@ -71,6 +71,11 @@ fn firecracker_regions() {
 }
 
 #[test]
+fn function_state() {
+    replay("function_state");
+}
+
+#[test]
 fn link_hello() {
     replay("link_hello");
 }

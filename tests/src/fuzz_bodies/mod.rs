@@ -13,6 +13,7 @@ mod cloud_hypervisor_save;
 mod config_writes;
 mod control_frames;
 mod firecracker_regions;
+mod function_state;
 mod input;
 mod link_hello;
 mod nvme_registers;
@@ -31,6 +32,7 @@ pub use cloud_hypervisor_save::cloud_hypervisor_save;
 pub use config_writes::config_writes;
 pub use control_frames::control_frames;
 pub use firecracker_regions::firecracker_regions;
+pub use function_state::function_state;
 pub use link_hello::link_hello;
 pub use nvme_registers::nvme_registers;
 pub use prp_lists::prp_lists;
@@ -53,6 +55,7 @@ pub const TARGETS: [Target; 16] = [
     ("config_writes", config_writes),
     ("control_frames", control_frames),
     ("firecracker_regions", firecracker_regions),
+    ("function_state", function_state),
     ("link_hello", link_hello),
     ("nvme_registers", nvme_registers),
     ("prp_lists", prp_lists),
