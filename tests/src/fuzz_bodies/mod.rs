@@ -45,7 +45,7 @@ pub use vfio_user_messages::vfio_user_messages;
 pub type Target = (&'static str, fn(&[u8]));
 
 /// All targets.
-pub const TARGETS: [Target; 16] = [
+pub const TARGETS: [Target; 17] = [
     ("bank_archive", bank_archive),
     ("bank_formats", bank_formats),
     ("bank_layers", bank_layers),
