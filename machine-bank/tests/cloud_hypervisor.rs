@@ -16,6 +16,7 @@ use common::migration::*;
 use common::{machine, memory_bank, withdraw};
 use farbus_machine_bank::cloud_hypervisor::{Refused, RestoreError, RestoreOptions, RestoreReport, SaveError, restore, save};
 use farbus_machine_bank::deposit::DepositReport;
+use farbus_machine_bank::index::{Index, Location};
 use farbus_machine_bank::lazy::{Area, Event, Features, Uffd, Watch};
 use farbus_machine_bank::store::{Kind, Store};
 use farbus_machine_bank::{Bank, DepositOptions, PAGE, SectionKind};
@@ -178,12 +179,15 @@ fn a_page_that_cannot_be_had_and_an_address_without_memory_are_answered_by_an_er
         let (report, _) = restored(&bank, options, Some(&mut stray));
         assert!(matches!(report, Err(RestoreError::Stray(..))), "{gpa:#x}: {report:?}");
     }
-    // The first group of the pack, and nothing behind it: the configuration is there too.
-    let [pack] = &store.list(Kind::Pack).unwrap()[..] else { panic!("more than a pack") };
-    for at in (12..9000).step_by(700) {
-        store.flip(Kind::Pack, &pack.name, at, 3);
-    }
+    // The group of one page, and no other: the configuration is in the pack too.
     let page = memory().chunks(PAGE).position(|page| page.iter().any(|byte| *byte != 0)).unwrap() as u64;
+    let id = bank.identity().page(&memory()[page as usize * PAGE..][..PAGE]);
+    let index = Index::open(&store).unwrap();
+    let Location { place, .. } = index.find(&store, &id).unwrap().unwrap();
+    let [pack] = &store.list(Kind::Pack).unwrap()[..] else { panic!("more than a pack") };
+    for at in (place.offset + 1..place.offset + place.len).step_by(50) {
+        store.flip(Kind::Pack, &pack.name, at as usize, 3);
+    }
     let mut damaged = |stream: &mut UnixStream, received: &Received| {
         assert_eq!(fault(stream, page * PAGE as u64, PAGE as u64), Some(2));
         assert!(page_of(&received.slots[0].1, page) == [0; PAGE], "a page that cannot be had is something else");
