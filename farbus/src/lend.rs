@@ -26,7 +26,7 @@ use self::quota::Quota;
 use self::visit::{Claimed, Device, News, Terms, Visit, Visitor};
 use crate::cli::LendArgs;
 use crate::cores::check_core;
-use crate::link::{Arrival, Door};
+use crate::link::{Arrival, Door, Purpose};
 use crate::output::Events;
 use crate::signals::EndSignals;
 
@@ -51,7 +51,7 @@ pub fn run(args: LendArgs) -> anyhow::Result<()> {
 async fn lend(args: LendArgs, device: Box<dyn Backend>, quiesce: Duration) -> anyhow::Result<()> {
     let events = Events::new(args.json);
     let mut signals = EndSignals::new().context("cannot wait for signals")?;
-    let door = Door::open(&args.listen, &args.security, &args.allow).await?;
+    let door = Door::open(&args.listen, Purpose::Device, &args.security, &args.allow, &[]).await?;
     let name = device.description().name.clone();
     let address = door.address();
     events.say("listening", json!({ "address": address, "device": name }), &format!("lending {name} at {address}"));

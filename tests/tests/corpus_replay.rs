@@ -41,6 +41,11 @@ fn bank_layers() {
 }
 
 #[test]
+fn bank_link() {
+    replay("bank_link");
+}
+
+#[test]
 fn bank_store() {
     replay("bank_store");
 }

@@ -7,6 +7,7 @@
 mod bank_archive;
 mod bank_formats;
 mod bank_layers;
+mod bank_link;
 mod bank_store;
 mod cloud_hypervisor_save;
 mod config_writes;
@@ -25,6 +26,7 @@ mod vfio_user_messages;
 pub use bank_archive::bank_archive;
 pub use bank_formats::bank_formats;
 pub use bank_layers::bank_layers;
+pub use bank_link::bank_link;
 pub use bank_store::bank_store;
 pub use cloud_hypervisor_save::cloud_hypervisor_save;
 pub use config_writes::config_writes;
@@ -43,10 +45,11 @@ pub use vfio_user_messages::vfio_user_messages;
 pub type Target = (&'static str, fn(&[u8]));
 
 /// All targets.
-pub const TARGETS: [Target; 16] = [
+pub const TARGETS: [Target; 17] = [
     ("bank_archive", bank_archive),
     ("bank_formats", bank_formats),
     ("bank_layers", bank_layers),
+    ("bank_link", bank_link),
     ("bank_store", bank_store),
     ("cloud_hypervisor_save", cloud_hypervisor_save),
     ("config_writes", config_writes),
