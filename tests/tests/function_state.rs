@@ -20,7 +20,7 @@ use farbus_transport::shm::{ShmFabric, ShmOptions};
 use farbus_transport::{Memory, Nanos};
 
 const LEASE: Duration = Duration::from_secs(600);
-const LIMIT: Duration = Duration::from_secs(20);
+const LIMIT: Duration = Duration::from_secs(60);
 const DEPTH: u64 = 24;
 
 /// A device, kept or as after power-on.

@@ -96,10 +96,16 @@ fn bank(path: &Path) -> Bank {
 
 /// Runs until so many more blocks are verified.
 fn run(machine: &mut Machine, blocks: u64) {
-    let (until, began) = (machine.vm.counts().verified + blocks, Instant::now());
+    let until = machine.vm.counts().verified + blocks;
+    let (mut last, mut moved) = (0, Instant::now());
     while machine.vm.counts().verified < until {
         machine.run_for(Duration::from_millis(20)).unwrap();
-        assert!(began.elapsed() < LIMIT, "the guest stands still: {:?}", machine.vm.counts());
+        let verified = machine.vm.counts().verified;
+        if verified > last {
+            (last, moved) = (verified, Instant::now());
+        }
+        // Slow is no fault: a KVM that carries out instructions one by one, beside others, takes its time.
+        assert!(moved.elapsed() < LIMIT, "the guest stands still: {:?}", machine.vm.counts());
     }
 }
 
@@ -129,7 +135,7 @@ fn the_other_process() {
             assert!(!restored.revived, "a device that was kept was reset");
             let mut depositor = Depositor::new(&withdrawn.area).unwrap();
             depositor.follow(&withdrawn.entry);
-            run(&mut machine, 300);
+            run(&mut machine, 100);
             let frozen = machine.freeze_and_leave(&mut depositor, LEASE).unwrap();
             frozen.put(&bank, "vm").unwrap();
         }
@@ -139,7 +145,7 @@ fn the_other_process() {
 }
 
 /// How often the machine moves in each direction.
-const MOVES: u64 = 5;
+const MOVES: u64 = 3;
 
 /// One of two processes between which a machine moves; the last to have it deposits it.
 fn moves(first: bool, socket: &Path, folder: &Path) {
@@ -195,7 +201,7 @@ fn a_kvm_guest_drives_a_function_by_interrupts_and_finds_every_block_right() {
     let native = Native::threaded(place.nvme(), PollOptions::default()).unwrap();
     let mut machine = Machine::begin(&area, Box::new(native)).unwrap();
     let began = Instant::now();
-    run(&mut machine, 3 * BLOCKS);
+    run(&mut machine, BLOCKS + 64);
     let (counts, exits, time) = (machine.vm.counts(), machine.vm.exits, began.elapsed());
     println!("{counts:?}, {exits:?}, {time:?}: {:?} a command", time / (counts.verified + counts.written) as u32);
     // Two that come while the guest has interrupts off are one.
@@ -216,7 +222,7 @@ fn a_kvm_guest_is_deposited_while_it_runs_and_goes_on_in_another_process_and_hom
     let mut depositor = Depositor::new(&area).unwrap();
     let mut machine = Machine::begin(&area, borrow(&place.socket(), None).unwrap()).unwrap();
     for at in 0..4 {
-        run(&mut machine, 100);
+        run(&mut machine, 50);
         let frozen = machine.freeze(&mut depositor).unwrap();
         let report = machine.run_while(|| frozen.put(&bank, "vm").unwrap()).unwrap();
         depositor.done(&report);
@@ -232,7 +238,7 @@ fn a_kvm_guest_is_deposited_while_it_runs_and_goes_on_in_another_process_and_hom
     let token = withdrawn.state().unwrap().rest().token;
     let (mut machine, restored) = Machine::again(&withdrawn, left.device.attach_here(&token).unwrap()).unwrap();
     assert!(!restored.revived);
-    run(&mut machine, 300);
+    run(&mut machine, 100);
     place.judge(withdrawn.area.memory());
 }
 
@@ -263,7 +269,7 @@ fn a_killed_borrowers_kvm_guest_restarts_at_home_from_its_last_deposit() {
     if !kvm("a KVM guest whose borrower is killed") {
         return;
     }
-    for round in 0..3u64 {
+    for round in 0..2u64 {
         let place = Place::new();
         let bank = place.bank();
         let home = Home::open(&place.socket()).unwrap();
@@ -285,7 +291,7 @@ fn a_killed_borrowers_kvm_guest_restarts_at_home_from_its_last_deposit() {
         guest::went_back(withdrawn.area.memory()).unwrap();
         let (mut machine, restored) = Machine::again(&withdrawn, left.device.attach_here(&state.rest().token).unwrap()).unwrap();
         assert!(restored.revived, "a device whose borrower was killed was not reset");
-        run(&mut machine, 3 * BLOCKS);
+        run(&mut machine, BLOCKS + 64);
         let counts = machine.vm.counts();
         let reported: u64 = since.ranges.iter().chain(&since.torn).map(|range| range.blocks / 8).sum();
         assert!(counts.learnt <= reported, "{counts:?}: more blocks were newer than the {reported} that the report names");

@@ -2,7 +2,7 @@
 //!
 //! A store of 17 to BAR0 + 0x1018 is submission queue 3's tail when CAP.DSTRD is 0. CAP and VS are asked for once between two resets;
 //! nothing else is answered here, because CSTS changes by itself and the rest is the controller's to say. I/O queues are created by admin
-//! commands, which are looked at in guest memory when their doorbell rings ([`queues`]): so a controller that was reset can be brought back ([`revive`]).
+//! commands, which are looked at in guest memory when their doorbell rings (`queues.rs`): so a controller that was reset can be brought back (`revive.rs`).
 
 mod queues;
 mod revive;
