@@ -24,7 +24,7 @@ pub use address::{BarAddress, GuestAddress, Iova, Width};
 pub use attachment::{
     Activity, Attachment, AttachmentError, Host, MapError, Mediation, MediationAnswer, Ticket, Window, WindowMemory,
 };
-pub use backend::{AttachError, Backend, Bus, DmaFault, DmaTag, InterruptMode, Progress, ResetKind};
+pub use backend::{AttachError, Backend, Bus, DmaFault, DmaTag, InterruptMode, Progress, ReadTicket, ResetKind};
 pub use device::{BarDescription, BarKind, Constant, DeviceDescription, MsixLocation};
 pub use dma_buffer::DmaBuffer;
 pub use guest_memory::{GuestMemory, GuestMemoryError, GuestRegion};

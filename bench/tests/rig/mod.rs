@@ -16,7 +16,8 @@ use farbus_bench::function::FunctionRegisters;
 use farbus_bench::measure::allocations_here;
 use farbus_bench::workload::{Budget, CASES, Contents, Workload};
 use farbus_bench::{image, measure};
-use farbus_pci_shim::{IrqSink, MessageInterrupt};
+use farbus_pci_shim::vfio_user::{BackendOptions, ClientInterrupts, Options, Server, StopHandle, VfioUserBackend};
+use farbus_pci_shim::{Function, FunctionOptions, InterruptOwner, IrqSink, MessageInterrupt};
 use farbus_remote_dma::borrower::{BorrowerOptions, BorrowerSession};
 use farbus_remote_dma::lender::{LenderSession, PollOptions};
 use farbus_remote_dma::model::nvme::{Nvme, NvmeOptions};
@@ -37,13 +38,15 @@ pub enum Place {
     Shm,
     /// As `Shm`, with a lender that never sleeps: what "while polling" means.
     ShmPolling,
+    /// As `Shm`, with the device behind a vfio-user server that the lender is a client of.
+    VfioUser,
     Verbs,
     VerbsPolling,
 }
 
 impl Place {
     fn connect(self) -> (Box<dyn Fabric>, Box<dyn Fabric>) {
-        if matches!(self, Self::Shm | Self::ShmPolling) {
+        if matches!(self, Self::Shm | Self::ShmPolling | Self::VfioUser) {
             let (lender, borrower) = ShmFabric::pair(ShmOptions::default()).unwrap();
             return (Box::new(lender), Box::new(borrower));
         }
@@ -73,6 +76,53 @@ impl IrqSink for CountingSink {
 pub struct Lender {
     stop: Waker,
     thread: Option<JoinHandle<()>>,
+    /// After the session, whose device it is.
+    _served: Option<Box<Served>>,
+}
+
+/// A vfio-user server with a controller that is borrowed itself, so that memory without a descriptor is memory to it too.
+pub struct Served {
+    pub path: std::path::PathBuf,
+    _folder: tempfile::TempDir,
+    stop: StopHandle,
+    thread: Option<JoinHandle<()>>,
+    _lender: Lender,
+}
+
+impl Served {
+    pub fn start(nvme: Nvme) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("nvme.sock");
+        let mut server = Server::bind(&path).unwrap();
+        let stop = server.stop_handle();
+        let (theirs, ours) = ShmFabric::pair(ShmOptions::default()).unwrap();
+        let description = nvme.description().clone();
+        let ends = Waker::new().unwrap();
+        let waker = ends.clone();
+        let lender = std::thread::spawn(move || {
+            let mut session = LenderSession::new(theirs, Box::new(nvme)).map_err(|(error, _)| error).unwrap();
+            session.run(PollOptions::default(), &waker);
+            session.end().unwrap();
+        });
+        let thread = std::thread::spawn(move || {
+            let session = BorrowerSession::new(ours, description, BorrowerOptions::default()).unwrap();
+            let sink = ClientInterrupts::new(Attachment::description(&session));
+            let options = FunctionOptions { interrupts: InterruptOwner::Client };
+            let mut function = Function::new(Box::new(session), sink, options).unwrap();
+            server.serve(&mut function, &Options::default()).unwrap();
+        });
+        let lender = Lender { stop: ends, thread: Some(lender), _served: None };
+        Self { path, _folder: folder, stop, thread: Some(thread), _lender: lender }
+    }
+}
+
+impl Drop for Served {
+    fn drop(&mut self) {
+        self.stop.stop();
+        if let Some(thread) = self.thread.take() {
+            thread.join().unwrap();
+        }
+    }
 }
 
 impl Drop for Lender {
@@ -103,9 +153,15 @@ pub fn rig(place: Place, original: &File, bytes: u64, options: DriverOptions) ->
     let attachment: Box<dyn Attachment> = match place {
         Place::Inline => Box::new(Native::inline(Box::new(nvme)).unwrap()),
         Place::Threaded => Box::new(Native::threaded(Box::new(nvme), PollOptions::default()).unwrap()),
-        Place::Shm | Place::ShmPolling | Place::Verbs | Place::VerbsPolling => {
+        Place::Shm | Place::ShmPolling | Place::VfioUser | Place::Verbs | Place::VerbsPolling => {
             let (theirs, ours) = place.connect();
-            let description = nvme.description().clone();
+            let (device, served): (Box<dyn Backend>, _) = if place == Place::VfioUser {
+                let served = Served::start(nvme);
+                (Box::new(VfioUserBackend::open(&served.path, BackendOptions::default()).unwrap()), Some(Box::new(served)))
+            } else {
+                (Box::new(nvme), None)
+            };
+            let description = device.description().clone();
             let stop = Waker::new().unwrap();
             let waker = stop.clone();
             let polls = matches!(place, Place::ShmPolling | Place::VerbsPolling);
@@ -113,7 +169,7 @@ pub fn rig(place: Place, original: &File, bytes: u64, options: DriverOptions) ->
             let core = *measure::cores().unwrap().last().unwrap();
             let thread = std::thread::spawn(move || {
                 let _pinned = measure::pin_to(core).unwrap();
-                let mut session = LenderSession::new(theirs, Box::new(nvme)).map_err(|(error, _)| error).unwrap();
+                let mut session = LenderSession::new(theirs, device).map_err(|(error, _)| error).unwrap();
                 if polls {
                     while !waker.is_set() && session.closed().is_none() {
                         session.pump(Nanos::now());
@@ -124,7 +180,7 @@ pub fn rig(place: Place, original: &File, bytes: u64, options: DriverOptions) ->
                 }
                 session.end().unwrap();
             });
-            lender = Some(Lender { stop, thread: Some(thread) });
+            lender = Some(Lender { stop, thread: Some(thread), _served: served });
             Box::new(BorrowerSession::new(ours, description, BorrowerOptions::default()).unwrap())
         }
     };

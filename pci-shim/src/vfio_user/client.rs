@@ -6,7 +6,7 @@
 use std::collections::VecDeque;
 use std::io::{self, IoSlice};
 use std::mem::MaybeUninit;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -80,8 +80,9 @@ pub struct Client {
     deadline: Duration,
     /// `DMA_READ` and `DMA_WRITE` that wait for [`Client::answer_dma`].
     requests: VecDeque<(Header, Vec<u8>)>,
-    /// Body of the last reply.
+    /// Body of the last reply, and the descriptors beside it.
     reply: Vec<u8>,
+    reply_fds: Vec<OwnedFd>,
     outgoing: Vec<u8>,
 }
 
@@ -91,15 +92,31 @@ impl Client {
     /// # Errors
     /// Where nobody listens.
     pub fn connect(path: impl AsRef<Path>, deadline: Duration) -> io::Result<Self> {
-        Ok(Self {
-            socket: UnixStream::connect(path)?,
+        Ok(Self::over(UnixStream::connect(path)?, deadline))
+    }
+
+    /// Over a connection that exists; no message is sent.
+    pub fn over(socket: UnixStream, deadline: Duration) -> Self {
+        Self {
+            socket,
             input: Input::new(),
             next_id: 0,
             deadline,
             requests: VecDeque::new(),
             reply: Vec::new(),
+            reply_fds: Vec::new(),
             outgoing: Vec::new(),
-        })
+        }
+    }
+
+    /// The connection, with what was received and not yet looked at. What the server asked and nobody answered is lost.
+    pub fn into_parts(self) -> (UnixStream, Input) {
+        (self.socket, self.input)
+    }
+
+    /// How long each further request may take.
+    pub fn set_deadline(&mut self, deadline: Duration) {
+        self.deadline = deadline;
     }
 
     /// Connects and agrees on a version.
@@ -318,7 +335,7 @@ impl Client {
         let start = Instant::now();
         loop {
             while let Some(incoming) = self.input.next_message() {
-                let Incoming::Message { header, body, .. } = incoming else {
+                let Incoming::Message { header, body, fds, .. } = incoming else {
                     return Err(ClientError::Reply { command: sent.command });
                 };
                 if !header.is_reply() {
@@ -330,6 +347,7 @@ impl Client {
                 } else if header.message_id == sent.message_id && header.command == sent.command {
                     self.reply.clear();
                     self.reply.extend_from_slice(body);
+                    self.reply_fds = fds;
                     return Ok(header);
                 } else {
                     return Err(ClientError::Reply { command: sent.command });
@@ -342,6 +360,11 @@ impl Client {
     /// Body of the last reply.
     pub fn last_reply(&self) -> &[u8] {
         &self.reply
+    }
+
+    /// The descriptors that came beside the last reply.
+    pub fn take_reply_fds(&mut self) -> Vec<OwnedFd> {
+        std::mem::take(&mut self.reply_fds)
     }
 
     /// Answers what the server asks of our memory until nothing has come for `quiet`; gives how many messages were answered.

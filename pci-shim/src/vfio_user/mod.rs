@@ -9,6 +9,7 @@
 //!   client ◄─DMA_READ, DMA_WRITE── mediation ◄───────────────────┘ share: is a map's file the guest's memory?
 //! ```
 
+pub mod backend;
 pub mod client;
 mod client_memory;
 mod commands;
@@ -27,6 +28,7 @@ pub mod socket;
 pub mod version;
 pub mod wire;
 
+pub use backend::{BackendOptions, OpenError, VfioUserBackend};
 pub use irqs::ClientInterrupts;
 pub use options::{ClientEnd, OnGone, Options, ServeError};
 pub use served::Served;

@@ -20,7 +20,7 @@ use farbus_transport::{CloseReason, Event, Events, Fabric, Nanos, OpError};
 
 use self::bus::LenderBus;
 use crate::attachment::Activity;
-use crate::backend::{AttachError, Backend, DmaFault, ResetKind};
+use crate::backend::{AttachError, Backend, DmaFault, ReadTicket, ResetKind};
 use crate::message::{Outcome, Sequence, ToBorrower, ToLender};
 use crate::wait::{Waker, relax, sleep_until_readable};
 
@@ -59,6 +59,8 @@ pub struct LenderSession<F: Fabric> {
     events: Events,
     waiting: VecDeque<Waiting>,
     closed: Option<CloseReason>,
+    /// Register reads whose answers the device still owes.
+    reads_put_off: u32,
 }
 
 /// A device that could not be attached comes back with the reason.
@@ -77,7 +79,7 @@ impl<F: Fabric> LenderSession<F> {
         if let Err(error) = backend.attach(&mut bus) {
             return Err((error, backend));
         }
-        Ok(Self { bus, backend, events: Events::new(), waiting: VecDeque::new(), closed: None })
+        Ok(Self { bus, backend, events: Events::new(), waiting: VecDeque::new(), closed: None, reads_put_off: 0 })
     }
 
     /// Does what there is to do, without blocking.
@@ -107,6 +109,12 @@ impl<F: Fabric> LenderSession<F> {
         activity = activity.and(self.backend.poll(&mut self.bus));
         if self.tell_finished() {
             activity = Activity::Busy;
+        }
+        if self.reads_put_off > 0 {
+            self.answer_put_off();
+        }
+        if let Some(reason) = self.backend.gone() {
+            self.close(CloseReason::DeviceLost(reason));
         }
         if !self.waiting.is_empty() {
             self.answer_waiting();
@@ -254,22 +262,36 @@ impl<F: Fabric> LenderSession<F> {
                     return self.close(CloseReason::Protocol("a register read outside the device"));
                 }
                 self.bus.counters.bar_reads += 1;
-                let value = if self.resetting() { width.all_ones() } else { self.backend.bar_read(at, width, &mut self.bus) };
-                self.bus.send_in_order(ToBorrower::BarValue { sequence, value: width.truncate(value) });
-                self.bus.flush();
+                if self.resetting() {
+                    self.answer_read(sequence, width.all_ones());
+                } else {
+                    match self.backend.bar_read_later(ReadTicket(sequence), at, width, &mut self.bus) {
+                        Some(value) => self.answer_read(sequence, width.truncate(value)),
+                        None => self.reads_put_off += 1,
+                    }
+                }
             }
             ToLender::InterruptMode(mode) => self.backend.set_interrupt_mode(mode, &mut self.bus),
-            ToLender::BusMaster(enabled) => self.bus.set_bus_master(enabled),
+            ToLender::BusMaster(enabled) => {
+                self.bus.set_bus_master(enabled);
+                self.backend.set_bus_master(enabled, &mut self.bus);
+            }
             ToLender::Offer { sequence, memory, dirty, proven } => {
                 let outcome = self.bus.offer(memory, dirty, proven);
                 self.acknowledge(sequence, outcome);
             }
             ToLender::Map { sequence, iova, len, memory, offset, access } => {
                 let outcome = self.bus.map_window(iova, len, memory, offset, access);
+                if outcome == Outcome::Done {
+                    self.backend.window_mapped(iova, len, access, &mut self.bus);
+                }
                 self.acknowledge(sequence, outcome);
             }
             ToLender::Unmap { sequence, iova, len } => match self.bus.unmap_windows(iova, len) {
-                Ok(in_use) => self.wait_for_dma(Waiting::Unmap { sequence, in_use }),
+                Ok(in_use) => {
+                    self.backend.window_unmapped(iova, len, &mut self.bus);
+                    self.wait_for_dma(Waiting::Unmap { sequence, in_use });
+                }
                 Err(outcome) => self.acknowledge(sequence, outcome),
             },
             ToLender::Withdraw { sequence, key } => {
@@ -287,6 +309,19 @@ impl<F: Fabric> LenderSession<F> {
             ToLender::Stored { ticket, ok } => self.bus.stored(ticket, ok),
             ToLender::Staging(grant) => self.bus.set_store_staging(&grant),
             ToLender::Taken { ticket } => self.bus.taken(ticket),
+        }
+    }
+
+    #[inline]
+    fn answer_read(&mut self, sequence: Sequence, value: u64) {
+        self.bus.send_in_order(ToBorrower::BarValue { sequence, value });
+        self.bus.flush();
+    }
+
+    fn answer_put_off(&mut self) {
+        while let Some((ReadTicket(sequence), value)) = self.backend.next_read() {
+            self.reads_put_off = self.reads_put_off.saturating_sub(1);
+            self.answer_read(sequence, value);
         }
     }
 
@@ -316,7 +351,7 @@ impl<F: Fabric> LenderSession<F> {
         while let Some(waiting) = self.waiting.front() {
             match waiting {
                 Waiting::Unmap { sequence, in_use } => {
-                    if in_use.strong_count() > 0 {
+                    if in_use.strong_count() > 0 || self.backend.is_unmapping() {
                         return;
                     }
                     let sequence = *sequence;
