@@ -59,6 +59,7 @@ fn of_refusal(refusal: Refusal) -> &'static str {
     match refusal {
         Refusal::Lent => "try again when that one has left",
         Refusal::Wedged => "look at the disk of the lender, or try again later",
+        Refusal::Gone => "try again when the device is back: the lender says when",
         Refusal::Unknown(_) => "the lender is newer: what it says itself tells more",
     }
 }

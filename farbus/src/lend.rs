@@ -64,8 +64,14 @@ async fn lend(args: LendArgs, device: Device, quiesce: Duration) -> anyhow::Resu
         quiesce,
     });
     let (news, mut heard) = mpsc::unbounded_channel();
-    let mut desk =
-        Desk { idle: Some(device), wedged: None, greetings: VecDeque::new(), strangers: Quota::new(Instant::now()), events };
+    let mut desk = Desk {
+        idle: Some(device),
+        wedged: None,
+        gone: false,
+        greetings: VecDeque::new(),
+        strangers: Quota::new(Instant::now()),
+        events,
+    };
     let mut visitors = 0;
     let ended_by = loop {
         tokio::select! {
@@ -140,6 +146,8 @@ struct Desk {
     idle: Option<Device>,
     /// Its last borrower has left, and it has not ended so many accesses.
     wedged: Option<usize>,
+    /// The device is gone, and a thread waits for it.
+    gone: bool,
     /// Connections whose hello is awaited, the oldest first.
     greetings: VecDeque<(Visitor, Option<UnixStream>)>,
     /// How many strangers may be told of.
@@ -184,7 +192,8 @@ impl Desk {
             // One that was given up already is not answered, which ends it.
             News::Claims(_) if !self.greeted(visitor) => {}
             News::Claims(answer) => {
-                let granted = self.idle.take().ok_or(self.wedged.map_or(Refusal::Lent, |_| Refusal::Wedged));
+                let refusal = if self.gone { Refusal::Gone } else { self.wedged.map_or(Refusal::Lent, |_| Refusal::Wedged) };
+                let granted = self.idle.take().ok_or(refusal);
                 if let Err(refusal) = &granted {
                     self.refused(None, &refusal.to_string(), 0);
                 }
@@ -204,8 +213,15 @@ impl Desk {
                 );
                 self.events.say("wedged", json!({ "in_flight": in_flight }), &what);
             }
+            News::Gone { why, lent } => {
+                self.gone = true;
+                let what = format!("the device is gone ({why}): it is lent again when it is back");
+                self.events.say("gone", json!({ "reason": why }), &what);
+                return lent.then_some(Left::Borrower);
+            }
             News::Returned(device, ended) => {
                 self.wedged = None;
+                self.gone = false;
                 let reason = ended.as_ref().map_or_else(Clone::clone, ToString::to_string);
                 self.events.say("returned", json!({ "reason": reason }), &format!("the device is back: {reason}"));
                 self.idle = Some(device);

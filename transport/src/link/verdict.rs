@@ -14,6 +14,7 @@ const MAGIC: [u8; 7] = *b"verdict";
 const WELCOME: u8 = 0;
 const LENT: u8 = 1;
 const WEDGED: u8 = 2;
+const GONE: u8 = 3;
 
 /// Why a borrower whose hello was good gets no link.
 #[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
@@ -24,6 +25,9 @@ pub enum Refusal {
     /// The device has not ended what it did for somebody who has left.
     #[error("the device does not end what it was doing for its last borrower")]
     Wedged,
+    /// The device itself is gone, and has not come back yet.
+    #[error("the device is gone at the lender")]
+    Gone,
     /// A reason of a later version of farbus.
     #[error("the lender refuses for reason {0}, which this version does not know")]
     Unknown(u8),
@@ -34,6 +38,7 @@ impl Refusal {
         match self {
             Self::Lent => LENT,
             Self::Wedged => WEDGED,
+            Self::Gone => GONE,
             Self::Unknown(code) => code,
         }
     }
@@ -67,6 +72,7 @@ pub fn hear<S: HelloStream>(stream: &mut S, allowed: Duration) -> Result<Verdict
         WELCOME => Ok(Ok(())),
         LENT => Ok(Err(Refusal::Lent)),
         WEDGED => Ok(Err(Refusal::Wedged)),
+        GONE => Ok(Err(Refusal::Gone)),
         other => Ok(Err(Refusal::Unknown(other))),
     }
 }
@@ -83,7 +89,7 @@ mod tests {
     #[test]
     fn what_is_told_is_heard() {
         let (mut lender, mut borrower) = UnixStream::pair().unwrap();
-        for verdict in [Ok(()), Err(Refusal::Lent), Err(Refusal::Wedged), Err(Refusal::Unknown(200))] {
+        for verdict in [Ok(()), Err(Refusal::Lent), Err(Refusal::Wedged), Err(Refusal::Gone), Err(Refusal::Unknown(200))] {
             tell(&mut lender, verdict, SOON).unwrap();
             assert_eq!(hear(&mut borrower, SOON).unwrap(), verdict);
         }
