@@ -284,10 +284,7 @@ impl Client {
 
     fn checked(&self, command: Command, answered: &Header) -> Result<&[u8], ClientError> {
         if answered.flags & FLAG_ERROR != 0 {
-            return Err(ClientError::Refused {
-                command: command.number(),
-                errno: Errno::from_raw_os_error(i32::try_from(answered.error).unwrap_or(0)),
-            });
+            return Err(ClientError::Refused { command: command.number(), errno: answered.errno() });
         }
         Ok(&self.reply)
     }

@@ -197,10 +197,7 @@ impl Link {
                     Some(ask) if header.flags & crate::vfio_user::wire::FLAG_ERROR == 0 => {
                         return Some(Heard::Answer(ask, Ok(body)));
                     }
-                    Some(ask) => {
-                        let errno = i32::try_from(header.error).ok().filter(|errno| (1..4096).contains(errno));
-                        return Some(Heard::Answer(ask, Err(errno.map_or(Errno::IO, Errno::from_raw_os_error))));
-                    }
+                    Some(ask) => return Some(Heard::Answer(ask, Err(header.errno()))),
                     None => "its server answered what was not asked",
                 }
             }

@@ -31,6 +31,7 @@ use std::time::Duration;
 use farbus_remote_dma::{BarAddress, Bus, DeviceDescription, InterruptMode, ReadTicket, Width};
 use farbus_transport::Nanos;
 use rustix::event::{PollFd, PollFlags, Timespec};
+use rustix::io::Errno;
 
 pub use self::describe::{Controls, DescribeError, HEADER_BYTES, IrqCounts, describe};
 pub use self::dma::DmaCounters;
@@ -232,7 +233,11 @@ impl VfioUserBackend {
                         };
                         match value {
                             Some(value) => self.answered(ask, value),
-                            None => self.link.fail("its server's answer does not fit the question"),
+                            None => {
+                                self.link.fail("its server's answer does not fit the question");
+                                // Who waits for it is not left waiting.
+                                self.answered(ask, Err(Errno::PROTO));
+                            }
                         }
                     }
                 }
@@ -246,7 +251,7 @@ impl VfioUserBackend {
         (some, false)
     }
 
-    fn answered(&mut self, ask: Ask, value: Result<u64, rustix::io::Errno>) {
+    fn answered(&mut self, ask: Ask, value: Result<u64, Errno>) {
         if let Err(errno) = value {
             tracing::debug!(?ask, %errno, "the server refused");
         }

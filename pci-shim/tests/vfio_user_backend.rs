@@ -1,0 +1,515 @@
+//! The backend over any vfio-user server, against one that the test plays: accesses, interrupts behind the stores they announce, resets, and nonsense.
+//!
+//! The server asks for a store of 16 bytes, signals vector 3 and answers a register read, all before the backend looks: the guest sees the store, then
+//! the vector, then the value.
+#![expect(clippy::unwrap_used, reason = "a panic is how a test fails")]
+
+mod vfio_user_backend_support;
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use farbus_pci_shim::vfio_user::BackendOptions;
+use farbus_pci_shim::vfio_user::wire::{
+    Command, DmaMap, Header, IrqSet, MSIX, RegionAccess, RegionInfo, SET_ACTION_TRIGGER, SET_ACTION_UNMASK, SET_DATA_EVENTFD,
+    SET_DATA_NONE,
+};
+use farbus_remote_dma::{Backend, BarAddress, InterruptMode, Iova, ReadTicket, ResetKind, Width};
+use farbus_transport::{Access, Memory};
+use vfio_user_backend_support::*;
+use zerocopy::{FromBytes, IntoBytes};
+
+fn at(offset: u64) -> BarAddress {
+    BarAddress { bar: 0, offset }
+}
+
+/// Polls until the backend has the value of a read.
+fn value(backend: &mut farbus_pci_shim::vfio_user::VfioUserBackend, bus: &mut TestBus) -> (ReadTicket, u64) {
+    let started = Instant::now();
+    loop {
+        backend.poll(bus);
+        if let Some(answer) = backend.next_read() {
+            return answer;
+        }
+        assert!(started.elapsed() < DEADLINE, "no value");
+    }
+}
+
+/// Turns MSI-X on; the eventfds that the server got, by vector.
+fn msix(backend: &mut farbus_pci_shim::vfio_user::VfioUserBackend, server: &mut Server, bus: &mut TestBus) -> Vec<OwnedFd> {
+    backend.set_interrupt_mode(InterruptMode::Msix, bus);
+    let mut fds = Vec::new();
+    for got in server.answer_all(backend, bus) {
+        let Ok((set, _)) = IrqSet::read_from_prefix(&got.body) else { continue };
+        if got.is(Command::SetIrqs) && set.index == MSIX && set.count > 0 {
+            assert_eq!((set.flags, set.start as usize), (SET_DATA_EVENTFD | SET_ACTION_TRIGGER, fds.len()));
+            assert!(got.fds.len() == set.count as usize && got.fds.len() <= 8, "as many as the server takes");
+            fds.extend(got.fds);
+        }
+    }
+    fds
+}
+
+fn signal(fd: &OwnedFd) {
+    rustix::io::write(fd, &1_u64.to_ne_bytes()).unwrap();
+}
+
+#[test]
+fn writes_are_not_waited_for_and_reads_are_answered_later() {
+    let (mut backend, mut server, mut bus) = lent();
+    for i in 0..100_u64 {
+        backend.bar_write(at(i * 4), Width::B4, i, &mut bus);
+    }
+    assert_eq!(backend.bar_read_later(ReadTicket(7), at(0x1c), Width::B4, &mut bus), None);
+    backend.poll(&mut bus);
+    assert_eq!(backend.next_read(), None);
+    let mut questions: Vec<_> = (0..101).map(|_| server.next(DEADLINE).unwrap()).collect();
+    for (i, got) in questions.iter().take(100).enumerate() {
+        let access = RegionAccess { offset: i as u64 * 4, region: 0, count: 4 };
+        assert!(got.is(Command::RegionWrite) && got.body == [access.as_bytes(), &(i as u32).to_le_bytes()].concat());
+    }
+    // Replies come in any order.
+    questions.reverse();
+    questions.iter().for_each(|got| server.acknowledge(got));
+    assert_eq!(value(&mut backend, &mut bus), (ReadTicket(7), 0x1c));
+    server.answer_all(&mut backend, &mut bus);
+    assert_eq!(backend.gone(), None);
+    // Behind the region's end, and in a bar that is not there, nobody is asked.
+    assert_eq!(backend.bar_read_later(ReadTicket(8), at(16 << 10), Width::B4, &mut bus), Some(0xffff_ffff));
+    assert_eq!(backend.bar_read_later(ReadTicket(8), BarAddress { bar: 3, offset: 0 }, Width::B8, &mut bus), Some(u64::MAX));
+    assert!(server.next(Duration::from_millis(5)).is_none());
+}
+
+#[test]
+fn a_read_that_is_waited_for_serves_dma_meanwhile() {
+    let (mut backend, mut server, mut bus) = lent();
+    bus.guest.write(0x500, b"command").unwrap();
+    let player = std::thread::spawn(move || {
+        let read = server.expect(Command::RegionRead);
+        let id = server.request(Command::DmaRead, BASE + 0x500, 7, &[]);
+        let got = server.expect(Command::DmaRead);
+        assert!(got.header.is_reply() && got.header.message_id == id && got.body.ends_with(b"command"));
+        server.acknowledge(&read);
+        server
+    });
+    assert_eq!(backend.bar_read(at(0x14), Width::B4, &mut bus), 0x14);
+    drop(player.join().unwrap());
+}
+
+#[test]
+fn the_guest_sees_store_then_vector_then_value() {
+    let (mut backend, mut server, mut bus) = lent();
+    let vectors = msix(&mut backend, &mut server, &mut bus);
+    assert_eq!(vectors.len(), 20);
+    backend.bar_read_later(ReadTicket(1), at(0x1c), Width::B4, &mut bus);
+    let read = server.expect(Command::RegionRead);
+    bus.seen.clear();
+    let data = vec![7; 4096];
+    server.request(Command::DmaWrite, BASE + 0x2000, 4096, &data);
+    server.request(Command::DmaWrite, BASE + 0x1000, 16, &[9; 16]);
+    signal(&vectors[3]);
+    server.acknowledge(&read);
+    // Found in whatever order it looks.
+    assert_eq!(value(&mut backend, &mut bus), (ReadTicket(1), 0x1c));
+    let expected = [
+        Seen::Write(BASE + 0x2000, 4064),
+        Seen::Polled(BASE + 0x2000 + 4064, 32),
+        Seen::Polled(BASE + 0x1000, 16),
+        Seen::Interrupt(3),
+    ];
+    assert_eq!(bus.seen, expected);
+    assert_eq!(bus.read(BASE + 0x2000, 4096), data);
+    for _ in 0..2 {
+        assert!(!refused(&server.expect(Command::DmaWrite)));
+    }
+}
+
+#[test]
+fn a_storm_of_signals_is_one_interrupt_a_look_and_none_of_a_vector_that_is_off() {
+    let (mut backend, mut server, mut bus) = lent();
+    let vectors = msix(&mut backend, &mut server, &mut bus);
+    for _ in 0..10_000 {
+        vectors.iter().for_each(signal);
+    }
+    backend.poll(&mut bus);
+    assert_eq!(bus.seen.iter().filter(|seen| matches!(seen, Seen::Interrupt(_))).count(), 20);
+    bus.seen.clear();
+    backend.set_interrupt_mode(InterruptMode::Msi(2), &mut bus);
+    server.answer_all(&mut backend, &mut bus);
+    signal(&vectors[5]);
+    signal(&vectors[1]);
+    backend.poll(&mut bus);
+    assert_eq!(bus.seen, [Seen::Interrupt(1)]);
+}
+
+#[test]
+fn a_level_is_asked_for_again_after_each_access() {
+    let mut bus = TestBus::new();
+    let (backend, mut server) = open(Facts::default(), BackendOptions::default());
+    let mut backend = backend.unwrap();
+    backend.attach(&mut bus).unwrap();
+    let pins: Vec<OwnedFd> = server.answer_all(&mut backend, &mut bus).into_iter().flat_map(|got| got.fds).collect();
+    let [pin] = &pins[..] else { panic!("one eventfd for INTx, not {}", pins.len()) };
+    signal(pin);
+    backend.poll(&mut bus);
+    backend.poll(&mut bus);
+    assert_eq!(bus.seen, [Seen::Pin(true)]);
+    backend.bar_write(at(0x64), Width::B4, 1, &mut bus);
+    assert_eq!(bus.seen, [Seen::Pin(true), Seen::Pin(false)]);
+    server.expect(Command::RegionWrite);
+    let (set, _) = IrqSet::read_from_prefix(&server.expect(Command::SetIrqs).body).unwrap();
+    assert_eq!((set.flags, set.index, set.count), (SET_DATA_NONE | SET_ACTION_UNMASK, 0, 1));
+    // It stands still.
+    signal(pin);
+    backend.poll(&mut bus);
+    assert_eq!(bus.seen.last(), Some(&Seen::Pin(true)));
+}
+
+#[test]
+fn a_read_of_the_server_does_not_pass_its_writes_and_late_ones_are_answered_by_number() {
+    let (mut backend, mut server, mut bus) = lent();
+    bus.late = true;
+    let first = server.request(Command::DmaWrite, BASE, 64, &[1; 64]);
+    let second = server.request(Command::DmaRead, BASE, 64, &[]);
+    let third = server.request(Command::DmaWrite, BASE + 64, 3, &[2; 3]);
+    backend.poll(&mut bus);
+    assert!(server.next(Duration::from_millis(5)).is_none());
+    assert_eq!(bus.seen, [Seen::Polled(BASE, 32), Seen::Polled(BASE + 32, 32), Seen::Write(BASE + 64, 3)]);
+    assert_eq!(backend.in_flight(), 2);
+    bus.finish(&mut backend);
+    let mut replies: Vec<_> = (0..3).map(|_| server.next(DEADLINE).unwrap()).collect();
+    assert_eq!(replies.pop().map(|got| (got.header.message_id, got.body[16..].to_vec())), Some((second, vec![1; 64])));
+    replies.sort_by_key(|got| got.header.message_id);
+    assert_eq!(replies.iter().map(|got| got.header.message_id).collect::<Vec<_>>(), [first, third]);
+    assert_eq!(backend.in_flight(), 0);
+}
+
+#[test]
+fn more_requests_than_there_is_room_for_wait_and_none_is_lost() {
+    let (mut backend, mut server, mut bus) = lent();
+    bus.late = true;
+    let ids: Vec<u16> = (0..100).map(|i| server.request(Command::DmaRead, BASE + i * 8, 8, &[])).collect();
+    let mut answered = Vec::new();
+    while answered.len() < ids.len() {
+        backend.poll(&mut bus);
+        assert!(backend.in_flight() <= 16);
+        bus.finish(&mut backend);
+        while let Some(got) = server.next(Duration::from_millis(1)) {
+            assert!(!refused(&got));
+            answered.push(got.header.message_id);
+        }
+    }
+    answered.sort_unstable();
+    assert_eq!(answered, ids);
+}
+
+#[test]
+fn dma_outside_of_memory_and_of_all_measure_is_refused() {
+    let (mut backend, mut server, mut bus) = lent();
+    for (command, address, count, data) in [
+        (Command::DmaRead, 0, 8, 0),
+        (Command::DmaRead, BASE + BYTES - 4, 8, 0),
+        (Command::DmaRead, BASE, 0, 0),
+        (Command::DmaRead, BASE, 1 << 20, 0),
+        (Command::DmaRead, BASE, u64::MAX, 0),
+        (Command::DmaRead, BASE, 4, 4),
+        (Command::DmaRead, u64::MAX, 2, 0),
+        (Command::DmaWrite, 0, 8, 8),
+        (Command::DmaWrite, BASE, 8, 7),
+        (Command::DmaWrite, BASE, 300_000, 0),
+        (Command::DmaWrite, BASE + BYTES - 64, 128, 128),
+        (Command::RegionRead, BASE, 4, 0),
+        (Command::Version, BASE, 4, 0),
+    ] {
+        let id = server.request(command, address, count, &vec![5; data]);
+        backend.poll(&mut bus);
+        let got = server.next(DEADLINE).unwrap();
+        assert!(refused(&got) && got.header.message_id == id && got.header.error > 0, "{command:?} {address:#x} {count:#x}");
+    }
+    assert_eq!(backend.gone(), None);
+    // Of the one that leaves the memory what lies in it may be done.
+    assert!(bus.read(BASE, BYTES as usize - 64).iter().all(|byte| *byte == 0));
+}
+
+#[test]
+fn a_reset_is_in_flight_until_the_server_has_answered_and_nothing_of_before_is_told() {
+    let (mut backend, mut server, mut bus) = lent();
+    let vectors = msix(&mut backend, &mut server, &mut bus);
+    backend.bar_read_later(ReadTicket(5), at(0), Width::B4, &mut bus);
+    backend.fence();
+    assert_eq!(backend.in_flight(), 1);
+    assert_eq!(value(&mut backend, &mut bus), (ReadTicket(5), 0xffff_ffff));
+    let read = server.expect(Command::RegionRead);
+    let reset = server.expect(Command::DeviceReset);
+    bus.seen.clear();
+    let late = server.request(Command::DmaWrite, BASE, 4, &[1; 4]);
+    signal(&vectors[2]);
+    server.acknowledge(&read);
+    backend.poll(&mut bus);
+    let got = server.expect(Command::DmaWrite);
+    assert!(refused(&got) && got.header.message_id == late);
+    assert_eq!((backend.in_flight(), &bus.seen), (1, &vec![]));
+    server.reply(&reset.header, &[]);
+    backend.poll(&mut bus);
+    assert_eq!(backend.in_flight(), 0);
+    backend.reset(ResetKind::Function, &mut bus);
+    assert!(server.answer_all(&mut backend, &mut bus).iter().any(|got| got.is(Command::SetIrqs)));
+    // It is there again.
+    server.request(Command::DmaWrite, BASE, 4, &[1; 4]);
+    backend.poll(&mut bus);
+    assert!(!refused(&server.expect(Command::DmaWrite)));
+}
+
+#[test]
+fn the_server_is_told_of_memory_and_an_unmap_is_over_when_it_says_so() {
+    let (mut backend, mut server, mut bus) = lent();
+    for (iova, access) in [(0x1000, Access::READ), (0x4000, Access::READ_WRITE), (0x9000, Access::READ_WRITE)] {
+        backend.window_mapped(Iova(iova), 0x1000, access, &mut bus);
+        let got = server.expect(Command::DmaMap);
+        server.acknowledge(&got);
+        let (map, _) = DmaMap::read_from_prefix(&got.body).unwrap();
+        let flags = if access.write { 3 } else { 1 };
+        assert_eq!(map, DmaMap { argsz: 32, flags, offset: 0, address: iova, size: 0x1000 });
+    }
+    backend.window_unmapped(Iova(0x1000), 0x4000, &mut bus);
+    assert!(backend.is_unmapping());
+    let unmaps: Vec<Got> = (0..2).map(|_| server.expect(Command::DmaUnmap)).collect();
+    server.acknowledge(&unmaps[0]);
+    backend.poll(&mut bus);
+    assert!(backend.is_unmapping());
+    server.acknowledge(&unmaps[1]);
+    backend.poll(&mut bus);
+    assert!(!backend.is_unmapping());
+    let player = std::thread::spawn(move || {
+        let mut left = Vec::new();
+        while let Some(got) = server.next(Duration::from_millis(100)) {
+            server.acknowledge(&got);
+            left.push(got);
+        }
+        (server, left)
+    });
+    // What is left at the end is taken back, and the device answers to nobody.
+    backend.detach();
+    let (mut server, left) = player.join().unwrap();
+    let unmapped: Vec<&Got> = left.iter().filter(|got| got.is(Command::DmaUnmap)).collect();
+    assert!(unmapped.len() == 1 && unmapped[0].body[8..16] == 0x9000_u64.to_le_bytes());
+    server.request(Command::DmaRead, BASE, 4, &[]);
+    backend.attach(&mut bus).unwrap();
+    assert!(refused(&server.expect(Command::DmaRead)));
+}
+
+#[test]
+fn shared_registers_are_loaded_and_stored_and_pass_no_message() {
+    let shared = Memory::memfd("bar", 16 << 10).unwrap();
+    let mut info = region(0, 16 << 10, 0xf);
+    info[..4].copy_from_slice(&64_u32.to_le_bytes());
+    info[12..16].copy_from_slice(&32_u32.to_le_bytes());
+    info.extend([1_u16, 1].as_bytes());
+    info.extend([0_u32, 1, 0].as_bytes());
+    info.extend([0x1000_u64, 0x1000].as_bytes());
+    let mut facts = Facts::default();
+    facts.regions[0] = (info, Some(Arc::clone(&shared)));
+    let mut bus = TestBus::new();
+    let (mut backend, mut server) = lent_with(facts, &mut bus);
+    backend.bar_write(at(0x1008), Width::B4, 17, &mut bus);
+    assert_eq!(shared.atomic_u32(0x1008).unwrap().load(std::sync::atomic::Ordering::Relaxed), 17);
+    assert_eq!(backend.bar_read(at(0x1008), Width::B4, &mut bus), 17);
+    assert!(server.next(Duration::from_millis(5)).is_none());
+    // Behind a message that is not answered even a shared register goes by message.
+    backend.bar_write(at(0), Width::B4, 1, &mut bus);
+    backend.bar_write(at(0x1008), Width::B4, 18, &mut bus);
+    assert_eq!(backend.bar_read_later(ReadTicket(1), at(0x1008), Width::B4, &mut bus), None);
+    let mut commands = Vec::new();
+    for _ in 0..3 {
+        let got = server.next(DEADLINE).unwrap();
+        server.acknowledge(&got);
+        commands.push(got.header.command);
+    }
+    assert_eq!(commands, [10, 10, 9]);
+    assert_eq!(shared.atomic_u32(0x1008).unwrap().load(std::sync::atomic::Ordering::Relaxed), 17);
+    assert_eq!(value(&mut backend, &mut bus).1, 0x1008);
+}
+
+#[test]
+fn a_server_that_does_not_answer_or_breaks_the_protocol_is_gone_and_reads_are_all_ones() {
+    let question = |server: &mut Server| server.expect(Command::RegionRead).header;
+    let play: Vec<(&str, Box<dyn Fn(&mut Server)>)> = vec![
+        ("it does not answer", Box::new(|_| {})),
+        ("it hangs up", Box::new(|server| drop(server.stream.shutdown(std::net::Shutdown::Both)))),
+        (
+            "another number",
+            Box::new(move |server| {
+                let header = question(server);
+                server.reply(&Header { message_id: header.message_id ^ 1, ..header }, &[]);
+            }),
+        ),
+        (
+            "another command",
+            Box::new(move |server| {
+                let header = question(server);
+                server.reply(&Header { command: 10, ..header }, &[]);
+            }),
+        ),
+        (
+            "a short answer",
+            Box::new(move |server| {
+                let header = question(server);
+                server.reply(&header, &[0; 17]);
+            }),
+        ),
+        (
+            "a long answer",
+            Box::new(move |server| {
+                let header = question(server);
+                server.reply(&header, &[0; 64]);
+            }),
+        ),
+        (
+            "another place",
+            Box::new(move |server| {
+                let header = question(server);
+                server.reply(&header, &[9; 20]);
+            }),
+        ),
+        (
+            "half an answer",
+            Box::new(move |server| {
+                let header = question(server);
+                let reply = [header.reply(20).as_bytes(), &[0; 10]].concat();
+                server.send(&reply, &[]);
+            }),
+        ),
+        (
+            "a message shorter than its header",
+            Box::new(|server| {
+                server.send(Header { message_id: 1, command: 11, message_size: 3, flags: 0, error: 0 }.as_bytes(), &[]);
+            }),
+        ),
+        (
+            "a message of 4 GiB",
+            Box::new(|server| {
+                server.send(Header { message_id: 1, command: 12, message_size: u32::MAX, flags: 0, error: 0 }.as_bytes(), &[]);
+            }),
+        ),
+        (
+            "neither command nor reply",
+            Box::new(|server| {
+                server.send(Header { message_id: 1, command: 11, message_size: 16, flags: 7, error: 0 }.as_bytes(), &[]);
+            }),
+        ),
+    ];
+    for (what, play) in play {
+        let (mut backend, mut server, mut bus) = lent();
+        assert_eq!(backend.bar_read_later(ReadTicket(3), at(8), Width::B8, &mut bus), None);
+        play(&mut server);
+        let started = Instant::now();
+        assert_eq!(value(&mut backend, &mut bus), (ReadTicket(3), u64::MAX), "{what}");
+        assert!(started.elapsed() < Duration::from_secs(2), "{what}");
+        assert!(backend.gone().is_some(), "{what}");
+        assert_eq!(backend.bar_read(at(8), Width::B8, &mut bus), u64::MAX, "{what}");
+        backend.bar_write(at(8), Width::B8, 1, &mut bus);
+        // Nothing keeps its session from ending.
+        backend.fence();
+        assert_eq!((backend.in_flight(), backend.is_unmapping()), (0, false), "{what}");
+        backend.reset(ResetKind::Conventional, &mut bus);
+        backend.detach();
+    }
+}
+
+#[test]
+fn descriptors_that_nobody_asked_for_are_closed() {
+    let before = || std::fs::read_dir("/proc/self/fd").unwrap().count();
+    let (mut backend, server, mut bus) = lent();
+    let null = std::fs::File::open("/dev/null").unwrap();
+    let open = before();
+    for _ in 0..50 {
+        let header = Header::command(1, Command::DmaRead, 16);
+        server.send(&[header.as_bytes(), [BASE, 4].as_bytes()].concat(), &vec![null.as_fd(); 16]);
+        backend.poll(&mut bus);
+    }
+    assert_eq!(before(), open);
+    assert_eq!(backend.gone(), None);
+}
+
+#[test]
+fn a_server_whose_device_makes_no_sense_is_refused_and_says_why() {
+    let refuse = |what: &str, change: &dyn Fn(&mut Facts)| {
+        let mut facts = Facts::default();
+        change(&mut facts);
+        let options = BackendOptions { answer_within: Duration::from_millis(200), map_unsealed: false };
+        let (backend, _server) = open(facts, options);
+        let error = backend.err().unwrap_or_else(|| panic!("{what} was not refused")).to_string();
+        assert!(error.contains(what), "{what}: {error}");
+    };
+    refuse("no JSON object", &|facts| facts.version = b"\0\0\x01\0{".to_vec());
+    refuse("does not fit", &|facts| facts.version = b"\0".to_vec());
+    refuse("later version", &|facts| facts.version = b"\0\0\x09\0".to_vec());
+    refuse("takes no descriptors", &|facts| facts.version = b"\0\0\x01\0{\"capabilities\":{\"max_msg_fds\":0}}\0".to_vec());
+    refuse("no PCI device", &|facts| facts.device.flags = 1);
+    refuse("cannot be reset", &|facts| facts.device.flags = 2);
+    refuse("no configuration space", &|facts| facts.device.num_regions = 3);
+    refuse("cannot be read and written", &|facts| facts.regions[7].0 = region(7, 64, 3));
+    refuse("another region", &|facts| facts.regions[0].0 = region(5, 4096, 3));
+    refuse("too long", &|facts| facts.regions[0].0[..4].copy_from_slice(&u32::MAX.to_le_bytes()));
+    refuse("too short", &|facts| facts.regions[0].0.truncate(20));
+    refuse("outside of the answer", &|facts| {
+        let info = RegionInfo { argsz: 32, flags: 0xf, index: 0, cap_offset: 999, size: 1 << 14, offset: 0 };
+        facts.regions[0].0 = info.as_bytes().to_vec();
+    });
+    refuse("no vendor", &|facts| facts.config[..2].fill(0xff));
+    refuse("is a bridge", &|facts| facts.config[0x0e] = 1);
+    refuse("upper half", &|facts| facts.regions[1].0 = region(1, 4096, 3));
+    refuse("too large", &|facts| facts.regions[0].0 = region(0, u64::MAX, 3));
+    refuse("goes round in a circle", &|facts| facts.config[0x51] = 0x40);
+    refuse("msi-x table outside its bar", &|facts| facts.regions[0].0 = region(0, 4096, 3));
+    refuse("does not fit", &|facts| facts.spoil = Some(|header, _| header.message_id ^= 1));
+    refuse("does not fit", &|facts| facts.spoil = Some(|header, _| header.command ^= 1));
+    refuse("refused command 4", &|facts| {
+        facts.spoil = Some(|header, _| {
+            if header.command == 4 {
+                header.flags |= 1 << 5;
+            }
+        })
+    });
+    refuse("did not answer", &|facts| {
+        facts.spoil = Some(|header, _| {
+            if header.command == 13 {
+                header.message_size += 1;
+            }
+        })
+    });
+    refuse("does not fit", &|facts| {
+        facts.spoil = Some(|header, body| {
+            if header.command == 9 {
+                body.pop();
+                header.message_size -= 1;
+            }
+        })
+    });
+    // More descriptors than were asked for harm nobody.
+    let (backend, _server) = open(Facts { extra_fds: 3, ..Facts::default() }, BackendOptions::default());
+    assert_eq!(backend.unwrap().description().msix.unwrap().vectors, 20);
+}
+
+#[test]
+fn a_server_that_comes_back_with_the_same_device_is_used_again_and_with_another_is_not() {
+    let place = Place::new();
+    let (backend, server) =
+        place.meet(Facts::default(), || farbus_pci_shim::vfio_user::VfioUserBackend::open(&place.path, BackendOptions::default()));
+    let (mut backend, mut bus) = (backend.unwrap(), TestBus::new());
+    drop(server);
+    let mut other = Facts::default();
+    other.config[2] = 0x11;
+    let (attached, _server) = place.meet(other, || backend.attach(&mut bus).map_err(|error| error.to_string()));
+    assert!(attached.unwrap_err().contains("another device"));
+    assert_eq!(backend.gone(), Some("its server closed the connection"));
+    let (attached, mut server) = place.meet(Facts::default(), || backend.attach(&mut bus));
+    attached.unwrap();
+    server.answer_all(&mut backend, &mut bus);
+    assert_eq!(backend.gone(), None);
+    backend.bar_read_later(ReadTicket(1), at(4), Width::B4, &mut bus);
+    let read = server.expect(Command::RegionRead);
+    server.acknowledge(&read);
+    assert_eq!(value(&mut backend, &mut bus).1, 4);
+}
