@@ -19,6 +19,7 @@ mod qemu_mapped_ram;
 mod session_messages;
 mod verbs_wire;
 mod vfio_user_messages;
+mod vfio_user_server;
 
 pub use bank_archive::bank_archive;
 pub use bank_formats::bank_formats;
@@ -34,12 +35,13 @@ pub use qemu_mapped_ram::qemu_mapped_ram;
 pub use session_messages::session_messages;
 pub use verbs_wire::verbs_wire;
 pub use vfio_user_messages::vfio_user_messages;
+pub use vfio_user_server::vfio_user_server;
 
 /// A target: its name, which is also its folder in fuzz/corpus, and its body.
 pub type Target = (&'static str, fn(&[u8]));
 
 /// All targets.
-pub const TARGETS: [Target; 14] = [
+pub const TARGETS: [Target; 15] = [
     ("bank_archive", bank_archive),
     ("bank_formats", bank_formats),
     ("bank_store", bank_store),
@@ -54,4 +56,5 @@ pub const TARGETS: [Target; 14] = [
     ("session_messages", session_messages),
     ("verbs_wire", verbs_wire),
     ("vfio_user_messages", vfio_user_messages),
+    ("vfio_user_server", vfio_user_server),
 ];
