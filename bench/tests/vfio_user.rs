@@ -17,13 +17,21 @@ static ALLOCATOR: CountingAllocator = CountingAllocator;
 const BYTES: u64 = 8 << 20;
 
 #[test]
-fn every_byte_is_right_behind_a_vfio_user_server() {
+fn every_byte_is_right_behind_a_vfio_user_server_that_asks_for_each() {
     rig::every_byte_is_right(Place::VfioUser, &rig::original(BYTES), BYTES, 300);
 }
 
 #[test]
+fn every_byte_is_right_behind_a_vfio_user_server_that_maps_the_guests_memory() {
+    rig::every_byte_is_right(Place::VfioUserMapped, &rig::original(BYTES), BYTES, 300);
+}
+
+#[test]
 fn completions_come_by_interrupt_from_a_vfio_user_server() {
-    rig::a_completion_comes_by_interrupt(Place::VfioUser, &rig::original(BYTES), BYTES);
+    let original = rig::original(BYTES);
+    for place in [Place::VfioUser, Place::VfioUserMapped] {
+        rig::a_completion_comes_by_interrupt(place, &original, BYTES);
+    }
 }
 
 #[test]

@@ -55,7 +55,7 @@ pub enum SpecError {
     #[error("{0:?} is no option of nvme: use ro, latency=TIME or serial=TEXT (an image's path may have no comma)")]
     Option(String),
     /// No such option of a vfio-user device.
-    #[error("{0:?} is no option of vfio-user: use map-unsealed (a socket's path may have no comma)")]
+    #[error("{0:?} is no option of vfio-user: use messages or map-unsealed (a socket's path may have no comma)")]
     ServerOption(String),
     /// The option's value is wrong.
     #[error("{option}: {why}")]
@@ -111,6 +111,7 @@ fn vfio_user(text: &str) -> Result<DeviceSpec, SpecError> {
     for part in parts {
         match part {
             "map-unsealed" => options.map_unsealed = true,
+            "messages" => options.share_memory = false,
             _ => return Err(SpecError::ServerOption(part.to_owned())),
         }
     }

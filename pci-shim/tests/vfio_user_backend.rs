@@ -15,8 +15,9 @@ use farbus_pci_shim::vfio_user::wire::{
     Command, DmaMap, Header, IrqSet, MSIX, RegionAccess, RegionInfo, SET_ACTION_TRIGGER, SET_ACTION_UNMASK, SET_DATA_EVENTFD,
     SET_DATA_NONE,
 };
-use farbus_remote_dma::{Backend, BarAddress, InterruptMode, Iova, ReadTicket, ResetKind, Width};
-use farbus_transport::{Access, Memory};
+use farbus_remote_dma::dirty_log::DirtyLog;
+use farbus_remote_dma::{Backend, BarAddress, InterruptMode, Iova, ReadTicket, ResetKind, SharedWindow, Width};
+use farbus_transport::{Access, Mapped, Memory};
 use vfio_user_backend_support::*;
 use zerocopy::{FromBytes, IntoBytes};
 
@@ -265,7 +266,7 @@ fn a_reset_is_in_flight_until_the_server_has_answered_and_nothing_of_before_is_t
 fn the_server_is_told_of_memory_and_an_unmap_is_over_when_it_says_so() {
     let (mut backend, mut server, mut bus) = lent();
     for (iova, access) in [(0x1000, Access::READ), (0x4000, Access::READ_WRITE), (0x9000, Access::READ_WRITE)] {
-        backend.window_mapped(Iova(iova), 0x1000, access, &mut bus);
+        backend.window_mapped(Iova(iova), 0x1000, access, None, &mut bus);
         let got = server.expect(Command::DmaMap);
         server.acknowledge(&got);
         let (map, _) = DmaMap::read_from_prefix(&got.body).unwrap();
@@ -297,6 +298,87 @@ fn the_server_is_told_of_memory_and_an_unmap_is_over_when_it_says_so() {
     server.request(Command::DmaRead, BASE, 4, &[]);
     backend.attach(&mut bus).unwrap();
     assert!(refused(&server.expect(Command::DmaRead)));
+}
+
+/// A window of two pages at 0x8000 whose memory may be mapped, its log, and what its owner waits for.
+fn shared_window(guest: &Arc<Memory>) -> (SharedWindow, DirtyLog) {
+    let log = DirtyLog::new(guest.len()).unwrap();
+    let held = Mapped::new(Arc::clone(guest), 0, 0).unwrap();
+    (SharedWindow::new(held, 0x3000, 0x2000, Some((log.clone(), 0x3000))), log)
+}
+
+fn pages(log: &DirtyLog) -> Vec<u64> {
+    let mut pages = Vec::new();
+    log.take(|page| pages.push(page));
+    pages
+}
+
+#[test]
+fn memory_that_the_server_maps_is_held_and_counted_as_written_until_it_has_let_go() {
+    let (mut backend, mut server, mut bus) = lent();
+    let guest = Memory::memfd("guest", 64 << 10).unwrap();
+    let (window, log) = shared_window(&guest);
+    backend.window_mapped(Iova(0x8000), 0x2000, Access::READ_WRITE, Some(window), &mut bus);
+    let got = server.expect(Command::DmaMap);
+    let (map, _) = DmaMap::read_from_prefix(&got.body).unwrap();
+    assert_eq!((map.offset, map.address, map.size, got.fds.len()), (0x3000, 0x8000, 0x2000, 1));
+    let theirs = Memory::map_file(got.fds.into_iter().next().unwrap(), map.offset, map.size, true).unwrap();
+    server.reply(&got.header, &[]);
+    // It writes without a word, and its interrupt says that it did.
+    theirs.write(0x10, b"dma").unwrap();
+    let vectors = msix(&mut backend, &mut server, &mut bus);
+    let _before = pages(&log);
+    std::thread::sleep(Duration::from_millis(15));
+    signal(&vectors[0]);
+    backend.poll(&mut bus);
+    assert_eq!((bus.seen.last(), pages(&log)), (Some(&Seen::Interrupt(0)), vec![3, 4]));
+    // The last it wrote before it let go is counted too, and until then it holds the memory.
+    backend.window_unmapped(Iova(0x8000), 0x2000, &mut bus);
+    assert!(backend.is_unmapping() && Arc::strong_count(&guest) == 2);
+    let unmap = server.expect(Command::DmaUnmap);
+    assert!(pages(&log).is_empty());
+    server.acknowledge(&unmap);
+    backend.poll(&mut bus);
+    assert!(!backend.is_unmapping() && Arc::strong_count(&guest) == 1);
+    assert_eq!(pages(&log), [3, 4]);
+}
+
+#[test]
+fn a_silent_server_that_maps_memory_keeps_it_until_it_has_closed_its_end() {
+    let (mut backend, mut server, mut bus) = lent();
+    let guest = Memory::memfd("guest", 64 << 10).unwrap();
+    let (window, log) = shared_window(&guest);
+    backend.window_mapped(Iova(0x8000), 0x2000, Access::READ_WRITE, Some(window), &mut bus);
+    let got = server.expect(Command::DmaMap);
+    server.reply(&got.header, &[]);
+    backend.window_unmapped(Iova(0x8000), 0x2000, &mut bus);
+    let started = Instant::now();
+    while backend.gone().is_none() {
+        backend.poll(&mut bus);
+        assert!(started.elapsed() < DEADLINE);
+    }
+    for _ in 0..3 {
+        backend.poll(&mut bus);
+        assert!(backend.is_unmapping() && backend.in_flight() == 1, "it may still write");
+    }
+    assert_eq!(Arc::strong_count(&guest), 2);
+    drop(server);
+    backend.poll(&mut bus);
+    assert!(!backend.is_unmapping() && backend.in_flight() == 0 && Arc::strong_count(&guest) == 1);
+    assert_eq!(pages(&log), [3, 4]);
+}
+
+#[test]
+fn a_server_that_is_to_have_no_memory_gets_none() {
+    let (backend, mut server) = open(Facts::default(), BackendOptions { share_memory: false, ..BackendOptions::default() });
+    let (mut backend, mut bus) = (backend.unwrap(), TestBus::new());
+    backend.attach(&mut bus).unwrap();
+    server.answer_all(&mut backend, &mut bus);
+    let guest = Memory::memfd("guest", 64 << 10).unwrap();
+    let (window, _log) = shared_window(&guest);
+    backend.window_mapped(Iova(0x8000), 0x2000, Access::READ_WRITE, Some(window), &mut bus);
+    let got = server.expect(Command::DmaMap);
+    assert_eq!((got.fds.len(), Arc::strong_count(&guest)), (0, 1));
 }
 
 #[test]
@@ -437,7 +519,7 @@ fn a_server_whose_device_makes_no_sense_is_refused_and_says_why() {
     let refuse = |what: &str, change: &dyn Fn(&mut Facts)| {
         let mut facts = Facts::default();
         change(&mut facts);
-        let options = BackendOptions { answer_within: Duration::from_millis(200), map_unsealed: false };
+        let options = BackendOptions { answer_within: Duration::from_millis(200), ..BackendOptions::default() };
         let (backend, _server) = open(facts, options);
         let error = backend.err().unwrap_or_else(|| panic!("{what} was not refused")).to_string();
         assert!(error.contains(what), "{what}: {error}");

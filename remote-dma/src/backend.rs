@@ -17,6 +17,7 @@ use crate::address::{BarAddress, Iova, Width};
 use crate::attachment::Activity;
 use crate::device::DeviceDescription;
 use crate::dma_buffer::DmaBuffer;
+use crate::shared_window::SharedWindow;
 
 /// Bytes of the longest [`Bus::dma_write_polled`].
 pub const MAX_POLLED_WRITE: usize = 32;
@@ -210,8 +211,9 @@ pub trait Backend: Send {
     /// its own.
     fn set_bus_master(&mut self, _enabled: bool, _bus: &mut dyn Bus) {}
 
-    /// The device may use `len` bytes from `iova` from now on. For a device that must be told; others ask the bus.
-    fn window_mapped(&mut self, _iova: Iova, _len: u64, _access: Access, _bus: &mut dyn Bus) {}
+    /// The device may use `len` bytes from `iova` from now on. For a device that must be told; others ask the bus. With `shared` it may map the memory
+    /// itself until it is told that the window is gone; then the bus does not see what it does there, bus mastering included.
+    fn window_mapped(&mut self, _iova: Iova, _len: u64, _access: Access, _shared: Option<SharedWindow>, _bus: &mut dyn Bus) {}
 
     /// It may not any more: what is inside the range, which splits no window. The unmap is answered when [`Backend::is_unmapping`] is false.
     fn window_unmapped(&mut self, _iova: Iova, _len: u64, _bus: &mut dyn Bus) {}

@@ -17,6 +17,7 @@ pub mod lender;
 pub mod message;
 pub mod model;
 pub mod native;
+pub mod shared_window;
 pub mod wait;
 pub mod wire;
 
@@ -28,3 +29,4 @@ pub use backend::{AttachError, Backend, Bus, DmaFault, DmaTag, InterruptMode, Pr
 pub use device::{BarDescription, BarKind, Constant, DeviceDescription, MsixLocation};
 pub use dma_buffer::DmaBuffer;
 pub use guest_memory::{GuestMemory, GuestMemoryError, GuestRegion};
+pub use shared_window::SharedWindow;

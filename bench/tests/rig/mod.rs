@@ -23,7 +23,7 @@ use farbus_remote_dma::lender::{LenderSession, PollOptions};
 use farbus_remote_dma::model::nvme::{Nvme, NvmeOptions};
 use farbus_remote_dma::native::Native;
 use farbus_remote_dma::wait::Waker;
-use farbus_remote_dma::{Attachment, Backend, Iova};
+use farbus_remote_dma::{Attachment, Backend, DeviceDescription, Iova};
 use farbus_transport::shm::{ShmFabric, ShmOptions};
 use farbus_transport::verbs::{DeviceChoice, VerbsFabric};
 use farbus_transport::{Fabric, Memory, Nanos};
@@ -40,13 +40,15 @@ pub enum Place {
     ShmPolling,
     /// As `Shm`, with the device behind a vfio-user server that the lender is a client of.
     VfioUser,
+    /// As `VfioUser`, with a server that maps the guest's memory itself.
+    VfioUserMapped,
     Verbs,
     VerbsPolling,
 }
 
 impl Place {
     fn connect(self) -> (Box<dyn Fabric>, Box<dyn Fabric>) {
-        if matches!(self, Self::Shm | Self::ShmPolling | Self::VfioUser) {
+        if matches!(self, Self::Shm | Self::ShmPolling | Self::VfioUser | Self::VfioUserMapped) {
             let (lender, borrower) = ShmFabric::pair(ShmOptions::default()).unwrap();
             return (Box::new(lender), Box::new(borrower));
         }
@@ -80,39 +82,49 @@ pub struct Lender {
     _served: Option<Box<Served>>,
 }
 
-/// A vfio-user server with a controller that is borrowed itself, so that memory without a descriptor is memory to it too.
+/// A vfio-user server with a controller: in its own process, for which memory must have a descriptor, or borrowed itself, for which it need not.
 pub struct Served {
     pub path: std::path::PathBuf,
     _folder: tempfile::TempDir,
     stop: StopHandle,
     thread: Option<JoinHandle<()>>,
-    _lender: Lender,
+    _lender: Option<Lender>,
 }
 
 impl Served {
-    pub fn start(nvme: Nvme) -> Self {
+    pub fn start(nvme: Nvme, maps: bool) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("nvme.sock");
         let mut server = Server::bind(&path).unwrap();
         let stop = server.stop_handle();
+        let mut nvme = Some(nvme);
+        let (lender, link) = if maps { (None, None) } else { Self::lend(nvme.take().unwrap()) };
+        let thread = std::thread::spawn(move || {
+            let attachment: Box<dyn Attachment> = match link {
+                Some((fabric, description)) => {
+                    Box::new(BorrowerSession::new(fabric, description, BorrowerOptions::default()).unwrap())
+                }
+                None => Box::new(Native::inline(Box::new(nvme.unwrap())).unwrap()),
+            };
+            let sink = ClientInterrupts::new(attachment.description());
+            let options = FunctionOptions { interrupts: InterruptOwner::Client };
+            let mut function = Function::new(attachment, sink, options).unwrap();
+            server.serve(&mut function, &Options::default()).unwrap();
+        });
+        Self { path, _folder: folder, stop, thread: Some(thread), _lender: lender }
+    }
+
+    fn lend(nvme: Nvme) -> (Option<Lender>, Option<(ShmFabric, DeviceDescription)>) {
         let (theirs, ours) = ShmFabric::pair(ShmOptions::default()).unwrap();
         let description = nvme.description().clone();
-        let ends = Waker::new().unwrap();
-        let waker = ends.clone();
-        let lender = std::thread::spawn(move || {
+        let stop = Waker::new().unwrap();
+        let waker = stop.clone();
+        let thread = std::thread::spawn(move || {
             let mut session = LenderSession::new(theirs, Box::new(nvme)).map_err(|(error, _)| error).unwrap();
             session.run(PollOptions::default(), &waker);
             session.end().unwrap();
         });
-        let thread = std::thread::spawn(move || {
-            let session = BorrowerSession::new(ours, description, BorrowerOptions::default()).unwrap();
-            let sink = ClientInterrupts::new(Attachment::description(&session));
-            let options = FunctionOptions { interrupts: InterruptOwner::Client };
-            let mut function = Function::new(Box::new(session), sink, options).unwrap();
-            server.serve(&mut function, &Options::default()).unwrap();
-        });
-        let lender = Lender { stop: ends, thread: Some(lender), _served: None };
-        Self { path, _folder: folder, stop, thread: Some(thread), _lender: lender }
+        (Some(Lender { stop, thread: Some(thread), _served: None }), Some((ours, description)))
     }
 }
 
@@ -153,11 +165,13 @@ pub fn rig(place: Place, original: &File, bytes: u64, options: DriverOptions) ->
     let attachment: Box<dyn Attachment> = match place {
         Place::Inline => Box::new(Native::inline(Box::new(nvme)).unwrap()),
         Place::Threaded => Box::new(Native::threaded(Box::new(nvme), PollOptions::default()).unwrap()),
-        Place::Shm | Place::ShmPolling | Place::VfioUser | Place::Verbs | Place::VerbsPolling => {
+        Place::Shm | Place::ShmPolling | Place::VfioUser | Place::VfioUserMapped | Place::Verbs | Place::VerbsPolling => {
             let (theirs, ours) = place.connect();
-            let (device, served): (Box<dyn Backend>, _) = if place == Place::VfioUser {
-                let served = Served::start(nvme);
-                (Box::new(VfioUserBackend::open(&served.path, BackendOptions::default()).unwrap()), Some(Box::new(served)))
+            let (device, served): (Box<dyn Backend>, _) = if matches!(place, Place::VfioUser | Place::VfioUserMapped) {
+                let maps = place == Place::VfioUserMapped;
+                let served = Served::start(nvme, maps);
+                let options = BackendOptions { share_memory: maps, ..BackendOptions::default() };
+                (Box::new(VfioUserBackend::open(&served.path, options).unwrap()), Some(Box::new(served)))
             } else {
                 (Box::new(nvme), None)
             };

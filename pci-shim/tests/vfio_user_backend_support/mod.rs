@@ -131,7 +131,8 @@ pub fn open(facts: Facts, options: BackendOptions) -> (Result<VfioUserBackend, O
 
 /// A device that is lent over `bus`; what was asked for that is answered.
 pub fn lent_with(facts: Facts, bus: &mut TestBus) -> (VfioUserBackend, Server) {
-    let (backend, mut server) = open(facts, BackendOptions { answer_within: Duration::from_millis(300), map_unsealed: false });
+    let (backend, mut server) =
+        open(facts, BackendOptions { answer_within: Duration::from_millis(300), ..BackendOptions::default() });
     let mut backend = backend.unwrap();
     backend.attach(bus).unwrap();
     server.answer_all(&mut backend, bus);

@@ -283,7 +283,8 @@ impl<F: Fabric> LenderSession<F> {
             ToLender::Map { sequence, iova, len, memory, offset, access } => {
                 let outcome = self.bus.map_window(iova, len, memory, offset, access);
                 if outcome == Outcome::Done {
-                    self.backend.window_mapped(iova, len, access, &mut self.bus);
+                    let shared = self.bus.shared_window(iova, len, access);
+                    self.backend.window_mapped(iova, len, access, shared, &mut self.bus);
                 }
                 self.acknowledge(sequence, outcome);
             }

@@ -33,7 +33,7 @@ pub fn vfio_user_server(bytes: &[u8]) {
     // Left by the input before.
     drop(std::fs::remove_file(&path));
     let listener = UnixListener::bind(&path).expect("a socket");
-    let options = BackendOptions { answer_within: Duration::from_millis(20), map_unsealed: true };
+    let options = BackendOptions { answer_within: Duration::from_millis(20), map_unsealed: true, share_memory: true };
     let (opened, socket) = std::thread::scope(|scope| {
         let server = scope.spawn(|| shake_hands(listener.accept().expect("a client").0, changed, piece));
         let opened = VfioUserBackend::open(&path, options);
@@ -46,7 +46,7 @@ pub fn vfio_user_server(bytes: &[u8]) {
         return;
     }
     socket.set_nonblocking(true).expect("a socket");
-    backend.window_mapped(Iova(BASE), BYTES, Access::READ_WRITE, &mut bus);
+    backend.window_mapped(Iova(BASE), BYTES, Access::READ_WRITE, None, &mut bus);
     for number in 0..64 {
         let (Some(control), Some(piece)) = (input.u8(), input.piece()) else { break };
         play(&socket, control, piece);
@@ -113,9 +113,9 @@ fn act(backend: &mut VfioUserBackend, bus: &mut GuestBus, control: u8, number: u
         0 => drop(backend.bar_read_later(ReadTicket(number as u32), at, Width::B4, bus)),
         1 => backend.bar_write(at, Width::B8, number, bus),
         2 => backend.set_interrupt_mode(if control & 1 == 0 { InterruptMode::Msix } else { InterruptMode::Msi(2) }, bus),
-        3 if number % 5 == 0 => backend.window_unmapped(Iova(BASE), BYTES, bus),
+        3 if number.is_multiple_of(5) => backend.window_unmapped(Iova(BASE), BYTES, bus),
         4 => backend.set_bus_master(control & 1 == 0, bus),
-        5 if number % 7 == 0 => {
+        5 if number.is_multiple_of(7) => {
             backend.fence();
             backend.poll(bus);
             if backend.in_flight() == 0 {

@@ -261,7 +261,7 @@ mod tests {
             if few {
                 header[0x0e] = 0;
             }
-            let sizes = sizes.map(|size| if few { size % 9 << 12 } else { size });
+            let sizes = sizes.map(|size| if few { (size % 9) << 12 } else { size });
             if let Ok((device, _)) = describe("x", &header, &sizes, IRQS) {
                 prop_assert!(device.validate().is_ok());
             }

@@ -8,15 +8,15 @@ use std::sync::Arc;
 
 use farbus_remote_dma::{
     Activity, AttachError, Backend, BarAddress, Bus, DeviceDescription, DmaBuffer, DmaFault, DmaTag, InterruptMode, Iova, Progress,
-    ReadTicket, ResetKind, Width,
+    ReadTicket, ResetKind, SharedWindow, Width,
 };
 use farbus_transport::{Access, LocalRegion, LocalSpan, Memory, Nanos, RegisterError};
 
 use super::asked::Ask;
 use super::link::bytes;
 use super::open::OpenError;
-use super::{Reset, VfioUserBackend};
-use crate::vfio_user::wire::{DmaMap, MAP_READABLE, MAP_WRITEABLE};
+use super::{Reset, VfioUserBackend, Window};
+use crate::vfio_user::wire::{DmaMap, MAP_READABLE, MAP_WRITEABLE, PAGE_BYTES};
 
 /// The ticket of a read that is waited for here.
 const WAITED_FOR: ReadTicket = ReadTicket(u32::MAX);
@@ -45,12 +45,14 @@ impl Backend for VfioUserBackend {
         self.bus_master = false;
         self.silence();
         self.set_command();
-        for (iova, len) in std::mem::take(&mut self.windows) {
+        for (iova, window) in std::mem::take(&mut self.windows) {
             self.wait(&mut NoBus, |backend| backend.link.has_room());
-            self.unmap(iova, len);
+            self.unmap(iova, window);
         }
         self.wait(&mut NoBus, |backend| backend.link.open_questions() == 0);
         self.unmapping = 0;
+        // Its reset is over, so nothing writes there; who did not answer has lost its connection.
+        self.let_go();
         self.held.clear();
         self.answers.clear();
         self.pin = false;
@@ -157,8 +159,10 @@ impl Backend for VfioUserBackend {
 
     /// The reset is under way until the server says that it is over: its device may write until then.
     fn in_flight(&self) -> usize {
-        let resetting = self.reset == Reset::Asked && self.link.down().is_none();
-        self.dma.in_flight() + usize::from(resetting)
+        let down = self.link.down().is_some();
+        let resetting = self.reset == Reset::Asked && !down;
+        // One that does not answer, and has not closed its end, may still write.
+        self.dma.in_flight() + usize::from(resetting || down && self.shares())
     }
 
     fn reset(&mut self, _kind: ResetKind, bus: &mut dyn Bus) {
@@ -176,34 +180,44 @@ impl Backend for VfioUserBackend {
         self.set_command();
     }
 
-    fn window_mapped(&mut self, iova: Iova, len: u64, access: Access, bus: &mut dyn Bus) {
+    fn window_mapped(&mut self, iova: Iova, len: u64, access: Access, shared: Option<SharedWindow>, bus: &mut dyn Bus) {
         if !self.link.has_room() {
             self.wait(bus, |backend| backend.link.has_room());
         }
         let flags = if access.read { MAP_READABLE } else { 0 } | if access.write { MAP_WRITEABLE } else { 0 };
-        let map = DmaMap { argsz: size_of::<DmaMap>() as u32, flags, offset: 0, address: iova.0, size: len };
+        let mut map = DmaMap { argsz: size_of::<DmaMap>() as u32, flags, offset: 0, address: iova.0, size: len };
+        let shared = shared.filter(|shared| {
+            let whole_pages = shared.file().is_some_and(|(_, offset)| offset.is_multiple_of(PAGE_BYTES));
+            self.options.share_memory && whole_pages && self.link.down().is_none()
+        });
         if self.windows.len() as u64 >= self.limits.max_maps {
             return self.link.fail("its server takes no more maps of guest memory");
         }
-        self.windows.insert(iova.0, len);
         // A doorbell that comes behind it finds it there, because a server does one thing after the other.
-        self.link.ask(Ask::Map, [bytes(&map), &[]], Nanos::now());
+        match shared.as_ref().and_then(SharedWindow::file) {
+            Some((fd, offset)) => {
+                map.offset = offset;
+                self.link.share();
+                self.link.ask_with(Ask::Map, bytes(&map), &[fd], Nanos::now());
+            }
+            None => self.link.ask(Ask::Map, [bytes(&map), &[]], Nanos::now()),
+        }
+        self.windows.insert(iova.0, Window { len, shared });
     }
 
     fn window_unmapped(&mut self, iova: Iova, len: u64, bus: &mut dyn Bus) {
         let last = iova.0.saturating_add(len.saturating_sub(1));
-        let inside: Vec<(u64, u64)> = self.windows.range(iova.0..=last).map(|(start, len)| (*start, *len)).collect();
-        for (start, len) in inside {
-            self.windows.remove(&start);
+        let inside: Vec<u64> = self.windows.range(iova.0..=last).map(|(start, _)| *start).collect();
+        for (start, window) in inside.into_iter().filter_map(|start| self.windows.remove_entry(&start)).collect::<Vec<_>>() {
             if !self.link.has_room() {
                 self.wait(bus, |backend| backend.link.has_room());
             }
-            self.unmap(start, len);
+            self.unmap(start, window);
         }
     }
 
     fn is_unmapping(&self) -> bool {
-        self.unmapping > 0 && self.link.down().is_none()
+        if self.link.down().is_some() { self.shares() } else { self.unmapping > 0 }
     }
 
     fn gone(&self) -> Option<&'static str> {

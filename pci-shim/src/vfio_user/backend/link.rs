@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use farbus_transport::Nanos;
 use rustix::io::Errno;
-use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
+use rustix::net::{RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
 use zerocopy::IntoBytes;
 
 use super::RESET_LIMIT;
@@ -39,13 +39,25 @@ pub(super) struct Link {
     output: Output,
     asked: Asked,
     pub(super) answer_within: Duration,
+    /// The server has guest memory: it is gone only when it has closed its end.
+    shared: bool,
+    left: bool,
     /// Why it is of no use any more.
     down: Option<&'static str>,
 }
 
 impl Link {
     pub(super) fn new(socket: UnixStream, input: Input, answer_within: Duration) -> Self {
-        Self { socket, input, output: Output::default(), asked: Asked::new(), answer_within, down: None }
+        Self {
+            socket,
+            input,
+            output: Output::default(),
+            asked: Asked::new(),
+            answer_within,
+            shared: false,
+            left: false,
+            down: None,
+        }
     }
 
     pub(super) fn down(&self) -> Option<&'static str> {
@@ -77,10 +89,26 @@ impl Link {
     pub(super) fn fail(&mut self, why: &'static str) {
         if self.down.is_none() {
             self.down = Some(why);
-            if let Err(error) = self.socket.shutdown(Shutdown::Both) {
-                tracing::debug!(%error, "the server was gone already");
+            hang_up(&self.socket, self.shared);
+        }
+    }
+
+    /// From now on the server has guest memory.
+    pub(super) fn share(&mut self) {
+        self.shared = true;
+    }
+
+    /// After its end: whether the server has closed its side.
+    pub(super) fn has_left(&mut self) -> bool {
+        let mut sink = [0_u8; 4096];
+        while !self.left {
+            match rustix::net::recv(&self.socket, &mut sink[..], RecvFlags::DONTWAIT) {
+                Ok((_, 1..)) | Err(Errno::INTR) => {}
+                Err(Errno::AGAIN) => break,
+                Ok((_, 0)) | Err(_) => self.left = true,
             }
         }
+        self.left
     }
 
     /// Asks; the answer comes from [`Link::next`].
@@ -207,8 +235,7 @@ impl Link {
         };
         if self.down.is_none() {
             self.down = Some(why);
-            // An error says that it is gone already.
-            drop(self.socket.shutdown(Shutdown::Both));
+            hang_up(&self.socket, self.shared);
         }
         None
     }
@@ -224,6 +251,13 @@ impl Link {
             return None;
         }
         Some(limit - spent)
+    }
+}
+
+/// Ends our side; a server that has guest memory is heard until it has ended its own.
+fn hang_up(socket: &UnixStream, shared: bool) {
+    if let Err(error) = socket.shutdown(if shared { Shutdown::Write } else { Shutdown::Both }) {
+        tracing::debug!(%error, "the server was gone already");
     }
 }
 

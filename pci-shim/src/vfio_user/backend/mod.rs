@@ -28,7 +28,7 @@ use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use farbus_remote_dma::{BarAddress, Bus, DeviceDescription, InterruptMode, ReadTicket, Width};
+use farbus_remote_dma::{BarAddress, Bus, DeviceDescription, InterruptMode, ReadTicket, SharedWindow, Width};
 use farbus_transport::Nanos;
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::io::Errno;
@@ -63,11 +63,13 @@ pub struct BackendOptions {
     pub answer_within: Duration,
     /// Maps registers that it shares in a file that is not sealed: if the file shrinks, the lender dies.
     pub map_unsealed: bool,
+    /// Lets the server map guest memory, where the link can share it; else, and without it, every DMA is a message.
+    pub share_memory: bool,
 }
 
 impl Default for BackendOptions {
     fn default() -> Self {
-        Self { answer_within: Duration::from_millis(1500), map_unsealed: false }
+        Self { answer_within: Duration::from_millis(1500), map_unsealed: false, share_memory: true }
     }
 }
 
@@ -94,6 +96,16 @@ enum Reset {
     Done,
 }
 
+/// What the server may use.
+struct Window {
+    len: u64,
+    /// Where it has the descriptor.
+    shared: Option<SharedWindow>,
+}
+
+/// How often what the server writes unseen is counted while its device runs. When it is at rest it is counted anyway.
+const MARK_EVERY: Duration = Duration::from_millis(10);
+
 /// The device of a server at a socket.
 pub struct VfioUserBackend {
     path: PathBuf,
@@ -106,10 +118,13 @@ pub struct VfioUserBackend {
     link: Link,
     signals: Signals,
     dma: Dma,
-    /// What the server was told that it may use: lengths by first address.
-    windows: BTreeMap<u64, u64>,
-    /// Questions about unmaps that are not answered.
+    /// What the server was told that it may use, by first address.
+    windows: BTreeMap<u64, Window>,
+    /// Questions about unmaps that are not answered, and the memory that the server may still use meanwhile.
     unmapping: u32,
+    leaving: Vec<SharedWindow>,
+    /// When all that the server can write was last counted as written.
+    marked: Nanos,
     /// Values of reads, behind which the signals of before are still to be told.
     held: VecDeque<(ReadTicket, u64)>,
     answers: VecDeque<(ReadTicket, u64)>,
@@ -152,6 +167,8 @@ impl VfioUserBackend {
             dma,
             windows: BTreeMap::new(),
             unmapping: 0,
+            leaving: Vec::new(),
+            marked: Nanos(0),
             held: VecDeque::new(),
             answers: VecDeque::new(),
             reset: Reset::None,
@@ -193,11 +210,13 @@ impl VfioUserBackend {
                 drained = self.receive(bus).1;
             }
             if drained {
+                self.mark_sometimes();
                 self.tell_interrupts(bus);
             }
             busy = true;
         }
         if drained && answered > 0 {
+            self.mark_sometimes();
             self.answers.extend(self.held.drain(..answered));
             busy = true;
         }
@@ -265,8 +284,16 @@ impl VfioUserBackend {
             (Ask::Write, Err(_)) => self.counters.refused += 1,
             (Ask::Map, Err(_)) => self.link.fail("its server refused to map guest memory"),
             (Ask::Irqs, Err(_)) => self.link.fail("its server refused to signal interrupts"),
-            (Ask::Unmap, _) => self.unmapping = self.unmapping.saturating_sub(1),
-            (Ask::Reset, Ok(_)) => self.reset = Reset::Done,
+            (Ask::Unmap, _) => {
+                self.unmapping = self.unmapping.saturating_sub(1);
+                if self.unmapping == 0 {
+                    self.let_go();
+                }
+            }
+            (Ask::Reset, Ok(_)) => {
+                self.reset = Reset::Done;
+                self.mark();
+            }
             (Ask::Reset, Err(_)) => self.link.fail("its server refused to reset the device"),
             (Ask::Write | Ask::Config | Ask::IrqsOff | Ask::Map | Ask::Irqs, _) => {}
         }
@@ -274,6 +301,7 @@ impl VfioUserBackend {
 
     /// The server is gone: nobody answers what it was asked.
     fn mourn(&mut self) {
+        self.let_go_of_all();
         self.answers.append(&mut self.held);
         let answers = &mut self.answers;
         self.link.asked().give_up_reads(|ticket, width| answers.push_back((ticket, width.all_ones())));
@@ -291,8 +319,41 @@ impl VfioUserBackend {
         self.link.ask(Ask::Config, [bytes(&access), &value.to_le_bytes()], Nanos::now());
     }
 
-    fn unmap(&mut self, iova: u64, len: u64) {
+    /// Counts all that the server may have written as written: it maps the memory itself, so nobody sees what it writes.
+    fn mark(&mut self) {
+        self.windows.values().filter_map(|window| window.shared.as_ref()).chain(&self.leaving).for_each(SharedWindow::mark_all);
+        self.marked = Nanos::now();
+    }
+
+    fn mark_sometimes(&mut self) {
+        if self.shares() && Nanos::now().since(self.marked) >= MARK_EVERY {
+            self.mark();
+        }
+    }
+
+    /// Whether the server has a descriptor of guest memory.
+    fn shares(&self) -> bool {
+        !self.leaving.is_empty() || self.windows.values().any(|window| window.shared.is_some())
+    }
+
+    /// The server is out of what was unmapped: whoever waits for that memory has it.
+    fn let_go(&mut self) {
+        for window in self.leaving.drain(..) {
+            window.mark_all();
+        }
+    }
+
+    /// A server that is gone and had guest memory is out of it when it has closed its end.
+    fn let_go_of_all(&mut self) {
+        if self.shares() && self.link.has_left() {
+            self.leaving.extend(std::mem::take(&mut self.windows).into_values().filter_map(|window| window.shared));
+            self.let_go();
+        }
+    }
+
+    fn unmap(&mut self, iova: u64, Window { len, shared }: Window) {
         let unmap = DmaUnmap { argsz: size_of::<DmaUnmap>() as u32, flags: 0, address: iova, size: len };
+        self.leaving.extend(shared);
         self.unmapping += 1;
         self.link.ask(Ask::Unmap, [bytes(&unmap), &[]], Nanos::now());
     }
