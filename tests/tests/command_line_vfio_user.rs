@@ -2,7 +2,6 @@
 //!
 //! An NVMe controller is lent, borrowed at a.sock, lent again as the device of a.sock, and every byte is compared across both links; then the
 //! server of a.sock is killed, and the second lender says so, and lends again when somebody serves a.sock again.
-#![expect(clippy::unwrap_used, reason = "a panic is how a test fails, in its helpers too")]
 
 use std::fs;
 use std::os::unix::net::UnixListener;
