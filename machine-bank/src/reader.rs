@@ -95,6 +95,11 @@ impl<'b> Reader<'b> {
         if failed.is_empty() {
             return Ok(());
         }
+        for (_, error) in &failed {
+            if let ReadError::Damaged { pack, .. } = error {
+                self.bank.store().doubt(Kind::Pack, &pack.name());
+            }
+        }
         // A sweep may have moved them, or another pack may have them whole.
         let fresh = Index::rebuild(self.bank.store())?;
         *self.index.write().unwrap_or_else(PoisonError::into_inner) = fresh;
@@ -122,7 +127,7 @@ impl<'b> Reader<'b> {
             scratch.stored.resize((end - start) as usize, 0);
             match self.bank.store().read(Kind::Pack, &pack.name(), start, &mut scratch.stored) {
                 Ok(()) => self.decode(stretch, scratch, sink, failed),
-                Err(StoreError::Missing { .. } | StoreError::Ends { .. }) => {
+                Err(StoreError::Missing { .. } | StoreError::Ends { .. } | StoreError::Unsealed { .. }) => {
                     failed.extend(stretch.iter().map(|(_, _, wanted)| (*wanted, ReadError::Missing(wanted.id))));
                 }
                 Err(error) => return Err(error.into()),
@@ -145,7 +150,7 @@ impl<'b> Reader<'b> {
                 Ok(Some(location @ Location { place, .. })) if (2..=GROUP as u32 + 1).contains(&place.len) => {
                     order.push((index.pack(&location), place, *wanted));
                 }
-                Ok(_) | Err(StoreError::Missing { .. } | StoreError::Ends { .. }) => {
+                Ok(_) | Err(StoreError::Missing { .. } | StoreError::Ends { .. } | StoreError::Unsealed { .. }) => {
                     failed.push((*wanted, ReadError::Missing(wanted.id)))
                 }
                 Err(error) => return Err(error.into()),

@@ -36,6 +36,11 @@ fn bank_formats() {
 }
 
 #[test]
+fn bank_layers() {
+    replay("bank_layers");
+}
+
+#[test]
 fn bank_store() {
     replay("bank_store");
 }

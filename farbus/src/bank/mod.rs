@@ -19,13 +19,15 @@ mod withdraw;
 
 use std::fs;
 use std::process::ExitCode;
+use std::sync::Arc;
 
 use farbus_machine_bank::page::{KEY, from_hex};
+use farbus_machine_bank::store::{CacheCounters, Store};
 use farbus_machine_bank::{Bank, Entry};
 use serde::Serialize;
 
 use crate::bank::address::BankAddress;
-use crate::bank::args::{BankArgs, BankCommand, Place};
+use crate::bank::args::{BankArgs, BankCommand, InitArgs, Place};
 use crate::failure::{Advise, refusal};
 use crate::output::print_line;
 use help::Helped;
@@ -33,7 +35,7 @@ use help::Helped;
 /// Runs one of its commands.
 pub fn run(args: &BankArgs) -> anyhow::Result<ExitCode> {
     match &args.command {
-        BankCommand::Init(args) => init(&args.place)?,
+        BankCommand::Init(args) => init(args)?,
         BankCommand::Deposit(args) => deposit::run(args)?,
         BankCommand::Withdraw(args) => withdraw::run(args)?,
         BankCommand::ServeFaults(args) => serve_faults::run(args)?,
@@ -51,13 +53,22 @@ pub fn run(args: &BankArgs) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-fn init(place: &Place) -> anyhow::Result<()> {
-    let key = key(place)?;
-    let bank = &place.bank;
-    Bank::init(bank.create(place)?, key.as_ref()).helped(format!("cannot make a bank in {bank}"), place)?;
+fn init(args: &InitArgs) -> anyhow::Result<()> {
+    let place = &args.place;
+    let (key, bank) = (key(place)?, &place.bank);
+    let store = bank.create(place)?;
+    let made = match &key {
+        Some(key) if args.encrypt => Bank::init_sealed(store, key),
+        key => Bank::init(store, key.as_ref()),
+    };
+    made.helped(format!("cannot make a bank in {bank}"), place)?;
     let keyed = key.is_some();
-    say(place, &serde_json::json!({ "bank": bank.to_string(), "keyed": keyed }), || {
-        format!("an empty bank is in {bank}{}", if keyed { "; it opens with this tenant key only" } else { "" })
+    say(place, &serde_json::json!({ "bank": bank.to_string(), "keyed": keyed, "encrypted": args.encrypt }), || {
+        let and = if args.encrypt { ", and is sealed under it" } else { "" };
+        format!(
+            "an empty bank is in {bank}{}",
+            if keyed { format!("; it opens with this tenant key only{and}") } else { String::new() }
+        )
     })
 }
 
@@ -67,8 +78,22 @@ fn open(place: &Place) -> anyhow::Result<Bank> {
 }
 
 fn open_at(address: &BankAddress, place: &Place) -> anyhow::Result<Bank> {
-    let key = key(place)?;
-    let bank = Bank::open(address.open(place)?, key.as_ref());
+    Ok(open_counted(address, place)?.0)
+}
+
+/// Opens a bank, and says where what its cache does is counted.
+fn open_counted(address: &BankAddress, place: &Place) -> anyhow::Result<(Bank, Option<Arc<CacheCounters>>)> {
+    let (store, counters) = address.open_cached(place)?;
+    Ok((with_key(store, address, place)?, counters))
+}
+
+/// Opens the bank without a cache, for what must see what is really there.
+fn open_itself(place: &Place) -> anyhow::Result<Bank> {
+    with_key(place.bank.open(place)?, &place.bank, place)
+}
+
+fn with_key(store: Box<dyn Store>, address: &BankAddress, place: &Place) -> anyhow::Result<Bank> {
+    let bank = Bank::open(store, key(place)?.as_ref());
     Ok(bank.helped(format!("cannot open the bank {address}"), place)?.patience(place.wait))
 }
 

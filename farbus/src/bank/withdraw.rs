@@ -8,13 +8,14 @@ use std::path::{Path, PathBuf};
 use farbus_machine_bank::Withdrawal;
 use farbus_machine_bank::cloud_hypervisor::RestoreReport;
 use farbus_machine_bank::qemu::{QemuReport, SECTION};
+use farbus_machine_bank::store::CacheFigures;
 use farbus_machine_bank::withdraw::WithdrawReport;
 use serde::Serialize;
 
 use super::args::WithdrawArgs;
 use super::help::Helped;
 use super::progress::Bar;
-use super::{cloud_hypervisor, find, open, say, size};
+use super::{cloud_hypervisor, find, open_counted, say, size};
 use crate::failure::{Advise, refusal};
 
 #[derive(Serialize)]
@@ -34,7 +35,7 @@ struct Qemu {
 
 /// Withdraws a machine.
 pub fn run(args: &WithdrawArgs) -> anyhow::Result<()> {
-    let bank = open(&args.place)?;
+    let (bank, counters) = open_counted(&args.place.bank, &args.place)?;
     let entry = find(&bank, &args.place, &args.machine)?;
     let what = || format!("cannot withdraw {entry}");
     let withdrawal = bank.withdraw(&entry).helped(what(), &args.place)?;
@@ -76,7 +77,8 @@ pub fn run(args: &WithdrawArgs) -> anyhow::Result<()> {
     }
     let handed = args.cloud_hypervisor.as_deref().map(|path| cloud_hypervisor::withdraw(&bank, &entry, args, path)).transpose()?;
     let qemu = args.qemu.as_deref().map(|file| qemu(&withdrawal, file, args, &what())).transpose()?;
-    let object = serde_json::json!({ "machine": entry.to_string(), "root": entry.root.to_string(), "sections": written, "qemu": qemu, "cloud_hypervisor": handed });
+    let cache = counters.map(|counters| counters.figures());
+    let object = serde_json::json!({ "machine": entry.to_string(), "root": entry.root.to_string(), "sections": written, "cache": cache, "qemu": qemu, "cloud_hypervisor": handed });
     say(&args.place, &object, || {
         let line = |Written { section, file, report }: &Written| {
             let WithdrawReport { pages, zero, there, fetched } = report;
@@ -93,6 +95,9 @@ pub fn run(args: &WithdrawArgs) -> anyhow::Result<()> {
             let on_demand = if args.on_demand { format!(": {placed} pages for {faults} requests") } else { String::new() };
             lines.push(format!("Cloud Hypervisor has {entry}, {slots} slots of {}{on_demand}", size(*bytes)));
         }
+        lines.extend(cache.map(|CacheFigures { hits, wire_bytes, .. }| {
+            format!("{} came from the bank, and {hits} blocks of 32 KiB from the cache", size(wire_bytes))
+        }));
         lines.join("\n")
     })
 }

@@ -193,7 +193,7 @@ pub fn import(bank: &Bank, from: &mut dyn Read, progress: &dyn Fn(Progress)) -> 
         if made != root {
             return Err(StoreError::Name(made.to_string()));
         }
-        Ok(bank.listing()?.last(&head.machine).map_or(1, |last| last.number + 1))
+        bank.next_number(&head.machine)
     };
     let entry = writer.finish(bank.identity(), &head.machine, head.created_ms, head.parent, number)?;
     drop(commit);

@@ -357,7 +357,7 @@ fn publish(
     if only_onto_parent && bank.listing()?.last(machine).map(|entry| entry.root) != root {
         return Err(DepositError::Overtaken(parent.map(ToString::to_string).unwrap_or_default()));
     }
-    let number = |_| Ok(bank.listing()?.last(machine).map_or(1, |entry| entry.number + 1));
+    let number = |_| bank.next_number(machine);
     let entry = writer.finish(bank.identity(), machine, created, root, number)?;
     drop(commit);
     bank.store().sync(Kind::Manifest)?;

@@ -97,7 +97,7 @@ pub fn copy(from: &Bank, to: &Bank, entry: &Entry, progress: &dyn Fn(Progress)) 
         None => None,
     };
     let commit = to.store().hold(Hold::Commit, to.wait())?;
-    let number = || Ok(to.listing()?.last(&entry.machine).map_or(1, |last| last.number + 1));
+    let number = || to.next_number(&entry.machine);
     let copied = rewrite((from.store(), to.store()), to.identity(), &manifest, base, number)?;
     drop(commit);
     to.store().sync(Kind::Manifest)?;

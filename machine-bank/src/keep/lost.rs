@@ -45,7 +45,9 @@ impl Lost {
                 Self { all: true, pages: HashSet::new() }
             })),
             Err(StoreError::Missing { .. }) => Ok(Self::default()),
-            Err(StoreError::TooLong { .. } | StoreError::Ends { .. }) => Ok(Self { all: true, pages: HashSet::new() }),
+            Err(StoreError::TooLong { .. } | StoreError::Ends { .. } | StoreError::Unsealed { .. }) => {
+                Ok(Self { all: true, pages: HashSet::new() })
+            }
             Err(error) => Err(error),
         }
     }

@@ -107,7 +107,7 @@ pub fn sweep(bank: &Bank, options: &SweepOptions) -> Result<SweepReport, SweepEr
         report.packs += 1;
         let entries = match read_directory(store, pack, object.len) {
             Ok(entries) => entries,
-            Err(IndexError::Store(error @ (StoreError::Io { .. } | StoreError::ReadOnly(_)))) => return Err(error.into()),
+            Err(IndexError::Store(error)) if error.is_of_store() => return Err(error.into()),
             Err(_) => {
                 report.damaged.push(object.name);
                 continue;

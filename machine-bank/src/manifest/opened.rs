@@ -3,6 +3,7 @@
 //! `manifest.leaf(&store, &identity, 0, 31)` reads the last leaf of the first section: it finds `Same`, `Same`, `Delta`, `Full` in four manifests,
 //! applies the delta to the full one, and returns 4,096 names only if they have the hash that the first manifest's head says.
 
+use std::collections::HashSet;
 use std::sync::Arc;
 
 use thiserror::Error;
@@ -61,7 +62,18 @@ impl Manifest {
     pub fn open(store: &dyn Store, identity: &Identity, listing: &Listing, root: &Root) -> Result<Arc<Self>, ManifestError> {
         let missing = || StoreError::Missing { kind: Kind::Manifest, name: root.to_string() };
         let object = listing.by_root(root).ok_or_else(missing)?.object();
-        Self::open_object(store, identity, listing, object, *root, u8::MAX)
+        let mut doubted = HashSet::new();
+        loop {
+            match Self::open_object(store, identity, listing, object.clone(), *root, u8::MAX) {
+                // A cache or an open file may have what it was before somebody wrote it anew.
+                Err(ManifestError::Malformed { object: which, .. } | ManifestError::NoBase { object: which, .. })
+                    if doubted.insert(which.clone()) =>
+                {
+                    store.doubt(Kind::Manifest, &which);
+                }
+                opened => return opened,
+            }
+        }
     }
 
     fn open_object(
@@ -117,6 +129,18 @@ impl Manifest {
     /// # Errors
     /// It is damaged or changed, or the store's fault.
     pub fn leaf(&self, store: &dyn Store, identity: &Identity, section: usize, leaf: usize) -> Result<Vec<PageId>, ManifestError> {
+        self.verified(store, identity, section, leaf).or_else(|error| {
+            let ManifestError::Malformed { .. } = error else { return Err(error) };
+            let mut manifest = Some(self);
+            while let Some(doubted) = manifest {
+                store.doubt(Kind::Manifest, &doubted.object);
+                manifest = doubted.base.as_ref().map(|(base, _)| &**base);
+            }
+            self.verified(store, identity, section, leaf)
+        })
+    }
+
+    fn verified(&self, store: &dyn Store, identity: &Identity, section: usize, leaf: usize) -> Result<Vec<PageId>, ManifestError> {
         let ids = self.resolve(store, section, leaf, self.head.sections[section].pages_of(leaf))?;
         if identity.leaf(&ids) == self.head.sections[section].leaves[leaf] {
             Ok(ids)
@@ -174,6 +198,11 @@ impl Manifest {
 
     fn malformed(&self, error: Malformed) -> ManifestError {
         ManifestError::Malformed { object: self.object.clone(), error }
+    }
+
+    /// Those that it rests on, the next first.
+    pub fn bases(&self) -> impl Iterator<Item = &Arc<Self>> {
+        std::iter::successors(self.base.as_ref().map(|(base, _)| base), |base| base.base.as_ref().map(|(base, _)| base))
     }
 
     /// The first below it for which `wanted` holds.

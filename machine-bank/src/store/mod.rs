@@ -3,10 +3,14 @@
 //! `store.create(Kind::Pack)?`, `append(&bytes)`, `commit("9f…")`: at every instant, also after a power cut, there is either all of pack 9f… or
 //! nothing of it. Three calls write, three read, two lock; what a directory, memory, an object store or another bank keeps is the same.
 
+pub mod cached;
 #[cfg(feature = "conformance")]
 pub mod conformance;
 pub mod directory;
 pub mod memory;
+#[cfg(feature = "object")]
+pub mod object;
+pub mod sealed;
 
 use std::fmt;
 use std::io;
@@ -16,8 +20,12 @@ use thiserror::Error;
 
 use crate::page::Root;
 
+pub use cached::{CacheCounters, CacheFigures, CachedStore};
 pub use directory::Directory;
 pub use memory::MemoryStore;
+#[cfg(feature = "object")]
+pub use object::ObjectStore;
+pub use sealed::SealedStore;
 
 /// What an object is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -156,6 +164,18 @@ pub trait Store: Send + Sync + fmt::Debug {
     /// The store cannot be written.
     fn tidy(&self) -> Result<u64, StoreError>;
 
+    /// Takes a name for whoever asks first, once and for all: `vm7@00000003` is the third deposit of `vm7` and of nobody else. A store whose holds cannot
+    /// lapse needs no more than them.
+    ///
+    /// # Errors
+    /// The store cannot be written.
+    fn reserve(&self, _name: &str) -> Result<bool, StoreError> {
+        Ok(true)
+    }
+
+    /// What was read of an object is not what it should be: a cache forgets it, so that the next read asks further.
+    fn doubt(&self, _kind: Kind, _name: &str) {}
+
     /// All of an object of at most `most` bytes.
     ///
     /// # Errors
@@ -247,6 +267,28 @@ pub enum StoreError {
     /// It cannot be written.
     #[error("the store cannot be written: {0}")]
     ReadOnly(io::Error),
+    /// It does not answer, or not in time.
+    #[error("the store does not answer: {what}: {source}")]
+    Unreachable {
+        /// What was done.
+        what: String,
+        /// What was seen of it.
+        source: io::Error,
+    },
+    /// This process did not say for so long that it is there that others may go on without it.
+    #[error("this process was silent for too long ({silent:?}), so others may have taken it for dead")]
+    Lapsed {
+        /// How long.
+        silent: Duration,
+    },
+    /// It was changed, or is sealed under another key.
+    #[error("{kind} {name} was changed, or belongs to another key")]
+    Unsealed {
+        /// What it is.
+        kind: Kind,
+        /// Its name.
+        name: String,
+    },
     /// The host's fault.
     #[error("{what}: {source}")]
     Io {
@@ -258,6 +300,19 @@ pub enum StoreError {
 }
 
 impl StoreError {
+    /// Whether the store failed, and not the object: nothing can be concluded about what is in it.
+    pub fn is_of_store(&self) -> bool {
+        matches!(
+            self,
+            Self::Io { .. }
+                | Self::ReadOnly(_)
+                | Self::Full(_)
+                | Self::Unreachable { .. }
+                | Self::Lapsed { .. }
+                | Self::Busy { .. }
+        )
+    }
+
     /// Sorted by what can be done about it.
     pub fn io(what: impl Into<String>, source: io::Error) -> Self {
         match source.kind() {

@@ -6,6 +6,7 @@
 
 mod bank_archive;
 mod bank_formats;
+mod bank_layers;
 mod bank_store;
 mod cloud_hypervisor_save;
 mod config_writes;
@@ -23,6 +24,7 @@ mod vfio_user_server;
 
 pub use bank_archive::bank_archive;
 pub use bank_formats::bank_formats;
+pub use bank_layers::bank_layers;
 pub use bank_store::bank_store;
 pub use cloud_hypervisor_save::cloud_hypervisor_save;
 pub use config_writes::config_writes;
@@ -44,6 +46,7 @@ pub type Target = (&'static str, fn(&[u8]));
 pub const TARGETS: [Target; 15] = [
     ("bank_archive", bank_archive),
     ("bank_formats", bank_formats),
+    ("bank_layers", bank_layers),
     ("bank_store", bank_store),
     ("cloud_hypervisor_save", cloud_hypervisor_save),
     ("config_writes", config_writes),
