@@ -209,7 +209,7 @@ pub trait Backend: Send {
 
     /// The guest turns bus mastering on or off. The bus refuses DMA without it by itself; this is for a device that has a command register of
     /// its own.
-    fn set_bus_master(&mut self, _enabled: bool, _bus: &mut dyn Bus) {}
+    fn set_bus_master(&mut self, _enabled: bool) {}
 
     /// The device may use `len` bytes from `iova` from now on. For a device that must be told; others ask the bus. With `shared` it may map the memory
     /// itself until it is told that the window is gone; then the bus does not see what it does there, bus mastering included.

@@ -11,6 +11,7 @@
 
 pub mod backend;
 pub mod client;
+mod client_error;
 mod client_memory;
 mod commands;
 mod door;

@@ -24,6 +24,9 @@ use farbus_transport::{Access, LocalRegion, LocalSpan, Memory, Nanos, RegisterEr
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
 use zerocopy::{FromBytes, IntoBytes};
 
+mod driving;
+pub use driving::*;
+
 pub const DEADLINE: Duration = Duration::from_secs(5);
 /// Where the guest's memory begins, and how long it is.
 pub const BASE: u64 = 0x1_0000;

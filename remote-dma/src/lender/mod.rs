@@ -274,7 +274,7 @@ impl<F: Fabric> LenderSession<F> {
             ToLender::InterruptMode(mode) => self.backend.set_interrupt_mode(mode, &mut self.bus),
             ToLender::BusMaster(enabled) => {
                 self.bus.set_bus_master(enabled);
-                self.backend.set_bus_master(enabled, &mut self.bus);
+                self.backend.set_bus_master(enabled);
             }
             ToLender::Offer { sequence, memory, dirty, proven } => {
                 let outcome = self.bus.offer(memory, dirty, proven);

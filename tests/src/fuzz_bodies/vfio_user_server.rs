@@ -114,7 +114,7 @@ fn act(backend: &mut VfioUserBackend, bus: &mut GuestBus, control: u8, number: u
         1 => backend.bar_write(at, Width::B8, number, bus),
         2 => backend.set_interrupt_mode(if control & 1 == 0 { InterruptMode::Msix } else { InterruptMode::Msi(2) }, bus),
         3 if number.is_multiple_of(5) => backend.window_unmapped(Iova(BASE), BYTES, bus),
-        4 => backend.set_bus_master(control & 1 == 0, bus),
+        4 => backend.set_bus_master(control & 1 == 0),
         5 if number.is_multiple_of(7) => {
             backend.fence();
             backend.poll(bus);

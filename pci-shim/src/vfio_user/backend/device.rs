@@ -175,7 +175,7 @@ impl Backend for VfioUserBackend {
         self.listen();
     }
 
-    fn set_bus_master(&mut self, enabled: bool, _bus: &mut dyn Bus) {
+    fn set_bus_master(&mut self, enabled: bool) {
         self.bus_master = enabled;
         self.set_command();
     }
