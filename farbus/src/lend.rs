@@ -15,6 +15,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, anyhow};
 use farbus_remote_dma::wait::Waker;
+use farbus_remote_dma::{Backend, RestToken};
 use farbus_transport::link::hello::{Hello, Role, SPOKEN};
 use farbus_transport::link::verdict::Refusal;
 use farbus_transport::shm::ShmOptions;
@@ -22,10 +23,10 @@ use serde_json::json;
 use tokio::sync::mpsc;
 
 use self::quota::Quota;
-use self::visit::{Device, News, Terms, Visit, Visitor};
+use self::visit::{Claimed, Device, News, Terms, Visit, Visitor};
 use crate::cli::LendArgs;
 use crate::cores::check_core;
-use crate::link::{Arrival, Door};
+use crate::link::{Arrival, Door, Purpose};
 use crate::output::Events;
 use crate::signals::EndSignals;
 
@@ -47,10 +48,10 @@ pub fn run(args: LendArgs) -> anyhow::Result<()> {
     runtime.block_on(lend(args, device, QUIESCE_LIMIT))
 }
 
-async fn lend(args: LendArgs, device: Device, quiesce: Duration) -> anyhow::Result<()> {
+async fn lend(args: LendArgs, device: Box<dyn Backend>, quiesce: Duration) -> anyhow::Result<()> {
     let events = Events::new(args.json);
     let mut signals = EndSignals::new().context("cannot wait for signals")?;
-    let door = Door::open(&args.listen, &args.security, &args.allow).await?;
+    let door = Door::open(&args.listen, Purpose::Device, &args.security, &args.allow, &[]).await?;
     let name = device.description().name.clone();
     let address = door.address();
     events.say("listening", json!({ "address": address, "device": name }), &format!("lending {name} at {address}"));
@@ -62,10 +63,11 @@ async fn lend(args: LendArgs, device: Device, quiesce: Duration) -> anyhow::Resu
         options: ShmOptions { accept_unsealed: args.accept_unsealed },
         core: args.core,
         quiesce,
+        keep_at_most: args.keep_at_most,
     });
     let (news, mut heard) = mpsc::unbounded_channel();
     let mut desk = Desk {
-        idle: Some(device),
+        idle: Some(Device::Reset(device)),
         wedged: None,
         gone: false,
         greetings: VecDeque::new(),
@@ -190,16 +192,17 @@ impl Desk {
                 }
             }
             // One that was given up already is not answered, which ends it.
-            News::Claims(_) if !self.greeted(visitor) => {}
-            News::Claims(answer) => {
-                let refusal = if self.gone { Refusal::Gone } else { self.wedged.map_or(Refusal::Lent, |_| Refusal::Wedged) };
-                let granted = self.idle.take().ok_or(refusal);
+            News::Claims(..) if !self.greeted(visitor) => {}
+            News::Claims(rest, answer) => {
+                let granted = self.claim(rest);
                 if let Err(refusal) = &granted {
                     self.refused(None, &refusal.to_string(), 0);
                 }
                 // Its thread waits for this; a device that could not be handed over stays here.
-                if let Err(Ok(unclaimed)) = answer.send(granted) {
-                    self.idle = Some(unclaimed);
+                match answer.send(granted) {
+                    Err(Ok(Claimed::Fresh(device))) => self.idle = Some(Device::Reset(device)),
+                    Err(Ok(Claimed::Continued(device))) => self.idle = Some(Device::Kept(device.keep_again(GRACE))),
+                    Ok(()) | Err(Err(_)) => {}
                 }
             }
             News::Lent(peer) => match peer {
@@ -219,6 +222,13 @@ impl Desk {
                 self.events.say("gone", json!({ "reason": why }), &what);
                 return lent.then_some(Left::Borrower);
             }
+            News::Returned(Device::Kept(kept), _) => {
+                self.wedged = None;
+                let seconds = kept.left().unwrap_or_default().as_secs();
+                let what = format!("the device is at rest, and kept for {seconds} s for the function that left it");
+                self.events.say("kept", json!({ "seconds": seconds }), &what);
+                self.idle = Some(Device::Kept(kept));
+            }
             News::Returned(device, ended) => {
                 self.wedged = None;
                 self.gone = false;
@@ -229,6 +239,28 @@ impl Desk {
             }
         }
         None
+    }
+
+    /// The device for a visitor who names this rest, or none.
+    fn claim(&mut self, rest: Option<RestToken>) -> Result<Claimed, Refusal> {
+        let device = match self.idle.take() {
+            None if self.gone => return Err(Refusal::Gone),
+            None => return Err(self.wedged.map_or(Refusal::Lent, |_| Refusal::Wedged)),
+            Some(Device::Kept(kept)) if kept.left().is_none() => Device::Reset(kept.give_up()),
+            Some(device) => device,
+        };
+        let (back, refusal) = match (device, rest) {
+            (Device::Reset(device), None) => return Ok(Claimed::Fresh(device)),
+            // Who believes the device to be at rest must not get one that was reset.
+            (device @ Device::Reset(_), Some(_)) => (device, Refusal::NotKept),
+            (device @ Device::Kept(_), None) => (device, Refusal::Kept),
+            (Device::Kept(kept), Some(rest)) => match kept.claim(&rest) {
+                Ok(device) => return Ok(Claimed::Continued(device)),
+                Err(kept) => (Device::Kept(kept), Refusal::Kept),
+            },
+        };
+        self.idle = Some(back);
+        Err(refusal)
     }
 
     /// Takes a visitor from those whose hello is awaited; false where it was given up.

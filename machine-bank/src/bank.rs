@@ -13,7 +13,7 @@ use crate::manifest::{Entry, Listing, Manifest, ManifestError};
 use crate::page::{Identity, KEY};
 use crate::store::{Durability, Guard, Kind, SealedStore, Store, StoreError};
 
-const CONFIG: &str = "bank";
+pub(crate) const CONFIG: &str = "bank";
 const MAGIC: &[u8; 8] = b"FBBANK1\n";
 const VERSION: u16 = 1;
 /// Of a bank whose objects are sealed: what knows version 1 only must not add to it.
@@ -106,7 +106,8 @@ impl Bank {
             return Err(BankError::WrongKey);
         }
         let store = match key {
-            Some(key) if version == SEALED_VERSION => Box::new(SealedStore::new(store, key)),
+            // Over a link the other side opens what is sealed: what comes here is pages, not objects.
+            Some(key) if version == SEALED_VERSION && store.service().is_none() => Box::new(SealedStore::new(store, key)),
             _ => store,
         };
         Ok(Self::with(store, identity))
@@ -147,10 +148,14 @@ impl Bank {
     }
 
     /// The number of a machine's next deposit, which nobody else is given. Asked for under [`Hold::Commit`](crate::store::Hold).
+    /// It is 0 where the bank at the other end of a link is to choose it.
     ///
     /// # Errors
     /// The store's fault.
-    pub(crate) fn next_number(&self, machine: &str) -> Result<u64, StoreError> {
+    pub fn next_number(&self, machine: &str) -> Result<u64, StoreError> {
+        if self.store.service().is_some() {
+            return Ok(0);
+        }
         let mut number = self.listing()?.last(machine).map_or(1, |entry| entry.number + 1);
         // One that is taken and not there was a deposit's that died at its last step.
         while !self.store.reserve(&format!("{machine}@{number:08}"))? {

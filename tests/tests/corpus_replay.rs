@@ -41,6 +41,11 @@ fn bank_layers() {
 }
 
 #[test]
+fn bank_link() {
+    replay("bank_link");
+}
+
+#[test]
 fn bank_store() {
     replay("bank_store");
 }
@@ -63,6 +68,11 @@ fn control_frames() {
 #[test]
 fn firecracker_regions() {
     replay("firecracker_regions");
+}
+
+#[test]
+fn function_state() {
+    replay("function_state");
 }
 
 #[test]

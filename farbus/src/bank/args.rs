@@ -9,7 +9,9 @@ use clap::{Args, Subcommand};
 
 use super::address::BankAddress;
 use super::archive_args::{ExportArgs, ImportArgs};
+use super::serve_args::ServeArgs;
 use super::vmm_help;
+use crate::security::{PeerArgs, SecurityArgs};
 use crate::values::{parse_duration, parse_size, parse_wait};
 
 /// `farbus bank`
@@ -43,6 +45,8 @@ pub enum BankCommand {
     Withdraw(WithdrawArgs),
     /// Serve a machine's memory to VMMs as they use it (Firecracker's page-fault handler)
     ServeFaults(ServeFaultsArgs),
+    /// Let others use the bank over shared memory or RDMA
+    Serve(ServeArgs),
     /// Which machines are there
     List(ListArgs),
     /// What a machine consists of, and what became of its pages
@@ -78,6 +82,7 @@ impl BankArgs {
             BankCommand::Deposit(args) => &args.place,
             BankCommand::Withdraw(args) => &args.place,
             BankCommand::ServeFaults(args) => &args.place,
+            BankCommand::Serve(args) => &args.place,
             BankCommand::List(args) => &args.place,
             BankCommand::Show(args) => &args.place,
             BankCommand::Diff(args) => &args.place,
@@ -95,7 +100,7 @@ impl BankArgs {
 /// Which bank, and how to use it.
 #[derive(Debug, Args)]
 pub struct Place {
-    /// The bank: a directory, s3://BUCKET/PREFIX, or file:///DIRECTORY
+    /// The bank: a directory, s3://BUCKET/PREFIX, file:///DIRECTORY, or where farbus bank serve serves one (shm:PATH, rdma:HOST:PORT[,dev=NAME])
     #[arg(value_name = "BANK")]
     pub bank: BankAddress,
     /// A file with the tenant's key, 32 bytes or 64 hexadecimal digits: the bank then names pages so that nobody without it can ask for one
@@ -114,6 +119,27 @@ pub struct Place {
     /// Print one JSON object
     #[arg(long)]
     pub json: bool,
+    /// How the other side is known, where it is at a link.
+    #[command(flatten)]
+    pub link: BankLinkArgs,
+}
+
+/// How the two sides of a link to a bank know each other.
+#[derive(Debug, Args)]
+pub struct BankLinkArgs {
+    /// What this side shows.
+    #[command(flatten)]
+    pub security: SecurityArgs,
+    /// Which server is wanted.
+    #[command(flatten)]
+    pub peer: PeerArgs,
+}
+
+impl BankLinkArgs {
+    /// Whether anything was said.
+    pub fn is_given(&self) -> bool {
+        self.security.is_given() || self.peer.peer.is_some()
+    }
 }
 
 /// `farbus bank init`

@@ -53,6 +53,9 @@ fn hint(error: &anyhow::Error, place: &Place) -> String {
                 BankError::Store(error) => return store_hint(error, place),
             }
         }
+        if let Some(error) = of_store(cause) {
+            return store_hint(error, place);
+        }
         if let Some(FindError::None(_)) = cause.downcast_ref() {
             return format!(
                 "farbus bank list {bank} shows what is there; write MACHINE, MACHINE@NUMBER, or 6 or more digits of a root"
@@ -127,6 +130,33 @@ fn hint(error: &anyhow::Error, place: &Place) -> String {
     format!("farbus bank verify {bank} tells whether the bank is whole")
 }
 
+/// The store's error in one that passes its text on as its own, where the chain does not show it.
+fn of_store<'a>(cause: &'a (dyn Error + 'static)) -> Option<&'a StoreError> {
+    let of_manifest = |error: &'a ManifestError| if let ManifestError::Store(error) = error { Some(error) } else { None };
+    let of_read = |error: &'a ReadError| if let ReadError::Store(error) = error { Some(error) } else { None };
+    if let Some(error) = cause.downcast_ref::<WithdrawError>() {
+        return match error {
+            WithdrawError::Store(error) => Some(error),
+            WithdrawError::Manifest(error) => of_manifest(error),
+            WithdrawError::Read(error) | WithdrawError::Page { error, .. } => of_read(error),
+            _ => None,
+        };
+    }
+    if let Some(error) = cause.downcast_ref::<CopyError>() {
+        return match error {
+            CopyError::Store(error) => Some(error),
+            CopyError::Manifest(error) => of_manifest(error),
+            CopyError::Read(error) => of_read(error),
+            _ => None,
+        };
+    }
+    if let Some(FindError::Store(error)) = cause.downcast_ref() {
+        return Some(error);
+    }
+    let of_manifest = cause.downcast_ref().and_then(of_manifest);
+    of_manifest.or_else(|| cause.downcast_ref().and_then(of_read))
+}
+
 fn store_hint(error: &StoreError, place: &Place) -> String {
     let bank = &place.bank;
     if bank.is_bucket()
@@ -139,6 +169,10 @@ fn store_hint(error: &StoreError, place: &Place) -> String {
         StoreError::Full(_) => format!("free some space there: farbus bank gc {bank} removes what no machine needs"),
         StoreError::ReadOnly(_) => {
             format!("run it as a user that may write {bank}, on a file system that is not mounted read-only")
+        }
+        StoreError::Refused(_) => format!("who serves {bank} can do it there, or say more to farbus bank serve"),
+        StoreError::Gone(_) => {
+            format!("look whether farbus bank serve runs at {bank}, and run this again: what was done is not done twice")
         }
         StoreError::Unreachable { .. } => {
             format!(

@@ -13,6 +13,8 @@ mod help;
 mod keep;
 mod look;
 mod progress;
+mod serve;
+mod serve_args;
 mod serve_faults;
 mod vmm_help;
 mod withdraw;
@@ -22,23 +24,26 @@ use std::process::ExitCode;
 use std::sync::Arc;
 
 use farbus_machine_bank::page::{KEY, from_hex};
+use farbus_machine_bank::remote::WireCounts;
 use farbus_machine_bank::store::{CacheCounters, Store};
 use farbus_machine_bank::{Bank, Entry};
 use serde::Serialize;
 
 use crate::bank::address::BankAddress;
 use crate::bank::args::{BankArgs, BankCommand, InitArgs, Place};
-use crate::failure::{Advise, refusal};
+use crate::failure::{Advise, misuse, refusal};
 use crate::output::print_line;
 use help::Helped;
 
 /// Runs one of its commands.
 pub fn run(args: &BankArgs) -> anyhow::Result<ExitCode> {
+    check_link(args)?;
     match &args.command {
         BankCommand::Init(args) => init(args)?,
         BankCommand::Deposit(args) => deposit::run(args)?,
         BankCommand::Withdraw(args) => withdraw::run(args)?,
         BankCommand::ServeFaults(args) => serve_faults::run(args)?,
+        BankCommand::Serve(args) => serve::run(args)?,
         BankCommand::List(args) => look::list(args)?,
         BankCommand::Show(args) => look::show(args)?,
         BankCommand::Diff(args) => look::diff(args)?,
@@ -51,6 +56,30 @@ pub fn run(args: &BankArgs) -> anyhow::Result<ExitCode> {
         BankCommand::Import(args) => archive::import(args)?,
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// Options that do nothing are a misunderstanding.
+fn check_link(args: &BankArgs) -> anyhow::Result<()> {
+    let place = args.place();
+    let over_link = match &args.command {
+        BankCommand::Serve(_) => true,
+        BankCommand::Copy(args) if matches!(args.to, BankAddress::Link(_)) => true,
+        _ => matches!(place.bank, BankAddress::Link(_)),
+    };
+    let here = match &args.command {
+        BankCommand::Verify(_) => Some("verify"),
+        BankCommand::Remove(_) => Some("remove"),
+        BankCommand::Gc(_) => Some("gc"),
+        _ => None,
+    };
+    if let (Some(command), BankAddress::Link(_)) = (here, &place.bank) {
+        let hint = format!("run farbus bank {command} DIRECTORY on the host that serves it; it can be served meanwhile");
+        return Err(refusal(format!("{command} needs the bank itself, and {} is a link to one", place.bank), hint));
+    }
+    if place.link.is_given() && !over_link {
+        return Err(misuse(format!("{} takes no options of TLS and the like", place.bank), "leave them out: it is on this host"));
+    }
+    Ok(())
 }
 
 fn init(args: &InitArgs) -> anyhow::Result<()> {
@@ -122,6 +151,26 @@ fn find(bank: &Bank, place: &Place, wish: &str) -> anyhow::Result<Entry> {
 fn say(place: &Place, object: &impl Serialize, text: impl FnOnce() -> String) -> anyhow::Result<()> {
     print_line(&if place.json { serde_json::to_string(object)? } else { text() });
     Ok(())
+}
+
+/// What went over the link so far, where the bank is at one.
+fn wire(bank: &Bank) -> Option<WireCounts> {
+    bank.store().service().map(|service| service.wire())
+}
+
+/// The same for people; `leaves` of 16 MiB were moved. Nothing where there is no link.
+fn wire_line(wire: Option<WireCounts>, leaves: u64) -> String {
+    let Some(WireCounts { messages_sent, messages_received, message_bytes, reads, read_bytes, offered_bytes }) = wire else {
+        return String::new();
+    };
+    let messages = messages_sent + messages_received;
+    format!(
+        "\nover the link: {} fetched in {reads} reads, {} offered, {messages} messages of {} ({:.1} for each 16 MiB)",
+        size(read_bytes),
+        size(offered_bytes),
+        size(message_bytes),
+        messages as f64 / leaves.max(1) as f64
+    )
 }
 
 /// Bytes for people: `50.9 MiB`.

@@ -10,9 +10,10 @@ use thiserror::Error;
 
 use super::leaf::{Form, apply_delta, named, parse_full};
 use super::table::{Table, split};
-use super::{Head, Listing, TRAILER};
+use super::{DEEPEST, Head, Listing, TRAILER};
 use crate::codec::Malformed;
 use crate::page::{Identity, PageId, Root};
+use crate::remote::Service;
 use crate::store::{Kind, Store, StoreError};
 
 /// Why a machine cannot be read.
@@ -62,6 +63,9 @@ impl Manifest {
     pub fn open(store: &dyn Store, identity: &Identity, listing: &Listing, root: &Root) -> Result<Arc<Self>, ManifestError> {
         let missing = || StoreError::Missing { kind: Kind::Manifest, name: root.to_string() };
         let object = listing.by_root(root).ok_or_else(missing)?.object();
+        if let Some(service) = store.service() {
+            return Self::open_remote(service, identity, object, *root);
+        }
         let mut doubted = HashSet::new();
         loop {
             match Self::open_object(store, identity, listing, object.clone(), *root, u8::MAX) {
@@ -74,6 +78,21 @@ impl Manifest {
                 opened => return opened,
             }
         }
+    }
+
+    /// Opens one whose leaves are asked for one by one: how they are written is known where it is.
+    fn open_remote(service: &dyn Service, identity: &Identity, object: String, root: Root) -> Result<Arc<Self>, ManifestError> {
+        let malformed = |error| ManifestError::Malformed { object: object.clone(), error };
+        let (depth, head) = service.head(&root)?;
+        if identity.root(&head) != root {
+            return Err(malformed(Malformed::Hash("the head")));
+        }
+        let head = Head::parse(&head).map_err(malformed)?;
+        if depth > DEEPEST {
+            return Err(malformed(Malformed::Value("a manifest's depth", depth.into())));
+        }
+        let forms = head.sections.iter().map(|section| vec![Form::Same; section.leaves.len()]).collect();
+        Ok(Arc::new(Self { object, root, head, table: Table { base: None, depth, forms }, base: None }))
     }
 
     fn open_object(
@@ -141,7 +160,14 @@ impl Manifest {
     }
 
     fn verified(&self, store: &dyn Store, identity: &Identity, section: usize, leaf: usize) -> Result<Vec<PageId>, ManifestError> {
-        let ids = self.resolve(store, section, leaf, self.head.sections[section].pages_of(leaf))?;
+        let pages = self.head.sections[section].pages_of(leaf);
+        let ids = match store.service() {
+            Some(service) => {
+                let full = service.leaf(&self.root, section, leaf)?;
+                parse_full(&full, pages).map_err(|error| self.malformed(error))?
+            }
+            None => self.resolve(store, section, leaf, pages)?,
+        };
         if identity.leaf(&ids) == self.head.sections[section].leaves[leaf] {
             Ok(ids)
         } else {

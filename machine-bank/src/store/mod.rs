@@ -18,7 +18,9 @@ use std::time::{Duration, SystemTime};
 
 use thiserror::Error;
 
+use crate::manifest::Entry;
 use crate::page::Root;
+use crate::remote::Service;
 
 pub use cached::{CacheCounters, CacheFigures, CachedStore};
 pub use directory::Directory;
@@ -164,6 +166,11 @@ pub trait Store: Send + Sync + fmt::Debug {
     /// The store cannot be written.
     fn tidy(&self) -> Result<u64, StoreError>;
 
+    /// Who is asked for machines and pages, where this is another bank and no store of bytes: there packs and indexes cannot be read.
+    fn service(&self) -> Option<&dyn Service> {
+        None
+    }
+
     /// Takes a name for whoever asks first, once and for all: `vm7@00000003` is the third deposit of `vm7` and of nobody else. A store whose holds cannot
     /// lapse needs no more than them.
     ///
@@ -217,6 +224,16 @@ pub trait Draft: Send + fmt::Debug {
     /// # Errors
     /// The store cannot be written; there is what there was.
     fn commit(self: Box<Self>, name: &str, durability: Durability) -> Result<(), StoreError>;
+
+    /// As [`Draft::commit`], for a manifest, which must survive a power cut. Where `entry.number` is 0 ([`Bank::next_number`](crate::Bank)) the bank
+    /// that is written to chooses it; the deposit as it is there is returned.
+    ///
+    /// # Errors
+    /// As [`Draft::commit`].
+    fn commit_deposit(self: Box<Self>, entry: Entry) -> Result<Entry, StoreError> {
+        self.commit(&entry.object(), Durability::Durable)?;
+        Ok(entry)
+    }
 }
 
 /// Why a store did not do it.
@@ -261,6 +278,12 @@ pub enum StoreError {
         /// Who, and what they do.
         by: String,
     },
+    /// Who has the store does not do that for us.
+    #[error("{0}")]
+    Refused(String),
+    /// There is no link to the store any more, or no sense comes over it.
+    #[error("{0}")]
+    Gone(String),
     /// Nothing more fits.
     #[error("the store is full: {0}")]
     Full(io::Error),

@@ -116,6 +116,8 @@ pub fn describe(
         msi_vectors,
         msix,
         dma_bits: 64,
+        // The protocol has none: which device it is, is known by its socket.
+        serial: String::new(),
         constants: Vec::new(),
     };
     description.validate().map_err(|error| DescribeError::Invalid(error.to_string()))?;
