@@ -69,6 +69,7 @@ fn of_refusal(refusal: Refusal) -> &'static str {
     match refusal {
         Refusal::Lent => "try again when that one has left",
         Refusal::Wedged => "look at the disk of the lender, or try again later",
+        Refusal::Gone => "try again when the device is back: the lender says when",
         Refusal::Crowded => "try again when one of them has left",
         Refusal::Kept => "try again when that machine has come for it, or its time is over",
         Refusal::NotKept => "borrow it without the token: the function's profile brings the device back, where it can",

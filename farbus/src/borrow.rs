@@ -104,6 +104,6 @@ fn culprit(reason: CloseReason) -> String {
 fn is_goodbye(reason: CloseReason) -> bool {
     match reason {
         CloseReason::PeerClosed | CloseReason::Local => true,
-        CloseReason::PeerGone | CloseReason::Device(_) | CloseReason::Protocol(_) => false,
+        CloseReason::PeerGone | CloseReason::Device(_) | CloseReason::DeviceLost(_) | CloseReason::Protocol(_) => false,
     }
 }

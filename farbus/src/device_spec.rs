@@ -1,12 +1,14 @@
 //! What `--device` names, and how it is opened.
 //!
-//! `nvme:disk.img,ro,latency=80us` is a read-only NVMe controller over disk.img whose commands take at least 80 us.
+//! `nvme:disk.img,ro,latency=80us` is a read-only NVMe controller over disk.img whose commands take at least 80 us; `vfio-user:/run/dev.sock` is
+//! whatever device the vfio-user server at that socket has.
 
 use std::io::ErrorKind;
 use std::path::PathBuf;
 use std::str::FromStr;
 
 use anyhow::Context;
+use farbus_pci_shim::vfio_user::{BackendOptions, OpenError, VfioUserBackend};
 use farbus_remote_dma::Backend;
 use farbus_remote_dma::model::edu::Edu;
 use farbus_remote_dma::model::nvme::media::MediaError;
@@ -28,20 +30,33 @@ pub enum DeviceSpec {
     },
     /// QEMU's edu device.
     Edu,
+    /// The device of a vfio-user server.
+    VfioUser {
+        /// Its socket.
+        path: PathBuf,
+        /// How it is treated.
+        options: BackendOptions,
+    },
 }
 
 /// Why a text names no device.
 #[derive(Clone, Debug, Error, PartialEq, Eq)]
 pub enum SpecError {
     /// No such kind.
-    #[error("{0:?} is no device: use nvme:FILE[,ro][,latency=80us][,serial=TEXT] or edu")]
+    #[error("{0:?} is no device: use nvme:FILE[,ro][,latency=80us][,serial=TEXT], edu or vfio-user:SOCKET")]
     Kind(String),
+    /// The socket is missing.
+    #[error("vfio-user: needs a server's socket, as in vfio-user:/run/dev.sock")]
+    NoSocket,
     /// The image is missing.
     #[error("nvme: needs an image, as in nvme:disk.img")]
     NoImage,
     /// No such option.
     #[error("{0:?} is no option of nvme: use ro, latency=TIME or serial=TEXT (an image's path may have no comma)")]
     Option(String),
+    /// No such option of a vfio-user device.
+    #[error("{0:?} is no option of vfio-user: use messages or map-unsealed (a socket's path may have no comma)")]
+    ServerOption(String),
     /// The option's value is wrong.
     #[error("{option}: {why}")]
     Value {
@@ -59,7 +74,11 @@ impl FromStr for DeviceSpec {
         if text == "edu" {
             return Ok(Self::Edu);
         }
-        let Some(("nvme", rest)) = text.split_once(':') else { return Err(SpecError::Kind(text.to_owned())) };
+        let rest = match text.split_once(':') {
+            Some(("nvme", rest)) => rest,
+            Some(("vfio-user", rest)) => return vfio_user(rest),
+            _ => return Err(SpecError::Kind(text.to_owned())),
+        };
         let mut parts = rest.split(',');
         let path = parts.next().filter(|path| !path.is_empty()).ok_or(SpecError::NoImage)?;
         let mut options = NvmeOptions::default();
@@ -85,11 +104,36 @@ impl FromStr for DeviceSpec {
     }
 }
 
+fn vfio_user(text: &str) -> Result<DeviceSpec, SpecError> {
+    let mut parts = text.split(',');
+    let path = parts.next().filter(|path| !path.is_empty()).ok_or(SpecError::NoSocket)?;
+    let mut options = BackendOptions::default();
+    for part in parts {
+        match part {
+            "map-unsealed" => options.map_unsealed = true,
+            "messages" => options.share_memory = false,
+            _ => return Err(SpecError::ServerOption(part.to_owned())),
+        }
+    }
+    Ok(DeviceSpec::VfioUser { path: path.into(), options })
+}
+
 impl DeviceSpec {
     /// Opens the device.
     pub fn open(&self) -> anyhow::Result<Box<dyn Backend>> {
         match self {
             Self::Edu => Ok(Box::new(Edu::new().context("cannot make the edu device")?)),
+            Self::VfioUser { path, options } => match VfioUserBackend::open(path, *options) {
+                Ok(device) => Ok(Box::new(device)),
+                Err(error) => {
+                    let hint = server_advice(&error);
+                    let what = format!("cannot lend the device at {}", path.display());
+                    match hint {
+                        Some(hint) => Err(error).advise(what, hint),
+                        None => Err(error).context(what),
+                    }
+                }
+            },
             Self::Nvme { path, options } => {
                 let nvme = Nvme::open(path, options.clone()).or_else(|error| {
                     let what = format!("cannot lend {}", path.display());
@@ -103,6 +147,25 @@ impl DeviceSpec {
             }
         }
     }
+}
+
+/// What to do about a vfio-user server whose device cannot be lent; `None` where the error says all there is.
+fn server_advice(error: &OpenError) -> Option<&'static str> {
+    Some(match error {
+        OpenError::Connect(source) => match source.kind() {
+            ErrorKind::NotFound | ErrorKind::ConnectionRefused => "is the server of the device running, and does it listen there?",
+            ErrorKind::PermissionDenied => "run this as a user who may write to that socket",
+            ErrorKind::WouldBlock => "the server lets nobody in: end its other client, or look at the server",
+            _ => return None,
+        },
+        OpenError::Asked { source, .. } if source.errno() == Some(rustix::io::Errno::BUSY) => {
+            "a virtual machine, or another lender, has the device: end that first"
+        }
+        OpenError::Asked { .. } => "look at the server: it may be stopped, have another client, or be no vfio-user server",
+        OpenError::Server(_) | OpenError::Unfit(_) | OpenError::Describe(_) => "it is the server of the device that must be mended",
+        OpenError::Host { .. } => "raise the limit of open files: ulimit -n 4096",
+        _ => return None,
+    })
 }
 
 /// Whether an image could not be opened because this user or its file system does not let it be written.
@@ -130,6 +193,10 @@ mod tests {
         assert_eq!("nvme:a.img,ro,latency=80us".parse(), Ok(DeviceSpec::Nvme { path: "a.img".into(), options: slow }));
         assert_eq!("edu".parse(), Ok(DeviceSpec::Edu));
         assert_eq!("nvme:".parse::<DeviceSpec>(), Err(SpecError::NoImage));
+        let options = BackendOptions { map_unsealed: true, ..BackendOptions::default() };
+        assert_eq!("vfio-user:/a,map-unsealed".parse(), Ok(DeviceSpec::VfioUser { path: "/a".into(), options }));
+        assert_eq!("vfio-user:".parse::<DeviceSpec>(), Err(SpecError::NoSocket));
+        assert_eq!("vfio-user:/a,ro".parse::<DeviceSpec>(), Err(SpecError::ServerOption("ro".into())));
         for wrong in ["", "floppy:a", "nvme", "nvme:a,rw", "nvme:a,latency=80", "nvme:a,serial=", "edu:x"] {
             let parsed = wrong.parse::<DeviceSpec>();
             assert!(parsed.is_err(), "{wrong}: {parsed:?}");

@@ -23,7 +23,7 @@ pub fn run(args: &DevicesArgs) -> anyhow::Result<()> {
         Line { name: "nvme:FILE", works: true, what: "an NVMe 1.4 controller over an image file or a block device".into() },
         Line { name: "edu", works: true, what: "the register file and DMA engine of QEMU's edu device".into() },
         Line { name: "vfio:ADDRESS", works: false, what: "not in this version: real PCIe devices".into() },
-        Line { name: "vfio-user:SOCKET", works: false, what: "not in this version: devices of other vfio-user servers".into() },
+        Line { name: "vfio-user:SOCKET", works: true, what: "the device of a vfio-user server that is named with --device".into() },
     ];
     let fabrics = [
         match ShmFabric::pair(ShmOptions::default()) {

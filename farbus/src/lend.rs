@@ -69,6 +69,7 @@ async fn lend(args: LendArgs, device: Box<dyn Backend>, quiesce: Duration) -> an
     let mut desk = Desk {
         idle: Some(Device::Reset(device)),
         wedged: None,
+        gone: false,
         greetings: VecDeque::new(),
         strangers: Quota::new(Instant::now()),
         events,
@@ -147,6 +148,8 @@ struct Desk {
     idle: Option<Device>,
     /// Its last borrower has left, and it has not ended so many accesses.
     wedged: Option<usize>,
+    /// The device is gone, and a thread waits for it.
+    gone: bool,
     /// Connections whose hello is awaited, the oldest first.
     greetings: VecDeque<(Visitor, Option<UnixStream>)>,
     /// How many strangers may be told of.
@@ -213,6 +216,12 @@ impl Desk {
                 );
                 self.events.say("wedged", json!({ "in_flight": in_flight }), &what);
             }
+            News::Gone { why, lent } => {
+                self.gone = true;
+                let what = format!("the device is gone ({why}): it is lent again when it is back");
+                self.events.say("gone", json!({ "reason": why }), &what);
+                return lent.then_some(Left::Borrower);
+            }
             News::Returned(Device::Kept(kept), _) => {
                 self.wedged = None;
                 let seconds = kept.left().unwrap_or_default().as_secs();
@@ -222,6 +231,7 @@ impl Desk {
             }
             News::Returned(device, ended) => {
                 self.wedged = None;
+                self.gone = false;
                 let reason = ended.as_ref().map_or_else(Clone::clone, ToString::to_string);
                 self.events.say("returned", json!({ "reason": reason }), &format!("the device is back: {reason}"));
                 self.idle = Some(device);
@@ -234,6 +244,7 @@ impl Desk {
     /// The device for a visitor who names this rest, or none.
     fn claim(&mut self, rest: Option<RestToken>) -> Result<Claimed, Refusal> {
         let device = match self.idle.take() {
+            None if self.gone => return Err(Refusal::Gone),
             None => return Err(self.wedged.map_or(Refusal::Lent, |_| Refusal::Wedged)),
             Some(Device::Kept(kept)) if kept.left().is_none() => Device::Reset(kept.give_up()),
             Some(device) => device,

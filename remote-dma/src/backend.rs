@@ -18,6 +18,7 @@ use crate::attachment::Activity;
 use crate::device::DeviceDescription;
 use crate::dma_buffer::DmaBuffer;
 use crate::journal::Journal;
+use crate::shared_window::SharedWindow;
 
 /// Bytes of the longest [`Bus::dma_write_polled`].
 pub const MAX_POLLED_WRITE: usize = 32;
@@ -81,6 +82,10 @@ pub enum InterruptMode {
     /// MSI-X; masking is done by the function.
     Msix,
 }
+
+/// The session's name for a register read whose answer comes later, handed back by [`Backend::next_read`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct ReadTicket(pub u32);
 
 /// How thorough a reset is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -191,6 +196,46 @@ pub trait Backend: Send {
 
     /// After [`Backend::fence`] and with nothing in flight: back to the initial state. The fence is lifted.
     fn reset(&mut self, kind: ResetKind, bus: &mut dyn Bus);
+
+    /// As [`Backend::bar_read`], for a device whose registers are a round trip away: `None` where the value comes from [`Backend::next_read`], so
+    /// that what the device asks of its bus until then is carried out meanwhile. It may depend on that.
+    fn bar_read_later(&mut self, _ticket: ReadTicket, at: BarAddress, width: Width, bus: &mut dyn Bus) -> Option<u64> {
+        Some(self.bar_read(at, width, bus))
+    }
+
+    /// The value of a read that [`Backend::bar_read_later`] put off. Everything that the device did before it answered was handed to the bus before.
+    fn next_read(&mut self) -> Option<(ReadTicket, u64)> {
+        None
+    }
+
+    /// The guest turns bus mastering on or off. The bus refuses DMA without it by itself; this is for a device that has a command register of
+    /// its own.
+    fn set_bus_master(&mut self, _enabled: bool) {}
+
+    /// The device may use `len` bytes from `iova` from now on. For a device that must be told; others ask the bus. With `shared` it may map the memory
+    /// itself until it is told that the window is gone; then the bus does not see what it does there, bus mastering included.
+    fn window_mapped(&mut self, _iova: Iova, _len: u64, _access: Access, _shared: Option<SharedWindow>, _bus: &mut dyn Bus) {}
+
+    /// It may not any more: what is inside the range, which splits no window. The unmap is answered when [`Backend::is_unmapping`] is false.
+    fn window_unmapped(&mut self, _iova: Iova, _len: u64, _bus: &mut dyn Bus) {}
+
+    /// Whether the device has not yet let go of what was unmapped.
+    fn is_unmapping(&self) -> bool {
+        false
+    }
+
+    /// Why the device is gone, once it is: its session ends, reads give all ones, and nobody gets it before [`Backend::revive`] succeeded.
+    fn gone(&self) -> Option<&'static str> {
+        None
+    }
+
+    /// Brings a device back that is gone, reset and the same as before. Blocks for a bounded time. Not while a session has it.
+    ///
+    /// # Errors
+    /// [`AttachError`]: it is still gone.
+    fn revive(&mut self) -> Result<(), AttachError> {
+        Ok(())
+    }
 
     /// Begins nothing more and, other than by [`Backend::fence`], loses nothing: what was begun ends with all its effects, and what was not waits. Until
     /// [`Backend::resume`] or a reset. False where the device cannot, and nothing changed.

@@ -19,6 +19,7 @@ pub mod message;
 pub mod model;
 pub mod native;
 pub mod rest;
+pub mod shared_window;
 pub mod wait;
 pub mod wire;
 
@@ -26,9 +27,10 @@ pub use address::{BarAddress, GuestAddress, Iova, Width};
 pub use attachment::{
     Activity, Attachment, AttachmentError, Host, MapError, Mediation, MediationAnswer, Ticket, Window, WindowMemory,
 };
-pub use backend::{AttachError, Backend, Bus, DmaFault, DmaTag, InterruptMode, Progress, ResetKind};
+pub use backend::{AttachError, Backend, Bus, DmaFault, DmaTag, InterruptMode, Progress, ReadTicket, ResetKind};
 pub use device::{BarDescription, BarKind, Constant, DeviceDescription, MsixLocation};
 pub use dma_buffer::DmaBuffer;
 pub use guest_memory::{GuestMemory, GuestMemoryError, GuestRegion};
 pub use journal::{BlockRange, Journal, Mark, Since};
 pub use rest::{Continued, Kept, Lease, Rest, RestToken};
+pub use shared_window::SharedWindow;

@@ -111,6 +111,11 @@ fn vfio_user_messages() {
 }
 
 #[test]
+fn vfio_user_server() {
+    replay("vfio_user_server");
+}
+
+#[test]
 fn every_target_has_a_corpus_and_every_corpus_a_target() {
     let folders = |path: &Path| {
         let mut names: Vec<String> = std::fs::read_dir(path)

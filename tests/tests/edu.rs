@@ -122,14 +122,44 @@ fn pattern(round: u64, len: u64) -> Vec<u8> {
 #[test]
 fn a_borrowed_edu_computes_moves_memory_both_ways_and_interrupts() {
     let folder = tempfile::tempdir().unwrap();
-    let (link, socket) = (format!("shm:{}/link", folder.path().display()), folder.path().join("vmm"));
-    let mut lender = Running::farbus(&["lend", "--json", "--device", "edu", "--listen", &link]);
+    let (mut lender, borrower) = lend_and_borrow("edu", folder.path(), "vmm");
+    assert_works(&folder.path().join("vmm"));
+    end(&mut lender, borrower);
+    lender.terminate();
+    assert_eq!(lender.wait(AMPLE).code(), Some(0));
+}
+
+#[test]
+fn an_edu_that_is_lent_on_by_a_client_of_its_server_does_the_same() {
+    let folder = tempfile::tempdir().unwrap();
+    let (mut lender, borrower) = lend_and_borrow("edu", folder.path(), "first");
+    let device = format!("vfio-user:{}", folder.path().join("first").display());
+    let (mut second, last) = lend_and_borrow(&device, folder.path(), "second");
+    assert_works(&folder.path().join("second"));
+    end(&mut second, last);
+    second.terminate();
+    assert_eq!(second.wait(AMPLE).code(), Some(0));
+    end(&mut lender, borrower);
+}
+
+fn lend_and_borrow(device: &str, folder: &Path, name: &str) -> (Running, Running) {
+    let (link, socket) = (format!("shm:{}/{name}.link", folder.display()), folder.join(name));
+    let mut lender = Running::farbus(&["lend", "--json", "--device", device, "--listen", &link]);
     lender.event("listening", AMPLE);
     let mut borrower = Running::farbus(&["borrow", "--json", "--from", &link, "--vfio-user", text(&socket)]);
     borrower.event("serving", AMPLE);
+    (lender, borrower)
+}
 
+fn end(lender: &mut Running, borrower: Running) {
+    borrower.terminate();
+    assert_eq!(borrower.wait(AMPLE).code(), Some(0));
+    lender.event("returned", AMPLE);
+}
+
+fn assert_works(socket: &Path) {
     for life in 0..2 {
-        let mut machine = Machine::start(&socket);
+        let mut machine = Machine::start(socket);
         assert_eq!(machine.read(IDENTIFICATION), 0x0100_00ed);
         assert_eq!(machine.read(LIVENESS), 0, "life {life}: a register of the last VM");
         machine.write(LIVENESS, 0x1234_5678);
@@ -160,9 +190,4 @@ fn a_borrowed_edu_computes_moves_memory_both_ways_and_interrupts() {
         assert_eq!(messages, 0, "the descriptor is the guest's memory, and every store showed it");
         drop(machine);
     }
-    borrower.terminate();
-    assert_eq!(borrower.wait(AMPLE).code(), Some(0));
-    lender.event("returned", AMPLE);
-    lender.terminate();
-    assert_eq!(lender.wait(AMPLE).code(), Some(0));
 }

@@ -102,6 +102,33 @@ fn an_unmodified_guest_mounts_verifies_writes_and_resets_a_borrowed_drive() {
 }
 
 #[test]
+fn an_unmodified_guest_uses_a_drive_that_is_lent_on_by_a_client_of_its_vfio_user_server() {
+    let _turn = turn();
+    let mut lab = Lab::new();
+    let borrower = lab.borrow(&[]);
+    let (device, link) = (format!("vfio-user:{}", text(&lab.socket())), format!("shm:{}/second", lab.folder.path().display()));
+    let mut second = Running::farbus(&["lend", "--json", "--device", &device, "--listen", &link]);
+    second.event("listening", AMPLE);
+    let socket = lab.folder.path().join("last");
+    let mut last = Running::farbus(&["borrow", "--json", "--from", &link, "--vfio-user", text(&socket)]);
+    last.event("serving", AMPLE);
+    let verdict = boot(&socket, "full").run();
+    verdict.assert_ok();
+    assert!(verdict.number("checksums", "files") >= 1000);
+    assert_eq!(verdict.number("read-back", "bytes"), PATTERN_BYTES);
+    assert!(verdict.number("interrupts", "count") > 0);
+    verdict.passed("reset");
+    for running in [last, second] {
+        running.terminate();
+        let end = running.wait(AMPLE);
+        assert_eq!(end.code(), Some(0), "{end:?}");
+        end.assert_no_panic();
+    }
+    let (_folder, image) = lab.end(borrower);
+    image.judge(true);
+}
+
+#[test]
 fn a_lender_killed_mid_io_gives_the_guest_an_error_and_a_clean_power_off() {
     let _turn = turn();
     let mut lab = Lab::new();

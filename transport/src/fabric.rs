@@ -137,6 +137,9 @@ pub enum CloseReason {
     /// The device that carries the link failed.
     #[error("the RDMA device failed: {0}")]
     Device(&'static str),
+    /// The lent device itself is gone.
+    #[error("the lent device is gone: {0}")]
+    DeviceLost(&'static str),
     /// This side closed it.
     #[error("closed here")]
     Local,

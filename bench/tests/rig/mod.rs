@@ -16,13 +16,14 @@ use farbus_bench::function::FunctionRegisters;
 use farbus_bench::measure::allocations_here;
 use farbus_bench::workload::{Budget, CASES, Contents, Workload};
 use farbus_bench::{image, measure};
-use farbus_pci_shim::{IrqSink, MessageInterrupt};
+use farbus_pci_shim::vfio_user::{BackendOptions, ClientInterrupts, Options, Server, StopHandle, VfioUserBackend};
+use farbus_pci_shim::{Function, FunctionOptions, InterruptOwner, IrqSink, MessageInterrupt};
 use farbus_remote_dma::borrower::{BorrowerOptions, BorrowerSession};
 use farbus_remote_dma::lender::{LenderSession, PollOptions};
 use farbus_remote_dma::model::nvme::{Nvme, NvmeOptions};
 use farbus_remote_dma::native::Native;
 use farbus_remote_dma::wait::Waker;
-use farbus_remote_dma::{Attachment, Backend, Iova};
+use farbus_remote_dma::{Attachment, Backend, DeviceDescription, Iova};
 use farbus_transport::shm::{ShmFabric, ShmOptions};
 use farbus_transport::verbs::{DeviceChoice, VerbsFabric};
 use farbus_transport::{Fabric, Memory, Nanos};
@@ -37,13 +38,17 @@ pub enum Place {
     Shm,
     /// As `Shm`, with a lender that never sleeps: what "while polling" means.
     ShmPolling,
+    /// As `Shm`, with the device behind a vfio-user server that the lender is a client of.
+    VfioUser,
+    /// As `VfioUser`, with a server that maps the guest's memory itself.
+    VfioUserMapped,
     Verbs,
     VerbsPolling,
 }
 
 impl Place {
     fn connect(self) -> (Box<dyn Fabric>, Box<dyn Fabric>) {
-        if matches!(self, Self::Shm | Self::ShmPolling) {
+        if matches!(self, Self::Shm | Self::ShmPolling | Self::VfioUser | Self::VfioUserMapped) {
             let (lender, borrower) = ShmFabric::pair(ShmOptions::default()).unwrap();
             return (Box::new(lender), Box::new(borrower));
         }
@@ -73,6 +78,63 @@ impl IrqSink for CountingSink {
 pub struct Lender {
     stop: Waker,
     thread: Option<JoinHandle<()>>,
+    /// After the session, whose device it is.
+    _served: Option<Box<Served>>,
+}
+
+/// A vfio-user server with a controller: in its own process, for which memory must have a descriptor, or borrowed itself, for which it need not.
+pub struct Served {
+    pub path: std::path::PathBuf,
+    _folder: tempfile::TempDir,
+    stop: StopHandle,
+    thread: Option<JoinHandle<()>>,
+    _lender: Option<Lender>,
+}
+
+impl Served {
+    pub fn start(nvme: Nvme, maps: bool) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("nvme.sock");
+        let mut server = Server::bind(&path).unwrap();
+        let stop = server.stop_handle();
+        let mut nvme = Some(nvme);
+        let (lender, link) = if maps { (None, None) } else { Self::lend(nvme.take().unwrap()) };
+        let thread = std::thread::spawn(move || {
+            let attachment: Box<dyn Attachment> = match link {
+                Some((fabric, description)) => {
+                    Box::new(BorrowerSession::new(fabric, description, BorrowerOptions::default()).unwrap())
+                }
+                None => Box::new(Native::inline(Box::new(nvme.unwrap())).unwrap()),
+            };
+            let sink = ClientInterrupts::new(attachment.description());
+            let options = FunctionOptions { interrupts: InterruptOwner::Client };
+            let mut function = Function::new(attachment, sink, options).unwrap();
+            server.serve(&mut function, &Options::default()).unwrap();
+        });
+        Self { path, _folder: folder, stop, thread: Some(thread), _lender: lender }
+    }
+
+    fn lend(nvme: Nvme) -> (Option<Lender>, Option<(ShmFabric, DeviceDescription)>) {
+        let (theirs, ours) = ShmFabric::pair(ShmOptions::default()).unwrap();
+        let description = nvme.description().clone();
+        let stop = Waker::new().unwrap();
+        let waker = stop.clone();
+        let thread = std::thread::spawn(move || {
+            let mut session = LenderSession::new(theirs, Box::new(nvme)).map_err(|(error, _)| error).unwrap();
+            session.run(PollOptions::default(), &waker);
+            session.end().unwrap();
+        });
+        (Some(Lender { stop, thread: Some(thread), _served: None }), Some((ours, description)))
+    }
+}
+
+impl Drop for Served {
+    fn drop(&mut self) {
+        self.stop.stop();
+        if let Some(thread) = self.thread.take() {
+            thread.join().unwrap();
+        }
+    }
 }
 
 impl Drop for Lender {
@@ -103,9 +165,17 @@ pub fn rig(place: Place, original: &File, bytes: u64, options: DriverOptions) ->
     let attachment: Box<dyn Attachment> = match place {
         Place::Inline => Box::new(Native::inline(Box::new(nvme)).unwrap()),
         Place::Threaded => Box::new(Native::threaded(Box::new(nvme), PollOptions::default()).unwrap()),
-        Place::Shm | Place::ShmPolling | Place::Verbs | Place::VerbsPolling => {
+        Place::Shm | Place::ShmPolling | Place::VfioUser | Place::VfioUserMapped | Place::Verbs | Place::VerbsPolling => {
             let (theirs, ours) = place.connect();
-            let description = nvme.description().clone();
+            let (device, served): (Box<dyn Backend>, _) = if matches!(place, Place::VfioUser | Place::VfioUserMapped) {
+                let maps = place == Place::VfioUserMapped;
+                let served = Served::start(nvme, maps);
+                let options = BackendOptions { share_memory: maps, ..BackendOptions::default() };
+                (Box::new(VfioUserBackend::open(&served.path, options).unwrap()), Some(Box::new(served)))
+            } else {
+                (Box::new(nvme), None)
+            };
+            let description = device.description().clone();
             let stop = Waker::new().unwrap();
             let waker = stop.clone();
             let polls = matches!(place, Place::ShmPolling | Place::VerbsPolling);
@@ -113,7 +183,7 @@ pub fn rig(place: Place, original: &File, bytes: u64, options: DriverOptions) ->
             let core = *measure::cores().unwrap().last().unwrap();
             let thread = std::thread::spawn(move || {
                 let _pinned = measure::pin_to(core).unwrap();
-                let mut session = LenderSession::new(theirs, Box::new(nvme)).map_err(|(error, _)| error).unwrap();
+                let mut session = LenderSession::new(theirs, device).map_err(|(error, _)| error).unwrap();
                 if polls {
                     while !waker.is_set() && session.closed().is_none() {
                         session.pump(Nanos::now());
@@ -124,7 +194,7 @@ pub fn rig(place: Place, original: &File, bytes: u64, options: DriverOptions) ->
                 }
                 session.end().unwrap();
             });
-            lender = Some(Lender { stop, thread: Some(thread) });
+            lender = Some(Lender { stop, thread: Some(thread), _served: served });
             Box::new(BorrowerSession::new(ours, description, BorrowerOptions::default()).unwrap())
         }
     };

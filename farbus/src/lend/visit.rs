@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use farbus_bench::measure::pin_to;
 use farbus_remote_dma::lender::{LenderSession, PollOptions};
-use farbus_remote_dma::wait::Waker;
+use farbus_remote_dma::wait::{Waker, sleep_until_readable};
 use farbus_remote_dma::{Backend, Continued, Kept, RestToken};
 use farbus_transport::link::hello::Hello;
 use farbus_transport::link::verdict::Refusal;
@@ -17,6 +17,10 @@ use farbus_transport::{CloseReason, Fabric};
 use tokio::sync::{mpsc, oneshot};
 
 use crate::link::{Arrival, Greeted, Linked};
+
+/// Between two looks for a device that is gone.
+const FIRST_PAUSE: Duration = Duration::from_millis(100);
+const LONGEST_PAUSE: Duration = Duration::from_secs(5);
 
 /// Tells connections apart.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -53,6 +57,13 @@ pub enum News {
     Lent(Option<String>),
     /// The borrower has left, and the device has not ended so many accesses. [`News::Returned`] follows when it has.
     Wedged(usize),
+    /// The device itself is gone, and why. [`News::Returned`] follows when it has come back.
+    Gone {
+        /// In a few words.
+        why: String,
+        /// A borrower had it.
+        lent: bool,
+    },
     /// The device is back, fenced and reset, or kept: how the borrower left, or why it never was one.
     Returned(Device, Result<CloseReason, String>),
 }
@@ -139,7 +150,7 @@ impl Visit {
         };
         let mut session = match session {
             Ok(session) => session.keeping_at_most(self.terms.keep_at_most),
-            Err((error, device)) => return self.tell(News::Returned(device, Err(error.to_string()))),
+            Err((error, device)) => return self.give_back(device, Err(error.to_string())),
         };
         self.tell(News::Lent(peer));
         let reason = session.run(PollOptions { spin: self.terms.spin }, &self.terms.stop);
@@ -159,7 +170,27 @@ impl Visit {
                 Err(wedged) => ended = wedged.wait(self.terms.quiesce),
             }
         };
-        self.tell(News::Returned(Device::Reset(device), Ok(reason)));
+        self.give_back(Device::Reset(device), Ok(reason));
+    }
+
+    /// A device that is gone is given back when it has come back, for which it is asked less and less often.
+    fn give_back(&self, device: Device, ended: Result<CloseReason, String>) {
+        let mut device = match device {
+            Device::Reset(device) if device.gone().is_some() => device,
+            back => return self.tell(News::Returned(back, ended)),
+        };
+        let why = device.gone().unwrap_or_default();
+        self.tell(News::Gone { why: why.to_owned(), lent: ended.is_ok() });
+        let mut pause = FIRST_PAUSE;
+        while !self.terms.stop.is_set() {
+            match device.revive() {
+                Ok(()) => break,
+                Err(error) => tracing::info!(%error, ?pause, "the device is not back"),
+            }
+            let _woken = sleep_until_readable(&[Some(self.terms.stop.fd())], Some(pause));
+            pause = (pause * 2).min(LONGEST_PAUSE);
+        }
+        self.tell(News::Returned(Device::Reset(device), ended));
     }
 
     fn tell(&self, news: News) {

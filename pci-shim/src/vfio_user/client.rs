@@ -6,7 +6,7 @@
 use std::collections::VecDeque;
 use std::io::{self, IoSlice};
 use std::mem::MaybeUninit;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -14,9 +14,9 @@ use std::time::{Duration, Instant};
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::io::Errno;
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
-use thiserror::Error;
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
+pub use super::client_error::ClientError;
 pub use super::client_memory::ClientMemory;
 use super::client_memory::answer_from;
 use super::socket::{Incoming, Input, Received};
@@ -24,53 +24,6 @@ use super::wire::{
     Command, DeviceInfo, DmaMap, DmaUnmap, FLAG_ERROR, FLAG_NO_REPLY, Header, IrqInfo, IrqSet, MAX_MESSAGE_FDS, RegionAccess,
     RegionInfo,
 };
-
-/// Why a request failed.
-#[derive(Debug, Error)]
-pub enum ClientError {
-    /// The server refused.
-    #[error("the server refused command {command}: {errno}")]
-    Refused {
-        /// The command's number.
-        command: u16,
-        /// The errno in its reply.
-        errno: Errno,
-    },
-    /// The server closed the connection.
-    #[error("the server closed the connection")]
-    Closed,
-    /// The server's reply does not fit the question.
-    #[error("the server's reply to command {command} does not fit")]
-    Reply {
-        /// The command's number.
-        command: u16,
-    },
-    /// The server did not answer in time.
-    #[error("the server did not answer within {deadline_ms} ms")]
-    Deadline {
-        /// The time allowed.
-        deadline_ms: u64,
-    },
-    /// More descriptors than one message carries.
-    #[error("{count} descriptors do not fit in one message")]
-    TooManyFds {
-        /// How many were given.
-        count: usize,
-    },
-    /// The socket failed.
-    #[error(transparent)]
-    Io(#[from] io::Error),
-}
-
-impl ClientError {
-    /// The errno of a refusal.
-    pub fn errno(&self) -> Option<Errno> {
-        match self {
-            Self::Refused { errno, .. } => Some(*errno),
-            _ => None,
-        }
-    }
-}
 
 /// A connection to a server.
 pub struct Client {
@@ -80,8 +33,9 @@ pub struct Client {
     deadline: Duration,
     /// `DMA_READ` and `DMA_WRITE` that wait for [`Client::answer_dma`].
     requests: VecDeque<(Header, Vec<u8>)>,
-    /// Body of the last reply.
+    /// Body of the last reply, and the descriptors beside it.
     reply: Vec<u8>,
+    reply_fds: Vec<OwnedFd>,
     outgoing: Vec<u8>,
 }
 
@@ -91,15 +45,31 @@ impl Client {
     /// # Errors
     /// Where nobody listens.
     pub fn connect(path: impl AsRef<Path>, deadline: Duration) -> io::Result<Self> {
-        Ok(Self {
-            socket: UnixStream::connect(path)?,
+        Ok(Self::over(UnixStream::connect(path)?, deadline))
+    }
+
+    /// Over a connection that exists; no message is sent.
+    pub fn over(socket: UnixStream, deadline: Duration) -> Self {
+        Self {
+            socket,
             input: Input::new(),
             next_id: 0,
             deadline,
             requests: VecDeque::new(),
             reply: Vec::new(),
+            reply_fds: Vec::new(),
             outgoing: Vec::new(),
-        })
+        }
+    }
+
+    /// The connection, with what was received and not yet looked at. What the server asked and nobody answered is lost.
+    pub fn into_parts(self) -> (UnixStream, Input) {
+        (self.socket, self.input)
+    }
+
+    /// How long each further request may take.
+    pub fn set_deadline(&mut self, deadline: Duration) {
+        self.deadline = deadline;
     }
 
     /// Connects and agrees on a version.
@@ -267,10 +237,7 @@ impl Client {
 
     fn checked(&self, command: Command, answered: &Header) -> Result<&[u8], ClientError> {
         if answered.flags & FLAG_ERROR != 0 {
-            return Err(ClientError::Refused {
-                command: command.number(),
-                errno: Errno::from_raw_os_error(i32::try_from(answered.error).unwrap_or(0)),
-            });
+            return Err(ClientError::Refused { command: command.number(), errno: answered.errno() });
         }
         Ok(&self.reply)
     }
@@ -318,7 +285,7 @@ impl Client {
         let start = Instant::now();
         loop {
             while let Some(incoming) = self.input.next_message() {
-                let Incoming::Message { header, body, .. } = incoming else {
+                let Incoming::Message { header, body, fds, .. } = incoming else {
                     return Err(ClientError::Reply { command: sent.command });
                 };
                 if !header.is_reply() {
@@ -330,6 +297,7 @@ impl Client {
                 } else if header.message_id == sent.message_id && header.command == sent.command {
                     self.reply.clear();
                     self.reply.extend_from_slice(body);
+                    self.reply_fds = fds;
                     return Ok(header);
                 } else {
                     return Err(ClientError::Reply { command: sent.command });
@@ -342,6 +310,11 @@ impl Client {
     /// Body of the last reply.
     pub fn last_reply(&self) -> &[u8] {
         &self.reply
+    }
+
+    /// The descriptors that came beside the last reply.
+    pub fn take_reply_fds(&mut self) -> Vec<OwnedFd> {
+        std::mem::take(&mut self.reply_fds)
     }
 
     /// Answers what the server asks of our memory until nothing has come for `quiet`; gives how many messages were answered.

@@ -9,7 +9,9 @@
 //!   client ◄─DMA_READ, DMA_WRITE── mediation ◄───────────────────┘ share: is a map's file the guest's memory?
 //! ```
 
+pub mod backend;
 pub mod client;
+mod client_error;
 mod client_memory;
 mod commands;
 mod door;
@@ -27,6 +29,7 @@ pub mod socket;
 pub mod version;
 pub mod wire;
 
+pub use backend::{BackendOptions, OpenError, VfioUserBackend};
 pub use irqs::ClientInterrupts;
 pub use options::{ClientEnd, OnGone, Options, ServeError};
 pub use served::Served;

@@ -146,6 +146,12 @@ impl Header {
         }
     }
 
+    /// The errno of an error reply; `EIO` where it names none that there is (the crate `vfio_user` sends 0).
+    pub fn errno(&self) -> Errno {
+        let named = i32::try_from(self.error).ok().filter(|errno| (1..4096).contains(errno));
+        named.map_or(Errno::IO, Errno::from_raw_os_error)
+    }
+
     /// Whether this is a reply.
     pub const fn is_reply(&self) -> bool {
         self.flags & FLAGS_TYPE == FLAGS_REPLY
@@ -414,6 +420,15 @@ mod tests {
         assert_eq!(size_of::<ShortWrite>(), 24);
         assert_eq!(size_of::<DmaAccess>(), 16);
         assert_eq!(size_of::<Feature>(), 8);
+    }
+
+    #[test]
+    fn an_error_reply_has_an_errno_whatever_it_says() {
+        let reply = |error| Header { error, ..Header::command(1, Command::Version, 0) }.errno();
+        assert_eq!(
+            [0, 22, 4095, 4096, u32::MAX].map(reply),
+            [Errno::IO, Errno::INVAL, Errno::from_raw_os_error(4095), Errno::IO, Errno::IO]
+        );
     }
 
     #[test]

@@ -17,6 +17,7 @@ use crate::attachment::Ticket;
 use crate::backend::{AttachError, DmaFault, DmaTag};
 use crate::endpoint::Endpoint;
 use crate::message::{Outcome, ToBorrower};
+use crate::shared_window::SharedWindow;
 
 /// What a session did so far.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -137,6 +138,16 @@ impl<F: Fabric> LenderBus<F> {
 
     pub(super) fn map_window(&mut self, iova: Iova, len: u64, key: Option<u64>, offset: u64, access: Access) -> Outcome {
         self.windows.map(iova, len, key, offset, access)
+    }
+
+    /// A window's memory, for a device that maps it itself; `None` where it is reached access by access only.
+    pub(super) fn shared_window(&mut self, iova: Iova, len: u64, access: Access) -> Option<SharedWindow> {
+        let piece = self.windows.map.piece(iova, len, access).ok()?;
+        let direct = piece.target.direct.as_ref()?;
+        let log = direct.dirty.clone()?;
+        let offset = piece.target.offset;
+        let held = self.link.fabric.map_remote(direct.region.span(0, 0, Access::NONE).ok()?)?;
+        Some(SharedWindow::new(held, offset, len, access.write.then_some((log, offset))))
     }
 
     pub(super) fn unmap_windows(&mut self, iova: Iova, len: u64) -> Result<Weak<()>, Outcome> {

@@ -21,7 +21,7 @@ use farbus_transport::{CloseReason, Event, Events, Fabric, Nanos, OpError};
 
 use self::bus::LenderBus;
 use crate::attachment::Activity;
-use crate::backend::{AttachError, Backend, DmaFault, ResetKind};
+use crate::backend::{AttachError, Backend, DmaFault, ReadTicket, ResetKind};
 use crate::message::{Outcome, Sequence, ToBorrower, ToLender};
 use crate::rest::{Lease, RestToken};
 use crate::wait::{Waker, relax, sleep_until_readable};
@@ -68,6 +68,8 @@ pub struct LenderSession<F: Fabric> {
     /// The borrower left, and was promised this.
     lease: Option<Lease>,
     keep_at_most: Duration,
+    /// Register reads whose answers the device still owes.
+    reads_put_off: u32,
 }
 
 /// A device that could not be attached comes back with the reason.
@@ -91,7 +93,7 @@ impl<F: Fabric> LenderSession<F> {
 
     fn over(bus: LenderBus<F>, backend: Box<dyn Backend>) -> Self {
         let (events, waiting) = (Events::new(), VecDeque::new());
-        Self { bus, backend, events, waiting, closed: None, rest: None, lease: None, keep_at_most: LONGEST_LEASE }
+        Self { bus, backend, events, waiting, closed: None, rest: None, lease: None, keep_at_most: LONGEST_LEASE, reads_put_off: 0 }
     }
 
     /// Does what there is to do, without blocking.
@@ -121,6 +123,12 @@ impl<F: Fabric> LenderSession<F> {
         activity = activity.and(self.backend.poll(&mut self.bus));
         if self.tell_finished() {
             activity = Activity::Busy;
+        }
+        if self.reads_put_off > 0 {
+            self.answer_put_off();
+        }
+        if let Some(reason) = self.backend.gone() {
+            self.close(CloseReason::DeviceLost(reason));
         }
         if !self.waiting.is_empty() {
             self.answer_waiting();
@@ -273,22 +281,37 @@ impl<F: Fabric> LenderSession<F> {
                     return self.close(CloseReason::Protocol("a register read outside the device"));
                 }
                 self.bus.counters.bar_reads += 1;
-                let value = if self.resetting() { width.all_ones() } else { self.backend.bar_read(at, width, &mut self.bus) };
-                self.bus.send_in_order(ToBorrower::BarValue { sequence, value: width.truncate(value) });
-                self.bus.flush();
+                if self.resetting() {
+                    self.answer_read(sequence, width.all_ones());
+                } else {
+                    match self.backend.bar_read_later(ReadTicket(sequence), at, width, &mut self.bus) {
+                        Some(value) => self.answer_read(sequence, width.truncate(value)),
+                        None => self.reads_put_off += 1,
+                    }
+                }
             }
             ToLender::InterruptMode(mode) => self.backend.set_interrupt_mode(mode, &mut self.bus),
-            ToLender::BusMaster(enabled) => self.bus.set_bus_master(enabled),
+            ToLender::BusMaster(enabled) => {
+                self.bus.set_bus_master(enabled);
+                self.backend.set_bus_master(enabled);
+            }
             ToLender::Offer { sequence, memory, dirty, proven } => {
                 let outcome = self.bus.offer(memory, dirty, proven);
                 self.acknowledge(sequence, outcome);
             }
             ToLender::Map { sequence, iova, len, memory, offset, access } => {
                 let outcome = self.bus.map_window(iova, len, memory, offset, access);
+                if outcome == Outcome::Done {
+                    let shared = self.bus.shared_window(iova, len, access);
+                    self.backend.window_mapped(iova, len, access, shared, &mut self.bus);
+                }
                 self.acknowledge(sequence, outcome);
             }
             ToLender::Unmap { sequence, iova, len } => match self.bus.unmap_windows(iova, len) {
-                Ok(in_use) => self.wait_for_dma(Waiting::Unmap { sequence, in_use }),
+                Ok(in_use) => {
+                    self.backend.window_unmapped(iova, len, &mut self.bus);
+                    self.wait_for_dma(Waiting::Unmap { sequence, in_use });
+                }
                 Err(outcome) => self.acknowledge(sequence, outcome),
             },
             ToLender::Withdraw { sequence, key } => {
@@ -310,6 +333,19 @@ impl<F: Fabric> LenderSession<F> {
             ToLender::Pause { sequence, token } => self.pause(sequence, token),
             ToLender::Resume => self.resume(),
             ToLender::Keep { sequence, lease_ms } => self.keep(sequence, lease_ms),
+        }
+    }
+
+    #[inline]
+    fn answer_read(&mut self, sequence: Sequence, value: u64) {
+        self.bus.send_in_order(ToBorrower::BarValue { sequence, value });
+        self.bus.flush();
+    }
+
+    fn answer_put_off(&mut self) {
+        while let Some((ReadTicket(sequence), value)) = self.backend.next_read() {
+            self.reads_put_off = self.reads_put_off.saturating_sub(1);
+            self.answer_read(sequence, value);
         }
     }
 
@@ -339,7 +375,7 @@ impl<F: Fabric> LenderSession<F> {
         while let Some(waiting) = self.waiting.front() {
             match waiting {
                 Waiting::Unmap { sequence, in_use } => {
-                    if in_use.strong_count() > 0 {
+                    if in_use.strong_count() > 0 || self.backend.is_unmapping() {
                         return;
                     }
                     let sequence = *sequence;

@@ -22,6 +22,7 @@ mod qemu_mapped_ram;
 mod session_messages;
 mod verbs_wire;
 mod vfio_user_messages;
+mod vfio_user_server;
 
 pub use bank_archive::bank_archive;
 pub use bank_formats::bank_formats;
@@ -40,6 +41,7 @@ pub use qemu_mapped_ram::qemu_mapped_ram;
 pub use session_messages::session_messages;
 pub use verbs_wire::verbs_wire;
 pub use vfio_user_messages::vfio_user_messages;
+pub use vfio_user_server::vfio_user_server;
 
 /// A target: its name, which is also its folder in fuzz/corpus, and its body.
 pub type Target = (&'static str, fn(&[u8]));
@@ -63,4 +65,5 @@ pub const TARGETS: [Target; 17] = [
     ("session_messages", session_messages),
     ("verbs_wire", verbs_wire),
     ("vfio_user_messages", vfio_user_messages),
+    ("vfio_user_server", vfio_user_server),
 ];

@@ -17,6 +17,7 @@ const WEDGED: u8 = 2;
 const KEPT: u8 = 3;
 const NOT_KEPT: u8 = 4;
 const CROWDED: u8 = 5;
+const GONE: u8 = 6;
 
 /// Why a borrower whose hello was good gets no link.
 #[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
@@ -36,6 +37,9 @@ pub enum Refusal {
     /// The device is not kept for this function any more: it was reset, and can be had as it is by who does not ask for its rest.
     #[error("the device is not kept for this function any more: it was reset")]
     NotKept,
+    /// The device itself is gone, and has not come back yet.
+    #[error("the device is gone at the lender")]
+    Gone,
     /// A reason of a later version of farbus.
     #[error("the lender refuses for reason {0}, which this version does not know")]
     Unknown(u8),
@@ -49,6 +53,7 @@ impl Refusal {
             Self::Crowded => CROWDED,
             Self::Kept => KEPT,
             Self::NotKept => NOT_KEPT,
+            Self::Gone => GONE,
             Self::Unknown(code) => code,
         }
     }
@@ -85,6 +90,7 @@ pub fn hear<S: HelloStream>(stream: &mut S, allowed: Duration) -> Result<Verdict
         CROWDED => Ok(Err(Refusal::Crowded)),
         KEPT => Ok(Err(Refusal::Kept)),
         NOT_KEPT => Ok(Err(Refusal::NotKept)),
+        GONE => Ok(Err(Refusal::Gone)),
         other => Ok(Err(Refusal::Unknown(other))),
     }
 }
@@ -108,6 +114,7 @@ mod tests {
             Err(Refusal::Kept),
             Err(Refusal::NotKept),
             Err(Refusal::Crowded),
+            Err(Refusal::Gone),
             Err(Refusal::Unknown(200)),
         ] {
             tell(&mut lender, verdict, SOON).unwrap();
