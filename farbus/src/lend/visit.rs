@@ -187,7 +187,7 @@ impl Visit {
                 Ok(()) => break,
                 Err(error) => tracing::info!(%error, ?pause, "the device is not back"),
             }
-            let _woken = sleep_until_readable(&[Some(self.terms.stop.fd())], Some(pause));
+            sleep_until_readable(&[Some(self.terms.stop.fd())], Some(pause));
             pause = (pause * 2).min(LONGEST_PAUSE);
         }
         self.tell(News::Returned(Device::Reset(device), ended));
