@@ -367,7 +367,12 @@ impl Bus for TestBus {
 
     fn dma_write_polled(&mut self, tag: DmaTag, iova: Iova, bytes: &[u8]) -> Result<Progress, DmaFault> {
         let at = self.at(iova, bytes.len() as u64)?;
-        assert!(bytes.len() <= 32 && bytes.len() % 4 == 0 && iova.0 % 4 == 0 && iova.0 % 4096 + bytes.len() as u64 <= 4096);
+        assert!(
+            bytes.len() <= 32
+                && bytes.len().is_multiple_of(4)
+                && iova.0.is_multiple_of(4)
+                && iova.0 % 4096 + bytes.len() as u64 <= 4096
+        );
         self.seen.push(Seen::Polled(iova.0, bytes.len() as u32));
         if self.late {
             self.waiting.push(Late::Polled(tag, at, bytes.to_vec()));
