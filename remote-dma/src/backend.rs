@@ -101,6 +101,50 @@ pub enum AttachError {
     Device(String),
 }
 
+/// A window of guest memory for a device that reaches memory by itself.
+#[derive(Debug)]
+pub struct DeviceWindow {
+    /// First address.
+    pub iova: Iova,
+    /// What the device may do.
+    pub access: Access,
+    /// The memory, piece after piece, each at most 1 GiB. The device is out of a piece before it is dropped.
+    pub pieces: Vec<DmaBuffer>,
+}
+
+/// Why a device cannot have a window.
+#[derive(Debug, Error)]
+pub enum WindowError {
+    /// The IOMMU does not map these addresses, or the device cannot use them.
+    #[error("{iova} + {len:#x} is outside of the addresses that the device's IOMMU maps")]
+    Range {
+        /// First address.
+        iova: Iova,
+        /// Bytes.
+        len: u64,
+    },
+    /// The IOMMU maps whole pages.
+    #[error("{iova} + {len:#x}, or its memory, is no multiple of the IOMMU's pages of {page} bytes")]
+    Unaligned {
+        /// First address.
+        iova: Iova,
+        /// Bytes.
+        len: u64,
+        /// Bytes of a page.
+        page: u64,
+    },
+    /// The kernel refused.
+    #[error("cannot map {iova} + {len:#x} for the device: {source} (may this process lock that much memory? see `ulimit -l`)")]
+    Host {
+        /// First address.
+        iova: Iova,
+        /// Bytes.
+        len: u64,
+        /// What it answered.
+        source: std::io::Error,
+    },
+}
+
 /// What a device may do to the guest and to its session. All effects of one device reach the guest in call order, except that the bytes of
 /// several `dma_write`s may arrive in any order until the next polled write, interrupt, or answered BAR read.
 pub trait Bus {
@@ -190,4 +234,25 @@ pub trait Backend: Send {
 
     /// After [`Backend::fence`] and with nothing in flight: back to the initial state. The fence is lifted.
     fn reset(&mut self, kind: ResetKind, bus: &mut dyn Bus);
+
+    /// Whether the device may begin DMA. Who asks the bus for its DMA need not know: the bus refuses it.
+    fn set_bus_master(&mut self, _enabled: bool) {}
+
+    /// Whether the device reaches guest memory by itself, without asking the bus, so that it must be given each window. Only a
+    /// [`crate::lender::LenderSession`] over a link whose memory can be mapped does that; nobody else attaches such a device.
+    fn takes_windows(&self) -> bool {
+        false
+    }
+
+    /// The device may reach a window, which meets none that it has.
+    ///
+    /// # Errors
+    /// [`WindowError`]: it reaches nothing of it.
+    fn map_window(&mut self, window: DeviceWindow) -> Result<(), WindowError> {
+        Err(WindowError::Range { iova: window.iova, len: window.pieces.iter().map(DmaBuffer::len).sum() })
+    }
+
+    /// The device is out of all windows inside the range when this returns; one that it cannot be brought out of counts as
+    /// [`Backend::in_flight`] from then on.
+    fn unmap_windows(&mut self, _iova: Iova, _len: u64) {}
 }

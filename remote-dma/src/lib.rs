@@ -17,6 +17,8 @@ pub mod lender;
 pub mod message;
 pub mod model;
 pub mod native;
+#[cfg(feature = "vfio")]
+pub mod vfio;
 pub mod wait;
 pub mod wire;
 
@@ -24,7 +26,7 @@ pub use address::{BarAddress, GuestAddress, Iova, Width};
 pub use attachment::{
     Activity, Attachment, AttachmentError, Host, MapError, Mediation, MediationAnswer, Ticket, Window, WindowMemory,
 };
-pub use backend::{AttachError, Backend, Bus, DmaFault, DmaTag, InterruptMode, Progress, ResetKind};
+pub use backend::{AttachError, Backend, Bus, DeviceWindow, DmaFault, DmaTag, InterruptMode, Progress, ResetKind, WindowError};
 pub use device::{BarDescription, BarKind, Constant, DeviceDescription, MsixLocation};
 pub use dma_buffer::DmaBuffer;
 pub use guest_memory::{GuestMemory, GuestMemoryError, GuestRegion};

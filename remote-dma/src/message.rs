@@ -207,10 +207,12 @@ pub enum Outcome {
     Grant,
     /// No such key.
     UnknownKey,
+    /// The device, or its IOMMU, does not reach the range.
+    Unreachable,
 }
 
-const OUTCOMES: [Outcome; 6] =
-    [Outcome::Done, Outcome::Overlap, Outcome::Range, Outcome::TooMany, Outcome::Grant, Outcome::UnknownKey];
+const OUTCOMES: [Outcome; 7] =
+    [Outcome::Done, Outcome::Overlap, Outcome::Range, Outcome::TooMany, Outcome::Grant, Outcome::UnknownKey, Outcome::Unreachable];
 
 /// What is wrong with a message.
 #[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]

@@ -62,6 +62,7 @@ impl ThreadedNative {
         let (device_out, back) = wire().map_err(failed)?;
         let (control, commands) = channel();
         let logs = Logs::default();
+        super::can_be_native(&*backend)?;
         let mut bus = DirectBus::default();
         backend.attach(&mut bus)?;
         let description = backend.description().clone();
