@@ -11,10 +11,14 @@ use farbus_remote_dma::Backend;
 use farbus_remote_dma::model::edu::Edu;
 use farbus_remote_dma::model::nvme::media::MediaError;
 use farbus_remote_dma::model::nvme::{Nvme, NvmeOptions};
+#[cfg(feature = "vfio")]
+use farbus_remote_dma::vfio::{NoAddress, PciAddress};
 use thiserror::Error;
 
 use crate::failure::Advise;
 use crate::values::parse_duration;
+#[cfg(feature = "vfio")]
+use crate::vfio;
 
 /// A device that can be lent.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -28,14 +32,21 @@ pub enum DeviceSpec {
     },
     /// QEMU's edu device.
     Edu,
+    /// A PCI device of this host.
+    #[cfg(feature = "vfio")]
+    Vfio(PciAddress),
 }
 
 /// Why a text names no device.
 #[derive(Clone, Debug, Error, PartialEq, Eq)]
 pub enum SpecError {
     /// No such kind.
-    #[error("{0:?} is no device: use nvme:FILE[,ro][,latency=80us][,serial=TEXT] or edu")]
+    #[error("{0:?} is no device: use nvme:FILE[,ro][,latency=80us][,serial=TEXT], edu or vfio:ADDRESS")]
     Kind(String),
+    /// No address of a PCI device.
+    #[cfg(feature = "vfio")]
+    #[error("vfio: {0}")]
+    Address(#[from] NoAddress),
     /// The image is missing.
     #[error("nvme: needs an image, as in nvme:disk.img")]
     NoImage,
@@ -58,6 +69,10 @@ impl FromStr for DeviceSpec {
     fn from_str(text: &str) -> Result<Self, SpecError> {
         if text == "edu" {
             return Ok(Self::Edu);
+        }
+        #[cfg(feature = "vfio")]
+        if let Some(address) = text.strip_prefix("vfio:") {
+            return Ok(Self::Vfio(address.parse()?));
         }
         let Some(("nvme", rest)) = text.split_once(':') else { return Err(SpecError::Kind(text.to_owned())) };
         let mut parts = rest.split(',');
@@ -101,6 +116,8 @@ impl DeviceSpec {
                 })?;
                 Ok(Box::new(nvme))
             }
+            #[cfg(feature = "vfio")]
+            Self::Vfio(address) => Ok(Box::new(vfio::open(*address)?)),
         }
     }
 }
@@ -130,7 +147,9 @@ mod tests {
         assert_eq!("nvme:a.img,ro,latency=80us".parse(), Ok(DeviceSpec::Nvme { path: "a.img".into(), options: slow }));
         assert_eq!("edu".parse(), Ok(DeviceSpec::Edu));
         assert_eq!("nvme:".parse::<DeviceSpec>(), Err(SpecError::NoImage));
-        for wrong in ["", "floppy:a", "nvme", "nvme:a,rw", "nvme:a,latency=80", "nvme:a,serial=", "edu:x"] {
+        #[cfg(feature = "vfio")]
+        assert_eq!("vfio:03:00.0".parse(), Ok(DeviceSpec::Vfio("0000:03:00.0".parse().unwrap())));
+        for wrong in ["", "floppy:a", "nvme", "nvme:a,rw", "nvme:a,latency=80", "nvme:a,serial=", "edu:x", "vfio:", "vfio:nvme0"] {
             let parsed = wrong.parse::<DeviceSpec>();
             assert!(parsed.is_err(), "{wrong}: {parsed:?}");
         }

@@ -51,7 +51,9 @@ impl Limits {
         let u64_at = |at: usize| bytes.get(at..at + 8).and_then(|b| b.try_into().ok()).map_or(0, u64::from_ne_bytes);
         let flags = u32_at(4);
         let sizes = if flags & VFIO_IOMMU_INFO_PGSIZES != 0 { u64_at(8) } else { 0 };
-        let mut limits = Self { page: 1 << sizes.trailing_zeros().clamp(12, 30), ranges: Vec::new() };
+        // Where it says nothing, as where it says less than the processor's pages, those.
+        let page = if sizes == 0 { 12 } else { sizes.trailing_zeros().clamp(12, 30) };
+        let mut limits = Self { page: 1 << page, ranges: Vec::new() };
         let mut at = if flags & VFIO_IOMMU_INFO_CAPS != 0 { u32_at(16) as usize } else { 0 };
         while at != 0 && at < bytes.len() {
             // The header: a number of 16 bits, a version, and where the next one is.
