@@ -13,7 +13,7 @@ use std::time::Duration;
 use farbus_bench::driver::Registers as _;
 use farbus_pci_shim::irq::Told;
 use farbus_remote_dma::dirty_log::PAGE_BYTES;
-use farbus_remote_dma::{Attachment as _, Iova, MapError, Width, Window, WindowMemory};
+use farbus_remote_dma::{Iova, MapError, Width, Window, WindowMemory};
 use farbus_transport::{Access, Memory, Nanos};
 use vfio_support::{Lent, Registers, is_bus_master, lab, wait_until};
 
