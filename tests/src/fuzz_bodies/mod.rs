@@ -11,6 +11,7 @@ mod control_frames;
 mod input;
 mod link_hello;
 mod nvme_registers;
+mod pci_config;
 mod prp_lists;
 mod session_messages;
 mod verbs_wire;
@@ -22,6 +23,7 @@ pub use config_writes::config_writes;
 pub use control_frames::control_frames;
 pub use link_hello::link_hello;
 pub use nvme_registers::nvme_registers;
+pub use pci_config::pci_config;
 pub use prp_lists::prp_lists;
 pub use session_messages::session_messages;
 pub use verbs_wire::verbs_wire;
@@ -31,13 +33,14 @@ pub use vfio_user_messages::vfio_user_messages;
 pub type Target = (&'static str, fn(&[u8]));
 
 /// All targets.
-pub const TARGETS: [Target; 10] = [
+pub const TARGETS: [Target; 11] = [
     ("bank_formats", bank_formats),
     ("bank_store", bank_store),
     ("config_writes", config_writes),
     ("control_frames", control_frames),
     ("link_hello", link_hello),
     ("nvme_registers", nvme_registers),
+    ("pci_config", pci_config),
     ("prp_lists", prp_lists),
     ("session_messages", session_messages),
     ("verbs_wire", verbs_wire),
