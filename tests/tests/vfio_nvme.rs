@@ -103,7 +103,11 @@ fn a_real_nvme_controller_reads_and_writes_the_right_bytes_on_all_queues() {
     }
     driver.execute(QueueIndex(1), &Io::Flush).unwrap();
     let seconds = start.elapsed().as_secs_f64();
-    println!("{} MiB in {seconds:.2} s, verified; depth 1: {:.0} reads of 4 KiB a second", bytes >> 20, depth_one(&mut driver, &buffers[0]));
+    println!(
+        "{} MiB in {seconds:.2} s, verified; depth 1: {:.0} reads of 4 KiB a second",
+        bytes >> 20,
+        depth_one(&mut driver, &buffers[0])
+    );
     drop(driver.shutdown().unwrap());
     assert_eq!(lent.counters.dma_faults.load(Ordering::Relaxed), 0);
     assert_eq!(lent.counters.protected.load(Ordering::Relaxed), 0);

@@ -309,8 +309,15 @@ impl<F: Fabric> LenderSession<F> {
     /// Gives a device that reaches memory by itself the window that was just mapped. Memory that is not proven, or must be mediated, is out of
     /// its reach: such DMA ends in a fault of the IOMMU, and in no wrong byte.
     fn give_window(&mut self, iova: Iova, len: u64) -> Outcome {
-        let window = self.backend.takes_windows().then(|| self.bus.device_window(iova, len)).flatten();
-        let Some(window) = window else { return Outcome::Done };
+        if !self.backend.takes_windows() {
+            return Outcome::Done;
+        }
+        let Some(window) = self.bus.device_window(iova, len) else {
+            tracing::warn!(
+                "the device does not reach {iova} + {len:#x}: it is not proven to be the guest's memory, or cannot be mapped"
+            );
+            return Outcome::Done;
+        };
         match self.backend.map_window(window) {
             Ok(()) => Outcome::Done,
             Err(error) => {
