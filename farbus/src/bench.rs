@@ -4,23 +4,29 @@
 //! `--json`. A target that is missed is a finding, not a failure: the exit status says only whether the suite ran.
 
 use std::io::IsTerminal;
+use std::path::Path;
 use std::time::Duration;
 
 use anyhow::Context;
 use farbus_bench::measure::LEAST_ROUNDS;
-use farbus_bench::report::{SuiteReport, suite_row, suite_table};
+use farbus_bench::report::{Kept, SuiteReport, changes_table, suite_row, suite_table};
 use farbus_bench::suite::{BankSeries, Heard, ShmSession, SoftRoce, Step, bank, shm, soft_roce};
 use farbus_transport::verbs::DeviceChoice;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
-use crate::cli::{BenchArgs, Suite};
+use crate::cli::{BenchArgs, BenchCommand, CompareArgs, Suite};
 use crate::failure::{Advise, misuse};
 use crate::output::print_line;
 
 /// Runs a suite.
 pub fn run(args: &BenchArgs) -> anyhow::Result<()> {
+    if let Some(BenchCommand::Compare(args)) = &args.command {
+        return compare(args);
+    }
     let report = match args.suite {
-        Suite::Shm => {
+        // clap asks for it where there is no command.
+        None => return Err(misuse("no suite is named", "farbus bench --help lists them")),
+        Some(Suite::Shm) => {
             if args.dev.is_some() || args.pairs.is_some() {
                 return Err(misuse(
                     "--dev is for the suite soft-roce, --pairs for soft-roce and bank",
@@ -31,8 +37,8 @@ pub fn run(args: &BenchArgs) -> anyhow::Result<()> {
             let bar = Bar::new();
             shm::run(&mut subjects, &shm_effort(args.seconds.unwrap_or(1.0)), |heard| bar.hear(heard))
         }
-        Suite::Bank => bank(args)?,
-        Suite::SoftRoce => {
+        Some(Suite::Bank) => bank(args)?,
+        Some(Suite::SoftRoce) => {
             let effort = soft_roce_effort(args);
             let choice = DeviceChoice { device: args.dev.clone(), ..DeviceChoice::default() };
             let mut subjects = SoftRoce::new(&choice).advise(
@@ -47,6 +53,30 @@ pub fn run(args: &BenchArgs) -> anyhow::Result<()> {
         print_line(&serde_json::to_string(&report)?);
     } else {
         print_line(suite_table(&report).trim_end());
+    }
+    Ok(())
+}
+
+/// Two reports side by side.
+fn compare(args: &CompareArgs) -> anyhow::Result<()> {
+    let report = |path: &Path| {
+        let text = farbus_control::read::read_text(path)
+            .advise(format!("cannot read {}", path.display()), "name a file with what farbus bench SUITE --json printed")?;
+        Kept::parse(&text).advise(
+            format!("{} is no report of a suite", path.display()),
+            "name a file with what farbus bench SUITE --json printed",
+        )
+    };
+    let (before, after) = (report(&args.before)?, report(&args.after)?);
+    if before.suite != after.suite {
+        let what = format!("one report is of the suite {}, the other of {}", before.suite, after.suite);
+        return Err(misuse(what, "name two reports of one suite"));
+    }
+    let changes = before.changes(&after);
+    if args.json {
+        print_line(&serde_json::json!({ "suite": before.suite, "changes": changes }).to_string());
+    } else {
+        print_line(changes_table(&before.suite, &changes).trim_end());
     }
     Ok(())
 }
@@ -150,7 +180,16 @@ mod tests {
     }
 
     fn args(suite: Suite) -> BenchArgs {
-        BenchArgs { suite, seconds: None, pairs: None, dev: None, series: None, large_gib: 10.0, json: false }
+        BenchArgs {
+            command: None,
+            suite: Some(suite),
+            seconds: None,
+            pairs: None,
+            dev: None,
+            series: None,
+            large_gib: 10.0,
+            json: false,
+        }
     }
 
     #[test]

@@ -50,6 +50,10 @@ pub enum Command {
     Bank(BankArgs),
     /// Run a benchmark suite
     Bench(BenchArgs),
+    /// Print completions for a shell
+    Completions(CompletionsArgs),
+    /// Write the manual: a page for each command
+    Man(ManArgs),
 }
 
 /// What a command prints on standard output.
@@ -73,7 +77,10 @@ impl Command {
             Self::Cert(args) => (args.json(), Json::Object),
             Self::Devices(args) => (args.json, Json::Object),
             Self::Bank(args) => (args.json(), Json::Object),
+            Self::Bench(BenchArgs { command: Some(BenchCommand::Compare(args)), .. }) => (args.json, Json::Object),
             Self::Bench(args) => (args.json, Json::Object),
+            Self::Completions(_) => (false, Json::No),
+            Self::Man(args) => (args.json, Json::Object),
         };
         if wanted { shape } else { Json::No }
     }
@@ -339,13 +346,19 @@ pub struct DevicesArgs {
   farbus bench soft-roce --dev rxe0
   PATH=$(ci/bank/peers):$PATH farbus bench bank --series series
   ci/softroce --seconds 900 target/release/farbus bench soft-roce --json    in the lab, where this host has no RDMA
+  farbus bench shm --json >before.json
+  farbus bench compare before.json after.json
 
 Each row is on standard error as soon as it is there, so what was measured stays where the suite is ended before its end. That suite takes
 one or two minutes over a device; in an emulated guest, on a slow machine, more than the 300 s that the lab gives a program by itself.")]
+#[command(args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
 pub struct BenchArgs {
+    /// What to do with reports.
+    #[command(subcommand)]
+    pub command: Option<BenchCommand>,
     /// Which suite
-    #[arg(value_enum)]
-    pub suite: Suite,
+    #[arg(value_enum, required = true)]
+    pub suite: Option<Suite>,
     /// Seconds for each side, 0.01 to 3600: of an NVMe case (shm, 1 by default), of a row (soft-roce, 1.65 by default)
     #[arg(long, value_name = "SECONDS", value_parser = parse_seconds)]
     pub seconds: Option<f64>,
@@ -361,6 +374,54 @@ pub struct BenchArgs {
     /// GiB of the large machine (bank)
     #[arg(long, value_name = "GIB", default_value_t = 10.0)]
     pub large_gib: f64,
+    /// Print one JSON object
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// The commands of `farbus bench`, beside running a suite.
+#[derive(Debug, Subcommand)]
+pub enum BenchCommand {
+    /// What is better, what is worse, and what is noise, between two runs of a suite
+    Compare(CompareArgs),
+}
+
+/// `farbus bench compare`
+#[derive(Debug, Args)]
+#[command(
+    after_help = "Ratios are compared, because each was measured within one run. Where the intervals of both runs meet, the difference is noise."
+)]
+pub struct CompareArgs {
+    /// What the earlier run printed with --json
+    #[arg(value_name = "BEFORE")]
+    pub before: PathBuf,
+    /// What the later one printed
+    #[arg(value_name = "AFTER")]
+    pub after: PathBuf,
+    /// Print one JSON object
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `farbus completions`
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:
+  farbus completions bash >/usr/share/bash-completion/completions/farbus
+  farbus completions zsh >~/.zfunc/_farbus")]
+pub struct CompletionsArgs {
+    /// The shell
+    #[arg(value_enum)]
+    pub shell: clap_complete::Shell,
+}
+
+/// `farbus man`
+#[derive(Debug, Args)]
+#[command(after_help = "Example:
+  farbus man man1 && man man1/farbus-lend.1")]
+pub struct ManArgs {
+    /// The folder, which is made where it is missing; pages that are there are written anew
+    #[arg(value_name = "DIR")]
+    pub folder: PathBuf,
     /// Print one JSON object
     #[arg(long)]
     pub json: bool,

@@ -18,6 +18,7 @@ mod failure;
 mod lend;
 mod link;
 mod link_address;
+mod manual;
 mod output;
 mod security;
 mod signals;
@@ -51,6 +52,8 @@ fn main() -> ExitCode {
         Command::Devices(args) => devices::run(&args).map(|()| ExitCode::SUCCESS),
         Command::Bank(args) => bank::run(&args),
         Command::Bench(args) => bench::run(&args).map(|()| ExitCode::SUCCESS),
+        Command::Completions(args) => manual::completions(&args).map(|()| ExitCode::SUCCESS),
+        Command::Man(args) => manual::pages(&args).map(|()| ExitCode::SUCCESS),
     };
     let status = result.unwrap_or_else(|error| {
         eprintln!("farbus: {}", failure::story(&error));

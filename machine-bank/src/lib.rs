@@ -65,7 +65,9 @@
 //! [`Withdrawal`] owns a manifest and a [`Reader`], which hands out pages by name, verified.
 //! A [`lazy::FaultServer`] owns a cache and the threads that place them as they are used; a [`track::WriteTracker`] says what was written since.
 
+pub mod archive;
 pub mod bank;
+pub mod cloud_hypervisor;
 pub mod codec;
 pub mod deposit;
 pub mod index;
@@ -74,7 +76,9 @@ pub mod lazy;
 pub mod manifest;
 pub mod pack;
 pub mod page;
+pub mod qemu;
 pub mod reader;
+pub mod socket;
 pub mod store;
 pub mod track;
 pub mod withdraw;

@@ -103,6 +103,11 @@ impl Identity {
         self.check
     }
 
+    /// Whether a tenant's key is in it.
+    pub fn is_keyed(&self) -> bool {
+        self.page_key.is_some()
+    }
+
     /// The name of a page's contents. `page` is [`PAGE`] bytes.
     pub fn page(&self, page: &[u8]) -> PageId {
         debug_assert_eq!(page.len(), PAGE, "a page has one length");

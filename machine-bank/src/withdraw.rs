@@ -14,7 +14,7 @@ use thiserror::Error;
 
 use crate::bank::Bank;
 use crate::deposit::{FileSource, Progress, Source};
-use crate::manifest::{Entry, LEAF, Manifest, ManifestError};
+use crate::manifest::{Entry, LEAF, Manifest, ManifestError, Section};
 use crate::page::{PAGE, PageId};
 use crate::reader::{ReadError, Reader, Scratch, Wanted};
 use crate::store::{Guard, StoreError};
@@ -63,6 +63,45 @@ pub struct WithdrawReport {
     pub there: u64,
     /// Pages that were fetched and verified.
     pub fetched: u64,
+}
+
+/// Where a section is written: a file, or a part of one. Several threads write, each other places.
+pub trait Target: Sync {
+    /// Fills `buf` with what is there from `offset` of the section; zeros where there is nothing.
+    ///
+    /// # Errors
+    /// The host's fault.
+    fn there(&self, offset: u64, buf: &mut [u8]) -> io::Result<()>;
+
+    /// Writes from `offset` of the section.
+    ///
+    /// # Errors
+    /// The host's fault.
+    fn write_at(&self, offset: u64, bytes: &[u8]) -> io::Result<()>;
+}
+
+/// A file of its own.
+struct Whole<'a> {
+    file: &'a File,
+    before: FileSource,
+}
+
+impl Target for Whole<'_> {
+    fn there(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
+        let there = self.before.len().saturating_sub(offset).min(buf.len() as u64) as usize;
+        let (front, behind) = buf.split_at_mut(there);
+        behind.fill(0);
+        if there > 0 && self.before.data_from(offset)?.is_some_and(|data| data.start < offset + there as u64) {
+            self.before.read_at(offset, front)
+        } else {
+            front.fill(0);
+            Ok(())
+        }
+    }
+
+    fn write_at(&self, offset: u64, bytes: &[u8]) -> io::Result<()> {
+        self.file.write_all_at(bytes, offset)
+    }
 }
 
 /// A machine being withdrawn: it cannot be removed meanwhile.
@@ -117,11 +156,27 @@ impl Withdrawal<'_> {
         target: &File,
         progress: &(dyn Fn(Progress) + Sync),
     ) -> Result<WithdrawReport, WithdrawError> {
-        let section = self.manifest.section(name).ok_or_else(|| WithdrawError::Section(name.to_owned()))?;
-        let about = &self.manifest.head.sections[section];
+        let about = self.about(name)?;
         let before = FileSource::new(target.try_clone().map_err(WithdrawError::Target)?).map_err(WithdrawError::Target)?;
-        let before = Some(before.at_most(about.len)).filter(|before| !before.is_empty());
+        let before = before.at_most(about.len);
         target.set_len(about.len).map_err(WithdrawError::Target)?;
+        let fresh = before.is_empty();
+        self.section_to(name, &Whole { file: target, before }, fresh, progress)
+    }
+
+    /// Writes a section to `target`, of which nothing but zeros is there where it is `fresh`.
+    ///
+    /// # Errors
+    /// As [`Withdrawal::section`].
+    pub fn section_to(
+        &self,
+        name: &str,
+        target: &dyn Target,
+        fresh: bool,
+        progress: &(dyn Fn(Progress) + Sync),
+    ) -> Result<WithdrawReport, WithdrawError> {
+        let about = self.about(name)?;
+        let section = self.manifest.section(name).ok_or_else(|| WithdrawError::Section(name.to_owned()))?;
         let shared = Shared {
             next: AtomicUsize::new(0),
             done: AtomicU64::new(0),
@@ -133,7 +188,7 @@ impl Withdrawal<'_> {
         std::thread::scope(|scope| {
             for _ in 0..THREADS.min(about.leaves.len()) {
                 scope.spawn(|| {
-                    if let Err(error) = self.work(section, target, before.as_ref(), &shared) {
+                    if let Err(error) = self.work(section, target, fresh, &shared) {
                         shared.stop.store(true, Ordering::Relaxed);
                         shared.failed.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
                     }
@@ -144,7 +199,42 @@ impl Withdrawal<'_> {
         shared.failed.into_inner().unwrap_or_else(PoisonError::into_inner).map_or(Ok(report), Err)
     }
 
-    fn work(&self, section: usize, target: &File, before: Option<&FileSource>, shared: &Shared<'_>) -> Result<(), WithdrawError> {
+    fn about(&self, name: &str) -> Result<&Section, WithdrawError> {
+        let section = self.manifest.section(name).ok_or_else(|| WithdrawError::Section(name.to_owned()))?;
+        Ok(&self.manifest.head.sections[section])
+    }
+
+    /// Reads a piece of a section, which exists, verified; what is behind its end is zero.
+    ///
+    /// # Errors
+    /// A page is missing or damaged, or the store's fault.
+    pub fn read(&self, section: usize, offset: u64, buf: &mut [u8]) -> Result<(), WithdrawError> {
+        let about = &self.manifest.head.sections[section];
+        let (mut scratch, leaf_bytes) = (Scratch::new()?, (LEAF * PAGE) as u64);
+        buf.fill(0);
+        let end = about.len.min(offset + buf.len() as u64);
+        let mut at = offset;
+        while at < end {
+            let leaf = (at / leaf_bytes) as usize;
+            let start = leaf as u64 * leaf_bytes;
+            let stop = end.min(start + leaf_bytes);
+            let ids = self.manifest.leaf(self.bank.store(), self.bank.identity(), section, leaf)?;
+            let pages = ((at - start) / PAGE as u64)..(stop - start).div_ceil(PAGE as u64);
+            let wanted = pages.map(|page| Wanted { id: ids[page as usize], token: start + page * PAGE as u64 });
+            let wanted: Vec<_> = wanted.filter(|wanted| !wanted.id.is_zero()).collect();
+            let mut sink = |place: u64, page: &[u8; PAGE]| {
+                let (from, to) = (place.max(offset), end.min(place + PAGE as u64));
+                buf[(from - offset) as usize..(to - offset) as usize]
+                    .copy_from_slice(&page[(from - place) as usize..(to - place) as usize]);
+            };
+            let fetched = self.reader.fetch(&wanted, &mut scratch, &mut sink);
+            fetched.map_err(|error| WithdrawError::Page { section: about.name.clone(), offset: start, error })?;
+            at = stop;
+        }
+        Ok(())
+    }
+
+    fn work(&self, section: usize, target: &dyn Target, fresh: bool, shared: &Shared<'_>) -> Result<(), WithdrawError> {
         let about = &self.manifest.head.sections[section];
         let (mut scratch, mut buffer) = (Scratch::new()?, vec![0; LEAF * PAGE]);
         let mut report = WithdrawReport::default();
@@ -156,9 +246,10 @@ impl Withdrawal<'_> {
             let start = (leaf * LEAF * PAGE) as u64;
             let ids = self.manifest.leaf(self.bank.store(), self.bank.identity(), section, leaf)?;
             // Whether each page has to be written.
-            let missing = match before {
-                None => ids.iter().map(|id| !id.is_zero()).collect(),
-                Some(before) => self.missing(&ids, before, start, &mut buffer).map_err(WithdrawError::Target)?,
+            let missing = if fresh {
+                ids.iter().map(|id| !id.is_zero()).collect()
+            } else {
+                self.missing(&ids, target, start, about.len, &mut buffer).map_err(WithdrawError::Target)?
             };
             let mut wanted = Vec::new();
             for (at, (id, _)) in ids.iter().zip(&missing).enumerate().filter(|(_, (_, missing))| **missing) {
@@ -189,28 +280,25 @@ impl Withdrawal<'_> {
     }
 
     /// Which pages of a leaf are not yet in the file.
-    fn missing(&self, ids: &[PageId], before: &FileSource, start: u64, buffer: &mut [u8]) -> io::Result<Vec<bool>> {
-        let there = before.len().saturating_sub(start).min((ids.len() * PAGE) as u64) as usize;
-        if there > 0 && before.data_from(start)?.is_some_and(|data| data.start < start + there as u64) {
-            before.read_at(start, &mut buffer[..there])?;
-        } else {
-            buffer[..there].fill(0);
-        }
-        buffer[there..ids.len() * PAGE].fill(0);
+    fn missing(&self, ids: &[PageId], target: &dyn Target, start: u64, len: u64, buffer: &mut [u8]) -> io::Result<Vec<bool>> {
+        let bytes = ids.len() * PAGE;
+        let there = len.saturating_sub(start).min(bytes as u64) as usize;
+        target.there(start, &mut buffer[..there])?;
+        buffer[there..bytes].fill(0);
         let pages = buffer.as_chunks::<PAGE>().0;
         Ok(ids.iter().zip(pages).map(|(id, page)| self.bank.identity().page(page) != *id).collect())
     }
 }
 
 /// Writes stretches of missing pages, up to the section's end.
-fn write_missing(target: &File, buffer: &[u8], missing: &[bool], start: u64, len: u64) -> io::Result<()> {
+fn write_missing(target: &dyn Target, buffer: &[u8], missing: &[bool], start: u64, len: u64) -> io::Result<()> {
     let mut at = 0;
     for stretch in missing.chunk_by(|a, b| a == b) {
         let (from, to) = (at * PAGE, (at + stretch.len()) * PAGE);
         at += stretch.len();
         if stretch[0] {
             let to = to.min(len.saturating_sub(start) as usize);
-            target.write_all_at(&buffer[from..to], start + from as u64)?;
+            target.write_at(start + from as u64, &buffer[from..to])?;
         }
     }
     Ok(())

@@ -9,6 +9,7 @@ mod common;
 use std::path::{Path, PathBuf};
 
 use common::{open, withdraw};
+use farbus_machine_bank::archive::{export, import};
 use farbus_machine_bank::keep::verify;
 use farbus_machine_bank::manifest::{Counts, LeafNames, Writer};
 use farbus_machine_bank::pack::Packer;
@@ -116,5 +117,47 @@ fn the_documentation_shows_the_golden_files() {
             };
             assert!(text.contains(&shown), "{shown} is not in the documentation");
         }
+    }
+}
+
+/// The archives of both machines, the second since the first.
+fn archives(store: MemoryStore) -> [(&'static str, Vec<u8>); 2] {
+    let bank = open(store);
+    [("tiny@1", None), ("tiny@2-since-1", Some("tiny@1"))].map(|(name, since)| {
+        let (machine, _) = name.split_once('-').unwrap_or((name, ""));
+        let (entry, since) = (bank.find(machine).unwrap(), since.map(|since| bank.find(since).unwrap()));
+        let mut archive = Vec::new();
+        export(&bank, &entry, since.as_ref(), &mut archive, &|_| {}).unwrap();
+        (name, archive)
+    })
+}
+
+#[test]
+fn archives_of_version_1_are_read_and_written() {
+    let folder = golden().join("archive");
+    if std::env::var_os("FARBUS_WRITE_GOLDEN").is_some() {
+        std::fs::create_dir_all(&folder).unwrap();
+        for (name, archive) in archives(written_today()) {
+            std::fs::write(folder.join(name), archive).unwrap();
+        }
+    }
+    let (_, bank) = common::memory_bank();
+    for (name, today) in archives(read_golden()) {
+        let golden = std::fs::read(folder.join(name)).unwrap();
+        // Behind the head, the first leaf and its names are groups, which compress as zstd does, and a hash.
+        let same = 73 + 4 + u32::from_le_bytes(*golden[73..].first_chunk().unwrap()) as usize + 5;
+        assert!(golden[..same] == today[..same], "{name}");
+        let made = import(&bank, &mut &golden[..], &|_| {}).unwrap();
+        let (machine, _) = name.split_once('-').unwrap_or((name, ""));
+        let there = open(read_golden()).find(machine).unwrap();
+        assert_eq!((made.machine, made.root), (machine.to_owned(), there.root.to_string()));
+    }
+    let text = std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("src/archive/mod.rs")).unwrap();
+    for (name, archive) in archives(read_golden()) {
+        assert!(
+            text.contains(&format!("{name}, {} bytes", archive.len())),
+            "{name} of {} bytes is not in the documentation",
+            archive.len()
+        );
     }
 }

@@ -8,6 +8,7 @@ pub mod guest;
 pub mod place;
 pub mod process;
 pub mod program;
+pub mod qemu;
 
 pub use process::{End, Running};
 pub use program::farbus;

@@ -59,9 +59,22 @@ impl Lab {
 
 #[test]
 fn every_bank_command_explains_itself() {
-    for command in
-        ["init", "deposit", "withdraw", "serve-faults", "list", "show", "diff", "verify", "remove", "gc", "stats", "copy"]
-    {
+    for command in [
+        "init",
+        "deposit",
+        "withdraw",
+        "serve-faults",
+        "list",
+        "show",
+        "diff",
+        "verify",
+        "remove",
+        "gc",
+        "stats",
+        "copy",
+        "export",
+        "import",
+    ] {
         let help = Lab::run(&[command, "--help"]);
         assert_eq!(help.code(), Some(0));
         assert!(help.stdout.contains("Usage: farbus bank") && help.stdout.contains("--json"), "{}", help.stdout);
@@ -179,6 +192,16 @@ fn damage_is_found_named_and_not_withdrawn() {
     assert!(end.stdout.contains("pages are damaged") && end.stdout.contains("vm7@1: "), "{}", end.stdout);
     lab.refused(&["withdraw", &bank, "vm7", "--to", &lab.path("out")], &["damaged", "farbus bank verify"]);
     assert!(!std::fs::exists(lab.path("out/memory")).unwrap(), "a machine that is not whole has its name");
+    // What was damaged is put aside, and the same deposit as before heals what it can.
+    let end = Lab::run(&["verify", &bank, "--repair"]);
+    assert_eq!(end.code(), Some(1));
+    assert!(end.stdout.contains("1 of 2 packs are put aside") && end.stdout.contains("an import stores again"), "{}", end.stdout);
+    lab.deposit(&[]);
+    let end = Lab::run(&["verify", &bank]);
+    assert_eq!(end.code(), Some(0), "{}", end.stdout);
+    lab.ok(&["withdraw", &bank, "vm7@2", "--to", &lab.path("out"), "--replace"]);
+    assert!(lab.ok(&["gc", &bank])["put_aside_bytes"].as_u64() > Some(0));
+    assert_eq!(lab.ok(&["verify", &bank, "--repair"])["lost"], 0);
 }
 
 #[test]

@@ -26,6 +26,11 @@ fn replay(name: &str) {
 }
 
 #[test]
+fn bank_archive() {
+    replay("bank_archive");
+}
+
+#[test]
 fn bank_formats() {
     replay("bank_formats");
 }
@@ -36,6 +41,11 @@ fn bank_store() {
 }
 
 #[test]
+fn cloud_hypervisor_save() {
+    replay("cloud_hypervisor_save");
+}
+
+#[test]
 fn config_writes() {
     replay("config_writes");
 }
@@ -43,6 +53,11 @@ fn config_writes() {
 #[test]
 fn control_frames() {
     replay("control_frames");
+}
+
+#[test]
+fn firecracker_regions() {
+    replay("firecracker_regions");
 }
 
 #[test]
@@ -63,6 +78,11 @@ fn pci_config() {
 #[test]
 fn prp_lists() {
     replay("prp_lists");
+}
+
+#[test]
+fn qemu_mapped_ram() {
+    replay("qemu_mapped_ram");
 }
 
 #[test]

@@ -102,6 +102,7 @@ const IGNORED: &[(&str, &str)] = &[
     ("remote-dma/tests/nvme_data_path.rs", "nvme_data_path"),
     ("remote-dma/tests/session_two_hosts.rs", "session_two_hosts"),
     ("tests/oracle/tests/interop.rs", "interop"),
+    ("tests/tests/bank_qemu.rs", "bank_qemu"),
     ("tests/tests/command_line_rdma.rs", "command_line_rdma"),
     ("tests/tests/command_line_two_hosts.rs", "command_line_two_hosts"),
     ("tests/tests/vfio_edu.rs", "vfio_edu"),

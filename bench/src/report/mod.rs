@@ -3,15 +3,17 @@
 //! `{"fabric":"shm","verified":true,…,"cases":[{"name":"randread-4k-qd1","native":{"iops":…},"remote":{…},"p50_ratio":1.21}]}` is one demo;
 //! a suite is `{"suite":"shm","rows":[…]}`, each row with its reference and whether it meets its target.
 
+mod compare;
 mod machine;
 mod picture;
 mod table;
 
 use serde::Serialize;
 
+pub use compare::{Change, Kept, Verdict};
 pub use machine::Machine;
 pub use picture::{Distribution, PictureError, latency_picture};
-pub use table::{demo_table, duration, suite_row, suite_table};
+pub use table::{changes_table, demo_table, duration, suite_row, suite_table};
 
 use crate::measure::{Latencies, Pairs, Series};
 use crate::workload::{Case, CaseRun};

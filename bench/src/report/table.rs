@@ -2,7 +2,7 @@
 //!
 //! `randread-4k-qd1   412.3k   2.1 us   3.0 us   388.0k   2.5 us   3.9 us   0.94   1.19   4 %` is one case, native and remote.
 
-use super::{DemoReport, NOISE_BOUND, Row, SideReport, SuiteReport, Target, is_noise};
+use super::{Change, DemoReport, NOISE_BOUND, Row, SideReport, SuiteReport, Target, Verdict, is_noise};
 
 /// A demo, one line a case. A ratio that is only noise is not printed.
 pub fn demo_table(report: &DemoReport) -> String {
@@ -49,6 +49,28 @@ pub fn suite_table(report: &SuiteReport) -> String {
     format!("suite {}\n{}", report.suite, align(&rows))
 }
 
+/// Two runs of a suite, one line a row.
+pub fn changes_table(suite: &str, changes: &[Change]) -> String {
+    let header = ["case", "reference", "", "before", "after", ""];
+    let mut rows = vec![header.map(str::to_owned).to_vec()];
+    let figure = |value: Option<f64>, of: &str| match value {
+        None => "-".to_owned(),
+        Some(value) if of == "ratio" => format!("{value:.2}"),
+        Some(value) => in_unit(value, of),
+    };
+    rows.extend(changes.iter().map(|change| {
+        let verdict = match change.verdict {
+            Verdict::Better => "better",
+            Verdict::Worse => "WORSE",
+            Verdict::Noise => "noise",
+            Verdict::Missing => "not in both",
+        };
+        let [before, after] = [change.before, change.after].map(|value| figure(value, &change.of));
+        vec![change.case.clone(), change.reference.clone(), change.of.clone(), before, after, verdict.to_owned()]
+    }));
+    format!("suite {suite}\n{}", align(&rows))
+}
+
 /// One row, for whoever wants to see it before the suite has ended: its cells with two spaces between.
 pub fn suite_row(row: &Row) -> String {
     let cells = cells(row);
@@ -92,6 +114,8 @@ fn in_unit(value: f64, unit: &str) -> String {
         "bytes/s" if value < 1e9 => format!("{:.1} MB/s", value / 1e6),
         "bytes/s" => format!("{:.2} GB/s", value / 1e9),
         "iops" => count(value),
+        // Enough digits to read, and none that make nothing of something.
+        unit if value.fract() != 0.0 && value.abs() >= 0.01 => format!("{value:.2} {unit}"),
         unit => format!("{value} {unit}"),
     }
 }

@@ -9,7 +9,7 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, anyhow};
+use anyhow::{Context, Result, anyhow, bail};
 
 use super::bank_large::{Large, large};
 use super::bank_lazy;
@@ -48,7 +48,7 @@ type Rounds = BTreeMap<Tool, Result<Vec<Round>, String>>;
 
 /// Measures all rows.
 pub fn run(series: &Series, places: &Places, effort: &Effort, mut hear: impl FnMut(Heard<'_>)) -> SuiteReport {
-    let total = effort.rounds + 3;
+    let total = effort.rounds + 4;
     let mut rounds: Rounds = BTreeMap::new();
     for round in 0..effort.rounds {
         hear(Heard::Begins(Step { what: "images in and out", done: round, total }));
@@ -71,13 +71,17 @@ pub fn run(series: &Series, places: &Places, effort: &Effort, mut hear: impl FnM
     hear(Heard::Begins(Step { what: "what is in the bank already", done: effort.rounds, total }));
     let shared = shared(series, places, &rounds);
     hear(Heard::Measured(&shared));
-    hear(Heard::Begins(Step { what: "faults", done: effort.rounds + 1, total }));
+    hear(Heard::Begins(Step { what: "a machine that starts at once", done: effort.rounds + 1, total }));
+    let start = lazy_start(series, places, &rounds, effort.rounds);
+    hear(Heard::Measured(std::slice::from_ref(&start)));
+    hear(Heard::Begins(Step { what: "faults", done: effort.rounds + 2, total }));
     let faults = bank_lazy::rows(effort.rounds);
     hear(Heard::Measured(&faults));
-    hear(Heard::Begins(Step { what: "a large machine", done: effort.rounds + 2, total }));
+    hear(Heard::Begins(Step { what: "a large machine", done: effort.rounds + 3, total }));
     let large = of_large(large(&places.scratch.join("large"), effort.large));
     hear(Heard::Measured(&large));
     rows.extend(shared);
+    rows.push(start);
     rows.extend(faults);
     rows.extend(large);
     SuiteReport { suite: "bank".to_owned(), rows }
@@ -140,6 +144,25 @@ fn shared(series: &Series, places: &Places, rounds: &Rounds) -> Vec<Row> {
             Err(error) => Row::missing(other, "%", "none", other_target, format!("{error:#}")),
         },
     ]
+}
+
+/// How long until a machine's first instruction has what it needs, where its memory comes lazily; restic has to restore all of it first.
+fn lazy_start(series: &Series, places: &Places, rounds: &Rounds, count: usize) -> Row {
+    let (case, target) = ("lazy withdrawal, to the first instruction", Target::AtMost(0.1));
+    let measure = || -> Result<Row> {
+        let restic = match rounds.get(&Tool::Restic) {
+            Some(Ok(rounds)) if !rounds.is_empty() => rounds.iter().map(|round| round.restore_s).collect::<Vec<_>>(),
+            Some(Err(why)) => bail!("{why}"),
+            _ => bail!("no round was run"),
+        };
+        let bank = Bank::new(places, "lazy")?;
+        bank.deposit("vm", "--memory", &series.image("S0"))?;
+        bank.deposit("vm", "--memory", &series.image("S2"))?;
+        let ours: Vec<_> = (0..count).map(|_| bank_lazy::start(&bank.path, "vm", &series.image("S2"))).collect::<Result<_>>()?;
+        let ratios = Figures::new(ours.iter().zip(&restic).map(|(ours, theirs)| ours / theirs).collect());
+        Ok(Row::judged(case, "s", (&Figures::new(ours), "a restic restore of all", &Figures::new(restic)), &ratios, target))
+    };
+    measure().unwrap_or_else(|error| Row::missing(case, "s", "a restic restore of all", target, format!("{error:#}")))
 }
 
 fn number(report: &serde_json::Value, path: &str) -> Result<f64> {

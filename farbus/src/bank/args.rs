@@ -8,6 +8,8 @@ use std::time::Duration;
 use clap::{Args, Subcommand};
 
 use super::address::BankAddress;
+use super::archive_args::{ExportArgs, ImportArgs};
+use super::vmm_help;
 use crate::values::{parse_duration, parse_wait};
 
 /// `farbus bank`
@@ -53,6 +55,10 @@ pub enum BankCommand {
     Stats(StatsArgs),
     /// Take a machine from one bank to another: what the other lacks
     Copy(CopyArgs),
+    /// Write a machine to one file or pipe, that any bank of the same tenant can import
+    Export(ExportArgs),
+    /// Make a machine of such a file or pipe, every page verified
+    Import(ImportArgs),
 }
 
 impl BankArgs {
@@ -76,6 +82,8 @@ impl BankArgs {
             BankCommand::Gc(args) => &args.place,
             BankCommand::Stats(args) => &args.place,
             BankCommand::Copy(args) => &args.place,
+            BankCommand::Export(args) => &args.place,
+            BankCommand::Import(args) => &args.place,
         }
     }
 }
@@ -135,13 +143,7 @@ fn parse_named(text: &str) -> Result<Part, String> {
 
 /// `farbus bank deposit`
 #[derive(Debug, Args)]
-#[command(after_help = "The files must not change meanwhile: pause the machine, or deposit a snapshot of it.
-
-Without --dirty all of a section is read and hashed, and pages that are as at the last deposit are not stored again. With --dirty only pages whose
-bit is set are read: the file holds 64-bit little-endian words, and bit j of word i is page 64 i + j (4 KiB). A bit that is wrongly clear is a
-page that is not saved.
-
-A deposit that was interrupted is resumed by running it again: the pages that it had stored are found.")]
+#[command(after_help = vmm_help::DEPOSIT)]
 pub struct DepositArgs {
     /// The bank.
     #[command(flatten)]
@@ -158,6 +160,12 @@ pub struct DepositArgs {
     /// State of devices, in any format (section "devices", or NAME; repeatable)
     #[arg(long, value_name = "[NAME=]FILE", value_parser = parse_part)]
     pub device_state: Vec<Part>,
+    /// A machine that QEMU saved into one file with the capability mapped-ram: a section for each block of memory, and one for the rest
+    #[arg(long, value_name = "FILE")]
+    pub qemu: Option<PathBuf>,
+    /// A machine that Cloud Hypervisor hands over: listen at this socket until it does (sections "slot0" …, "config", "state")
+    #[arg(long, value_name = "SOCKET", conflicts_with_all = ["qemu", "memory", "dirty"])]
+    pub cloud_hypervisor: Option<PathBuf>,
     /// Which pages of a section may have changed since the parent (repeatable)
     #[arg(long, value_name = "SECTION=FILE", value_parser = parse_named)]
     pub dirty: Vec<Part>,
@@ -169,7 +177,7 @@ pub struct DepositArgs {
 /// `farbus bank withdraw`
 #[derive(Debug, Args)]
 #[command(
-    after_help = "A file is written as FILE.part and renamed when all of it is there. A withdrawal that was interrupted is resumed by running it again."
+    after_help = vmm_help::WITHDRAW
 )]
 pub struct WithdrawArgs {
     /// The bank.
@@ -179,8 +187,20 @@ pub struct WithdrawArgs {
     #[arg(value_name = "MACHINE")]
     pub machine: String,
     /// Write all sections to files of their names in this folder, which is made where it is missing
-    #[arg(long, value_name = "DIR", required_unless_present = "section")]
+    #[arg(long, value_name = "DIR", required_unless_present_any = ["section", "qemu", "cloud_hypervisor"])]
     pub to: Option<PathBuf>,
+    /// Write the machine to this file, that QEMU resumes from, if it was deposited with --qemu
+    #[arg(long, value_name = "FILE")]
+    pub qemu: Option<PathBuf>,
+    /// Hand the machine to the Cloud Hypervisor that waits at this socket, if one had handed it over
+    #[arg(long, value_name = "SOCKET", conflicts_with = "qemu")]
+    pub cloud_hypervisor: Option<PathBuf>,
+    /// Its guest goes on at once, and each page comes when it is used; it has to wait with memory_mode=postcopy
+    #[arg(long, requires = "cloud_hypervisor")]
+    pub on_demand: bool,
+    /// Its guest runs then, and is not paused
+    #[arg(long, requires = "cloud_hypervisor")]
+    pub resume: bool,
     /// Write this section to this file (repeatable)
     #[arg(long, value_name = "SECTION=FILE", value_parser = parse_named)]
     pub section: Vec<Part>,
@@ -265,10 +285,18 @@ pub struct DiffArgs {
 
 /// `farbus bank verify`
 #[derive(Debug, Args)]
+#[command(
+    after_help = "With --repair, while nobody deposits: packs that are damaged are put aside, with what is whole in them moved to new packs, and what is lost
+is noted, so that the next deposit of the same machine, a copy or an import stores it again. That heals every machine that needs it. The next
+farbus bank gc removes what was put aside."
+)]
 pub struct VerifyArgs {
     /// The bank.
     #[command(flatten)]
     pub place: Place,
+    /// Put damaged packs aside, so that what they had can be stored again
+    #[arg(long)]
+    pub repair: bool,
 }
 
 /// `farbus bank remove`

@@ -5,23 +5,29 @@
 use std::fs::File;
 use std::path::Path;
 
-use farbus_machine_bank::{Changes, DepositOptions, FileSource, Parent, SectionKind};
+use farbus_machine_bank::cloud_hypervisor::Other;
+use farbus_machine_bank::deposit::DepositReport;
+use farbus_machine_bank::qemu::{Refused, SECTION, Saved};
+use farbus_machine_bank::{Changes, DepositOptions, FileSource, Parent, SectionKind, Source};
 
 use super::args::{DepositArgs, Part};
 use super::help::Helped;
 use super::progress::Bar;
-use super::{open, say, size};
+use super::{cloud_hypervisor, open, say, size};
 use crate::failure::{Advise, refusal};
 
 /// Deposits a machine.
 pub fn run(args: &DepositArgs) -> anyhow::Result<()> {
     let sections = sections(args);
-    if sections.is_empty() {
-        return Err(refusal("nothing to deposit", "name files: --memory FILE, --disk FILE, --device-state FILE"));
+    if sections.is_empty() && args.qemu.is_none() && args.cloud_hypervisor.is_none() {
+        return Err(refusal("nothing to deposit", "name files: --memory FILE, --disk FILE, --device-state FILE, --qemu FILE"));
     }
+    let qemu = args.qemu.as_deref().map(file).transpose()?;
+    let saved = qemu.as_ref().map(|file| Saved::open(file)).transpose().or_else(|refused| refused_qemu(args, refused))?;
     for part in &args.dirty {
         let name = part.name.as_deref().unwrap_or_default();
-        if !sections.iter().any(|(_, section, _)| section == name) {
+        let of_qemu = saved.iter().flat_map(Saved::blocks).any(|block| block.section == name);
+        if !of_qemu && !sections.iter().any(|(_, section, _)| section == name) {
             return Err(refusal(
                 format!("--dirty names {name}, and no section is called that"),
                 "use the section's name, \"memory\" say",
@@ -35,24 +41,41 @@ pub fn run(args: &DepositArgs) -> anyhow::Result<()> {
         Some(wish) => Parent::Named(wish.to_owned()),
     };
     let what = || format!("cannot deposit {}", args.machine);
-    let mut deposit = bank.deposit(&args.machine, &DepositOptions { parent }).helped(what(), &args.place)?;
+    let options = DepositOptions { parent };
+    if let Some(path) = &args.cloud_hypervisor {
+        let files = sections.iter().map(|(_, _, path)| file(path)).collect::<Result<Vec<_>, _>>()?;
+        let others: Vec<Other<'_>> =
+            sections.iter().zip(&files).map(|((kind, name, _), file)| (*kind, name.as_str(), file as &dyn Source)).collect();
+        return tell(args, &cloud_hypervisor::deposit(&bank, args, path, &options, &others)?);
+    }
+    let mut deposit = bank.deposit(&args.machine, &options).helped(what(), &args.place)?;
     if !args.dirty.is_empty() && deposit.parent().is_none() {
         return Err(refusal(
             "--dirty says what changed since a parent, and there is none",
             "leave --dirty out for the first deposit, or name the parent with --parent MACHINE",
         ));
     }
-    for (kind, name, path) in &sections {
-        let dirty = args.dirty.iter().find(|part| part.name.as_ref() == Some(name)).map(|part| bitmap(&part.file)).transpose()?;
+    let mut section = |kind, name: &str, source: &dyn Source| -> anyhow::Result<()> {
+        let dirty = args.dirty.iter().find(|part| part.name.as_deref() == Some(name));
+        let dirty = dirty.map(|part| bitmap(&part.file)).transpose()?;
         let changes = dirty.as_deref().map_or(Changes::HashAll, Changes::Bitmap);
-        let source = File::open(path)
-            .and_then(FileSource::new)
-            .advise(format!("cannot read {}", path.display()), "name a file or a block device that this user can read")?;
         let bar = Bar::new(name);
-        deposit.section(*kind, name, &source, changes, &|progress| bar.show(progress)).helped(what(), &args.place)?;
+        deposit.section(kind, name, source, changes, &|progress| bar.show(progress)).helped(what(), &args.place)
+    };
+    if let Some(saved) = &saved {
+        for block in saved.blocks() {
+            section(SectionKind::Memory, &block.section, &saved.pages(block))?;
+        }
+        section(SectionKind::DeviceState, SECTION, &saved.rest())?;
     }
-    let report = deposit.commit().helped(what(), &args.place)?;
-    say(&args.place, &report, || {
+    for (kind, name, path) in &sections {
+        section(*kind, name, &file(path)?)?;
+    }
+    tell(args, &deposit.commit().helped(what(), &args.place)?)
+}
+
+fn tell(args: &DepositArgs, report: &DepositReport) -> anyhow::Result<()> {
+    say(&args.place, report, || {
         let counts = &report.counts;
         format!(
             "{}: {} pages: {} zero, {} as in {}, {} known, {} new; {} added",
@@ -66,6 +89,24 @@ pub fn run(args: &DepositArgs) -> anyhow::Result<()> {
             size(report.pack_bytes + report.manifest_bytes),
         )
     })
+}
+
+fn file(path: &Path) -> anyhow::Result<FileSource> {
+    File::open(path)
+        .and_then(FileSource::new)
+        .advise(format!("cannot read {}", path.display()), "name a file or a block device that this user can read")
+}
+
+fn refused_qemu<T>(args: &DepositArgs, refused: Refused) -> anyhow::Result<T> {
+    let path = args.qemu.as_deref().unwrap_or(Path::new(""));
+    let advice = match refused {
+        Refused::Source(_) => "name a file that this user can read, and that nobody shortens meanwhile",
+        _ => {
+            "save the machine with QEMU 9 or newer: stop, migrate_set_capability mapped-ram on, migrate file:FILE; \
+             or deposit its parts: --memory FILE, --device-state FILE"
+        }
+    };
+    Err(refused).advise(format!("cannot deposit {}", path.display()), advice)
 }
 
 /// The sections with their names.

@@ -6,12 +6,16 @@
 use std::error::Error;
 
 use farbus_machine_bank::BankError;
+use farbus_machine_bank::archive::{ExportError, ImportError};
 use farbus_machine_bank::bank::FindError;
+use farbus_machine_bank::cloud_hypervisor::{RestoreError, SaveError};
 use farbus_machine_bank::deposit::DepositError;
 use farbus_machine_bank::keep::CopyError;
 use farbus_machine_bank::manifest::ManifestError;
+use farbus_machine_bank::qemu::QemuError;
 use farbus_machine_bank::reader::ReadError;
 use farbus_machine_bank::store::{Kind, StoreError};
+use farbus_machine_bank::withdraw::WithdrawError;
 
 use super::args::Place;
 use crate::failure::Advise;
@@ -71,6 +75,42 @@ fn hint(error: &anyhow::Error, place: &Place) -> String {
                 DepositError::Store(error) => return store_hint(error, place),
                 _ => {}
             }
+        }
+        match cause.downcast_ref() {
+            Some(ImportError::Malformed(_)) => {
+                return "export the machine again, and compare the sizes of the two files".to_owned();
+            }
+            Some(ImportError::Keys(_)) => {
+                return "import it into a bank of the same tenant; or withdraw the machine there and deposit it here".to_owned();
+            }
+            Some(ImportError::NoBase(_)) => {
+                return format!(
+                    "import that machine first, or export the whole one, without --since; farbus bank list {bank} shows what is there"
+                );
+            }
+            Some(ImportError::Source(_)) => return "name a file that this user can read".to_owned(),
+            _ => {}
+        }
+        if let Some(ExportError::Target(_)) = cause.downcast_ref() {
+            return "choose a place that this user can write, on a file system with room for it".to_owned();
+        }
+        if let Some(RestoreError::Other(_)) = cause.downcast_ref() {
+            return "withdraw its sections: --to DIR, or --section SECTION=FILE".to_owned();
+        }
+        if matches!(cause.downcast_ref(), Some(SaveError::Refused(_)))
+            || matches!(cause.downcast_ref(), Some(RestoreError::Refused(_)))
+        {
+            return "the other end has to be a Cloud Hypervisor that can migrate to another process (July 2026 or newer), with --memory shared=on; its log says more".to_owned();
+        }
+        match cause.downcast_ref() {
+            Some(QemuError::Other) => return "withdraw its sections: --to DIR, or --section SECTION=FILE".to_owned(),
+            Some(QemuError::Malformed(_) | QemuError::Block { .. }) => {
+                return "whoever deposited it did so wrongly; its sections can be withdrawn: --to DIR".to_owned();
+            }
+            Some(QemuError::Withdraw(WithdrawError::Target(_))) => {
+                return "choose a place that this user can write, on a file system with room for it".to_owned();
+            }
+            _ => {}
         }
         if let Some(CopyError::Keys) = cause.downcast_ref() {
             return "copy between banks of one tenant; or withdraw the machine and deposit it there".to_owned();

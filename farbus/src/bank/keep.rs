@@ -4,7 +4,8 @@
 
 use std::process::ExitCode;
 
-use farbus_machine_bank::keep::{self, Keep, SweepOptions};
+use farbus_machine_bank::Bank;
+use farbus_machine_bank::keep::{self, Keep, RepairReport, SweepOptions};
 
 use super::args::{CopyArgs, GcArgs, RemoveArgs, VerifyArgs};
 use super::help::Helped;
@@ -14,6 +15,9 @@ use super::{find, open, open_at, say, size};
 /// Verifies a bank.
 pub fn verify(args: &VerifyArgs) -> anyhow::Result<ExitCode> {
     let bank = open(&args.place)?;
+    if args.repair {
+        return repair(&bank, args);
+    }
     let bar = Bar::new("verify");
     let report = keep::verify(&bank, &|progress| bar.show(progress)).helped("cannot verify the bank", &args.place)?;
     drop(bar);
@@ -23,10 +27,39 @@ pub fn verify(args: &VerifyArgs) -> anyhow::Result<ExitCode> {
             return format!("{read}: all is well");
         }
         let faults = report.faults.iter().map(|fault| format!("  {fault}\n")).collect::<String>();
-        let whole = "Machines that are not named are whole. A deposit of the same machine stores again what is damaged once its pack is removed.";
-        format!("{read}: {} faults\n{faults}{whole}", report.faults.len())
+        let whole = "Machines that are not named are whole.";
+        let bank = &args.place.bank;
+        let next =
+            format!("farbus bank verify {bank} --repair puts damaged packs aside, so that what they had can be stored again.");
+        format!("{read}: {} faults\n{faults}{whole} {next}", report.faults.len())
     })?;
     Ok(if report.faults.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+fn repair(bank: &Bank, args: &VerifyArgs) -> anyhow::Result<ExitCode> {
+    let bar = Bar::new("repair");
+    let report = keep::repair(bank, &|progress| bar.show(progress)).helped("cannot repair the bank", &args.place)?;
+    drop(bar);
+    say(&args.place, &report, || {
+        let RepairReport { packs, damaged, put_aside, moved, lost, machines } = &report;
+        if damaged.is_empty() && machines.is_empty() {
+            return format!("{packs} packs: all is well");
+        }
+        let lines = |faults: &[keep::Fault]| faults.iter().map(|fault| format!("  {fault}\n")).collect::<String>();
+        let mut text = format!(
+            "{} of {packs} packs are put aside, {moved} pages of them are in new packs, {lost} are lost\n",
+            put_aside.len()
+        );
+        text += &lines(damaged);
+        text += &lines(machines);
+        text += if machines.is_empty() {
+            "Every machine is whole."
+        } else {
+            "The next deposit of such a machine as it was, a copy from another bank or an import stores again what is lost."
+        };
+        text
+    })?;
+    Ok(if report.machines.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
 /// Removes machines.
@@ -66,6 +99,9 @@ pub fn gc(args: &GcArgs) -> anyhow::Result<()> {
         }
         if report.written_bytes > 0 {
             text += &format!(" and are in {} of new packs", size(report.written_bytes));
+        }
+        if report.put_aside_bytes > 0 {
+            text += &format!("; {} of packs that a repair had put aside", size(report.put_aside_bytes));
         }
         for pack in &report.damaged {
             text += &format!("\npack {pack} is damaged and stays");

@@ -4,13 +4,17 @@
 //! added" or the same as one JSON object. A failure says what to do about it.
 
 mod address;
+mod archive;
+pub mod archive_args;
 pub mod args;
+mod cloud_hypervisor;
 mod deposit;
 mod help;
 mod keep;
 mod look;
 mod progress;
 mod serve_faults;
+mod vmm_help;
 mod withdraw;
 
 use std::fs;
@@ -41,6 +45,8 @@ pub fn run(args: &BankArgs) -> anyhow::Result<ExitCode> {
         BankCommand::Remove(args) => keep::remove(args)?,
         BankCommand::Gc(args) => keep::gc(args)?,
         BankCommand::Copy(args) => keep::copy(args)?,
+        BankCommand::Export(args) => archive::export(args)?,
+        BankCommand::Import(args) => archive::import(args)?,
     }
     Ok(ExitCode::SUCCESS)
 }

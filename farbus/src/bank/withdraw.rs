@@ -5,13 +5,16 @@
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 
+use farbus_machine_bank::Withdrawal;
+use farbus_machine_bank::cloud_hypervisor::RestoreReport;
+use farbus_machine_bank::qemu::{QemuReport, SECTION};
 use farbus_machine_bank::withdraw::WithdrawReport;
 use serde::Serialize;
 
 use super::args::WithdrawArgs;
 use super::help::Helped;
 use super::progress::Bar;
-use super::{find, open, say};
+use super::{cloud_hypervisor, find, open, say, size};
 use crate::failure::{Advise, refusal};
 
 #[derive(Serialize)]
@@ -20,6 +23,13 @@ struct Written {
     file: PathBuf,
     #[serde(flatten)]
     report: WithdrawReport,
+}
+
+#[derive(Serialize)]
+struct Qemu {
+    file: PathBuf,
+    #[serde(flatten)]
+    report: QemuReport,
 }
 
 /// Withdraws a machine.
@@ -41,40 +51,75 @@ pub fn run(args: &WithdrawArgs) -> anyhow::Result<()> {
     if let Some(folder) = &args.to {
         fs::create_dir_all(folder)
             .advise(format!("cannot make {}", folder.display()), "choose a folder that this user can write")?;
+        let mut inside = Vec::new();
+        if args.qemu.is_some() {
+            let kept = withdrawal.qemu_file().helped(what(), &args.place)?;
+            inside.extend(kept.blocks().iter().map(|block| block.section.clone()).chain([SECTION.to_owned()]));
+        }
         let others = withdrawal.manifest().head.sections.iter().map(|section| section.name.clone());
-        let others: Vec<_> = others.filter(|name| !files.iter().any(|(other, _)| other == name)).collect();
+        let others: Vec<_> =
+            others.filter(|name| !inside.contains(name) && !files.iter().any(|(other, _)| other == name)).collect();
         files.extend(others.into_iter().map(|name| (name.clone(), folder.join(name))));
     }
-    for (_, path) in files.iter().filter(|_| !args.replace) {
+    for path in files.iter().map(|(_, path)| path).chain(&args.qemu).filter(|_| !args.replace) {
         if path.exists() {
             return Err(refusal(format!("{} is there", path.display()), "choose another name, or say --replace"));
         }
     }
     let mut written = Vec::new();
     for (section, file) in files {
-        let part = part(&file);
-        let advice = "choose a place that this user can write, on a file system with room for it";
-        let target = File::options().create(true).truncate(false).read(true).write(true).open(&part);
-        let target = target.advise(format!("cannot write {}", part.display()), advice)?;
-        let bar = Bar::new(&section);
-        let report = withdrawal.section(&section, &target, &|progress| bar.show(progress)).helped(what(), &args.place)?;
-        drop(bar);
-        fs::rename(&part, &file).advise(format!("cannot write {}", file.display()), advice)?;
+        let report = whole(&file, |target| {
+            let bar = Bar::new(&section);
+            withdrawal.section(&section, target, &|progress| bar.show(progress)).helped(what(), &args.place)
+        })?;
         written.push(Written { section, file, report });
     }
-    let object = serde_json::json!({ "machine": entry.to_string(), "root": entry.root.to_string(), "sections": written });
+    let handed = args.cloud_hypervisor.as_deref().map(|path| cloud_hypervisor::withdraw(&bank, &entry, args, path)).transpose()?;
+    let qemu = args.qemu.as_deref().map(|file| qemu(&withdrawal, file, args, &what())).transpose()?;
+    let object = serde_json::json!({ "machine": entry.to_string(), "root": entry.root.to_string(), "sections": written, "qemu": qemu, "cloud_hypervisor": handed });
     say(&args.place, &object, || {
         let line = |Written { section, file, report }: &Written| {
             let WithdrawReport { pages, zero, there, fetched } = report;
             let there = if *there > 0 { format!(", {there} there already") } else { String::new() };
             format!("{section}: {pages} pages in {}: {zero} zero, {fetched} verified{there}", file.display())
         };
-        written.iter().map(line).collect::<Vec<_>>().join("\n")
+        let mut lines: Vec<_> = written.iter().map(line).collect();
+        if let Some(Qemu { file, report }) = &qemu {
+            let fetched: u64 = report.sections.iter().map(|(_, report)| report.fetched).sum();
+            let sections = report.sections.len();
+            lines.push(format!("{}: {}, of {sections} sections: {fetched} pages verified", file.display(), size(report.bytes)));
+        }
+        if let Some(RestoreReport { slots, bytes, faults, placed, .. }) = &handed {
+            let on_demand = if args.on_demand { format!(": {placed} pages for {faults} requests") } else { String::new() };
+            lines.push(format!("Cloud Hypervisor has {entry}, {slots} slots of {}{on_demand}", size(*bytes)));
+        }
+        lines.join("\n")
     })
 }
 
+/// Writes a file under another name, and gives it its own when all of it is there.
+fn whole<T>(file: &Path, write: impl FnOnce(&File) -> anyhow::Result<T>) -> anyhow::Result<T> {
+    let part = part(file);
+    let advice = "choose a place that this user can write, on a file system with room for it";
+    let target = File::options().create(true).truncate(false).read(true).write(true).open(&part);
+    let target = target.advise(format!("cannot write {}", part.display()), advice)?;
+    let report = write(&target)?;
+    fs::rename(&part, file).advise(format!("cannot write {}", file.display()), advice)?;
+    Ok(report)
+}
+
+fn qemu(withdrawal: &Withdrawal<'_>, file: &Path, args: &WithdrawArgs, what: &str) -> anyhow::Result<Qemu> {
+    // Before anything is made in its place.
+    withdrawal.qemu_file().helped(what, &args.place)?;
+    let report = whole(file, |target| {
+        let bar = Bar::new("qemu");
+        withdrawal.qemu(target, &|progress| bar.show(progress)).helped(what, &args.place)
+    })?;
+    Ok(Qemu { file: file.to_owned(), report })
+}
+
 /// What a file is called until all of it is there.
-fn part(file: &Path) -> PathBuf {
+pub(super) fn part(file: &Path) -> PathBuf {
     let mut name = file.as_os_str().to_owned();
     name.push(".part");
     name.into()

@@ -23,6 +23,7 @@ use worker::{Full, Leaf, Pages, Worker};
 
 use crate::bank::{Bank, FindError};
 use crate::index::{Index, IndexError};
+use crate::keep::lost::Lost;
 use crate::manifest::head::{MOST_BYTES, MOST_SECTIONS, leaves, pages_of};
 use crate::manifest::{Counts, Entry, LEAF, LeafNames, Manifest, ManifestError, SectionKind, Writer, valid_machine};
 use crate::pack::{FULL, PackBuilder, PackId, Place, Sealed};
@@ -164,7 +165,8 @@ impl Bank {
             }
         };
         let writer = Writer::new(self.store(), parent.as_ref().map(|(_, manifest)| manifest.clone()))?;
-        let pages = Pages { index: RwLock::new(Index::open(self.store())?), claimed: Mutex::default() };
+        let lost = Lost::read(self.store())?;
+        let pages = Pages { index: RwLock::new(Index::open(self.store())?), claimed: Mutex::default(), lost };
         let workers = (0..THREADS).map(|_| Worker::new()).collect::<Result<_, _>>()?;
         let machine = machine.to_owned();
         Ok(Deposit { bank: self, machine, parent, writer, pages, workers, pack_bytes: AtomicU64::new(0), _hold: hold })

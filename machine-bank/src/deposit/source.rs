@@ -110,6 +110,8 @@ pub enum Changes<'a> {
     HashAll,
     /// Those whose bit is set, page `64 i + j` by bit `j` of word `i`; pages behind its end may too. Others are taken from the parent unread.
     Bitmap(&'a [u64]),
+    /// None, and the source cannot be read: all is taken from the parent, which has a section of that length.
+    None,
 }
 
 impl Changes<'_> {
@@ -117,6 +119,7 @@ impl Changes<'_> {
     pub fn may(&self, page: u64) -> bool {
         match self {
             Self::HashAll => true,
+            Self::None => false,
             Self::Bitmap(words) => {
                 let word = usize::try_from(page / 64).ok().and_then(|at| words.get(at));
                 word.is_none_or(|word| word >> (page % 64) & 1 == 1)
@@ -150,5 +153,6 @@ mod tests {
         let changes = Changes::Bitmap(&[1 << 5, 1]);
         assert!(changes.may(5) && changes.may(64) && changes.may(128));
         assert!(!changes.may(4) && !changes.may(65));
+        assert!(Changes::HashAll.may(0) && !Changes::None.may(0));
     }
 }

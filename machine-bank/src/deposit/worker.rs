@@ -9,6 +9,7 @@ use super::DepositError;
 use super::source::{Changes, Source};
 use crate::bank::Bank;
 use crate::index::Index;
+use crate::keep::lost::Lost;
 use crate::manifest::{Counts, LEAF};
 use crate::pack::{FULL_PAGES, GROUP, PackId, Packer, Place, Sealed};
 use crate::page::{PAGE, PageId};
@@ -32,6 +33,8 @@ pub(super) struct Pages {
     pub index: RwLock<Index>,
     /// New pages that a thread has taken and that are in no pack of the index yet.
     pub claimed: Mutex<HashSet<PageId>>,
+    /// Pages that a parent has by name and the bank does not have.
+    pub lost: Lost,
 }
 
 impl Pages {
@@ -113,7 +116,10 @@ impl Worker {
         debug_assert!(leaf.pages <= LEAF, "a leaf has at most {LEAF} pages");
         let mut ids = leaf.parent.map_or_else(|| vec![PageId::ZERO; leaf.pages], <[PageId]>::to_vec);
         self.counts.pages += leaf.pages as u64;
-        let may = |at: usize| leaf.parent.is_none() || changes.may(leaf.first + at as u64);
+        // What is lost is read though nothing changed, because it can be stored again.
+        let readable = !matches!(changes, Changes::None);
+        let lost: Vec<bool> = ids.iter().map(|id| readable && pages.lost.has(id)).collect();
+        let may = |at: usize| leaf.parent.is_none() || lost[at] || changes.may(leaf.first + at as u64);
         let mut at = 0;
         while at < leaf.pages {
             if !may(at) {
@@ -163,7 +169,7 @@ impl Worker {
         for (at, (id, name)) in ids.iter_mut().zip(&self.names).enumerate() {
             if name.is_zero() {
                 self.counts.zero += 1;
-            } else if leaf.parent.is_some() && id == name {
+            } else if leaf.parent.is_some() && id == name && !pages.lost.has(name) {
                 self.counts.position += 1;
             } else {
                 self.fresh.push((at, *name));

@@ -4,7 +4,9 @@
 
 mod copy;
 mod diff;
+pub(crate) mod lost;
 mod remove;
+mod repair;
 mod stats;
 mod sweep;
 mod verify;
@@ -12,6 +14,7 @@ mod verify;
 pub use copy::{CopyError, CopyReport, copy};
 pub use diff::{Diff, SectionDiff, diff};
 pub use remove::{Keep, RemoveError, RemoveReport, expired, remove};
+pub use repair::{RepairError, RepairReport, repair};
 pub use stats::{Stats, stats};
 pub use sweep::{SweepError, SweepOptions, SweepReport, sweep};
 pub use verify::{Fault, VerifyReport, verify};

@@ -11,6 +11,7 @@ use std::time::{Duration, SystemTime};
 use serde::Serialize;
 use thiserror::Error;
 
+use super::repair::is_aside;
 use crate::bank::Bank;
 use crate::index::{Index, IndexError, read_directory};
 use crate::manifest::{Manifest, ManifestError};
@@ -56,6 +57,8 @@ pub struct SweepReport {
     pub tidied_bytes: u64,
     /// Packs that are damaged, which are never removed.
     pub damaged: Vec<String>,
+    /// Bytes of damaged packs that a repair had put aside and that were removed.
+    pub put_aside_bytes: u64,
     /// Pages that machines name and that are in no pack: `verify` says whose.
     pub missing: u64,
 }
@@ -95,8 +98,12 @@ pub fn sweep(bank: &Bank, options: &SweepOptions) -> Result<SweepReport, SweepEr
     let needed = needed(bank, &index, &mut report)?;
     let mut unneeded: HashMap<PackId, u64> = HashMap::new();
     let mut moving: Vec<PageId> = Vec::new();
+    let mut aside = Vec::new();
     for object in store.list(Kind::Pack)? {
-        let Some(pack) = PackId::from_name(&object.name) else { continue };
+        let Some(pack) = PackId::from_name(&object.name) else {
+            aside.extend(is_aside(&object.name).then_some((object.name, object.len)));
+            continue;
+        };
         report.packs += 1;
         let entries = match read_directory(store, pack, object.len) {
             Ok(entries) => entries,
@@ -119,6 +126,7 @@ pub fn sweep(bank: &Bank, options: &SweepOptions) -> Result<SweepReport, SweepEr
     report.removed = unneeded.len() as u64;
     report.removed_bytes = unneeded.values().sum();
     report.moved = moving.len() as u64;
+    report.put_aside_bytes = aside.iter().map(|(_, len)| len).sum();
     if options.dry_run {
         return Ok(report);
     }
@@ -129,6 +137,9 @@ pub fn sweep(bank: &Bank, options: &SweepOptions) -> Result<SweepReport, SweepEr
     index.merge_all(store)?;
     for pack in unneeded.keys() {
         store.remove(Kind::Pack, &pack.name())?;
+    }
+    for (name, _) in &aside {
+        store.remove(Kind::Pack, name)?;
     }
     store.sync(Kind::Pack)?;
     Ok(report)

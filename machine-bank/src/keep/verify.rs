@@ -55,76 +55,117 @@ pub struct VerifyReport {
 pub fn verify(bank: &Bank, progress: &dyn Fn(Progress)) -> Result<VerifyReport, ReadError> {
     let mut report = VerifyReport::default();
     let listing = bank.listing()?;
-    let packs = bank.store().list(Kind::Pack)?;
-    let total = packs.iter().map(|object| object.len).sum();
-    let (mut done, mut good, mut decoder) = (0, HashSet::new(), GroupDecoder::new().map_err(ReadError::Memory)?);
-    let mut pages = Box::new([0; GROUP]);
-    for object in &packs {
-        let Some(id) = PackId::from_name(&object.name) else { continue };
-        report.packs += 1;
-        let what = format!("pack {}", object.name);
-        match bank.store().read_all(Kind::Pack, &object.name, MOST_PACK) {
-            Ok(bytes) => match parse_pack(id, &bytes) {
-                Ok(entries) => {
-                    report.pages += entries.len() as u64;
-                    let damaged = damaged(bank, &bytes, &entries, &mut decoder, &mut pages, &mut good);
-                    if damaged > 0 {
-                        report.faults.push(Fault { what, fault: format!("{damaged} pages are damaged") });
-                    }
-                }
-                Err(error) => report.faults.push(Fault { what, fault: error.to_string() }),
-            },
-            // A sweep has removed it meanwhile.
-            Err(StoreError::Missing { .. }) => {}
-            Err(error @ (StoreError::TooLong { .. } | StoreError::Ends { .. })) => {
-                report.faults.push(Fault { what, fault: error.to_string() });
-            }
-            Err(error) => return Err(error.into()),
-        }
-        done += object.len;
-        progress(Progress { done, total });
-    }
+    let Packs { good, .. } = packs(bank, &mut report, progress)?;
     let index = Index::open(bank.store())?;
     for entry in &listing.0 {
         report.machines += 1;
-        machine(bank, &listing, entry, &index, &good, &mut report)?;
+        machine(bank, &listing, entry, &index, &good, &mut report, &mut |_| {})?;
     }
     Ok(report)
 }
 
-/// Pages of a pack that are not what they are called; the others are `good`.
-fn damaged(
-    bank: &Bank,
-    bytes: &[u8],
-    entries: &[(PageId, Place)],
-    decoder: &mut GroupDecoder,
-    pages: &mut [u8; GROUP],
-    good: &mut HashSet<PageId>,
-) -> usize {
-    let mut damaged = 0;
-    for group in entries.chunk_by(|(_, a), (_, b)| a.offset == b.offset) {
-        let place = group[0].1;
-        let stored = bytes.get(place.offset as usize..(place.offset + place.len) as usize);
-        let len = stored.and_then(|stored| decoder.decode(stored, pages).ok()).unwrap_or(0);
-        for (at, (id, _)) in group.iter().enumerate() {
-            let page = pages[..len].as_chunks::<PAGE>().0.get(at);
-            if page.is_some_and(|page| bank.identity().page(page) == *id) {
-                good.insert(*id);
-            } else {
-                damaged += 1;
-            }
-        }
-    }
-    damaged
+/// What was found in the packs.
+pub(super) struct Packs {
+    /// Pages that some pack has whole.
+    pub good: HashSet<PageId>,
+    /// Packs with something that is damaged.
+    pub damaged: Vec<PackId>,
 }
 
-fn machine(
+/// Reads all packs.
+pub(super) fn packs(bank: &Bank, report: &mut VerifyReport, progress: &dyn Fn(Progress)) -> Result<Packs, ReadError> {
+    let packs = bank.store().list(Kind::Pack)?;
+    let total = packs.iter().map(|object| object.len).sum();
+    let (mut done, mut good, mut reading) = (0, HashSet::new(), Reading::new()?);
+    let mut damaged = Vec::new();
+    for object in &packs {
+        done += object.len;
+        let Some(id) = PackId::from_name(&object.name) else { continue };
+        report.packs += 1;
+        match reading.pack(bank, id, &mut |id, _| _ = good.insert(id)) {
+            Ok(None) => {}
+            Ok(Some((pages, 0))) => report.pages += pages,
+            Ok(Some((pages, wrong))) => {
+                report.pages += pages;
+                damaged.push(id);
+                report.faults.push(Fault { what: format!("pack {}", object.name), fault: format!("{wrong} pages are damaged") });
+            }
+            Err(Unreadable::Pack(fault)) => {
+                damaged.push(id);
+                report.faults.push(Fault { what: format!("pack {}", object.name), fault });
+            }
+            Err(Unreadable::Store(error)) => return Err(error.into()),
+        }
+        progress(Progress { done, total });
+    }
+    Ok(Packs { good, damaged })
+}
+
+/// Why nothing of a pack can be read.
+pub(super) enum Unreadable {
+    /// It is damaged.
+    Pack(String),
+    /// The store's fault.
+    Store(StoreError),
+}
+
+/// Buffers for reading packs.
+pub(super) struct Reading {
+    decoder: GroupDecoder,
+    pages: Box<[u8; GROUP]>,
+}
+
+impl Reading {
+    pub fn new() -> Result<Self, ReadError> {
+        Ok(Self { decoder: GroupDecoder::new().map_err(ReadError::Memory)?, pages: Box::new([0; GROUP]) })
+    }
+
+    /// Reads a pack, hands out its pages that are what they are called, and says how many it has and how many are not; `None`: a sweep has removed
+    /// it meanwhile.
+    pub fn pack(
+        &mut self,
+        bank: &Bank,
+        pack: PackId,
+        good: &mut dyn FnMut(PageId, &[u8; PAGE]),
+    ) -> Result<Option<(u64, u64)>, Unreadable> {
+        let bytes = match bank.store().read_all(Kind::Pack, &pack.name(), MOST_PACK) {
+            Ok(bytes) => bytes,
+            Err(StoreError::Missing { .. }) => return Ok(None),
+            Err(error @ (StoreError::TooLong { .. } | StoreError::Ends { .. })) => return Err(Unreadable::Pack(error.to_string())),
+            Err(error) => return Err(Unreadable::Store(error)),
+        };
+        let entries = parse_pack(pack, &bytes).map_err(|error| Unreadable::Pack(error.to_string()))?;
+        Ok(Some((entries.len() as u64, self.pages(bank, &bytes, &entries, good))))
+    }
+
+    /// Pages of a pack that are not what they are called; the others are `good`.
+    fn pages(&mut self, bank: &Bank, bytes: &[u8], entries: &[(PageId, Place)], good: &mut dyn FnMut(PageId, &[u8; PAGE])) -> u64 {
+        let mut damaged = 0;
+        for group in entries.chunk_by(|(_, a), (_, b)| a.offset == b.offset) {
+            let place = group[0].1;
+            let stored = bytes.get(place.offset as usize..(place.offset + place.len) as usize);
+            let len = stored.and_then(|stored| self.decoder.decode(stored, &mut self.pages).ok()).unwrap_or(0);
+            for (at, (id, _)) in group.iter().enumerate() {
+                let page = self.pages[..len].as_chunks::<PAGE>().0.get(at);
+                match page.filter(|page| bank.identity().page(*page) == *id) {
+                    Some(page) => good(*id, page),
+                    None => damaged += 1,
+                }
+            }
+        }
+        damaged
+    }
+}
+
+/// Looks for every page of a machine, and hands out those that are `lost`.
+pub(super) fn machine(
     bank: &Bank,
     listing: &Listing,
     entry: &crate::manifest::Entry,
     index: &Index,
     good: &HashSet<PageId>,
     report: &mut VerifyReport,
+    lost: &mut dyn FnMut(PageId),
 ) -> Result<(), ReadError> {
     let mut fault = |fault: String| report.faults.push(Fault { what: entry.to_string(), fault });
     let manifest = match Manifest::open(bank.store(), bank.identity(), listing, &entry.root) {
@@ -144,6 +185,7 @@ fn machine(
                     for id in ids.iter().filter(|id| !id.is_zero()) {
                         let found = good.contains(id) && index.find(bank.store(), id).map_err(IndexError::Store)?.is_some();
                         if !found {
+                            lost(*id);
                             *wrong.entry(&section.name).or_default() += 1;
                         }
                     }

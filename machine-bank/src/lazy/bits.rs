@@ -5,7 +5,7 @@
 use std::ops::Range;
 
 #[derive(Debug)]
-pub(super) struct Bits(Vec<u64>);
+pub(crate) struct Bits(Vec<u64>);
 
 impl Bits {
     pub fn new(count: u64) -> Self {

@@ -7,7 +7,7 @@
 //! that had its pages mapped lose those that they did not write, and are answered anew when they use them.
 
 use std::collections::{HashMap, VecDeque};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock, Weak};
 
 use farbus_transport::{Memory, MemoryError};
@@ -34,6 +34,8 @@ pub struct CachedImage {
     memory: Arc<Memory>,
     held: RwLock<Vec<Held>>,
     used: Vec<AtomicBool>,
+    /// Groups that are in the memfd.
+    there: AtomicUsize,
 }
 
 /// A bounded cache of images.
@@ -57,7 +59,8 @@ impl Cache {
         Arc::new(Self { most: (bytes / GROUP as u64).max(1), inner: Mutex::default(), evicted: AtomicU64::new(0) })
     }
 
-    /// The groups of a section of `len` bytes of a machine, shared by all who ask.
+    /// The groups of a section of `len` bytes of a machine, shared by all who ask. They stay for who comes later; an image of which no group is left
+    /// goes when nobody uses it and another one comes.
     ///
     /// # Errors
     /// The host's fault.
@@ -66,10 +69,13 @@ impl Cache {
         if let Some(image) = inner.images.get(&(entry.root, section.to_owned())) {
             return Ok(image.clone());
         }
+        // An image that nobody uses and of which nothing is left is a memfd for nothing.
+        inner.images.retain(|_, image| Arc::strong_count(image) > 1 || image.there.load(Ordering::Relaxed) > 0);
         let groups = len.max(1).div_ceil(GROUP as u64) as usize;
         let memory = Memory::memfd("farbus-bank-cache", len.max(1).next_multiple_of(PAGE as u64))?;
         let used = (0..groups).map(|_| AtomicBool::new(false)).collect();
-        let image = Arc::new(CachedImage { memory, held: RwLock::new(vec![Held::Absent; groups]), used });
+        let held = RwLock::new(vec![Held::Absent; groups]);
+        let image = Arc::new(CachedImage { memory, held, used, there: AtomicUsize::new(0) });
         inner.images.insert((entry.root, section.to_owned()), image.clone());
         Ok(image)
     }
@@ -102,21 +108,14 @@ impl Cache {
         Ok(())
     }
 
-    /// Forgets an image that nobody uses any more; whether it did.
-    pub fn forget(&self, entry: &Entry, section: &str) -> bool {
-        let mut inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
-        let key = (entry.root, section.to_owned());
-        let idle = inner.images.get(&key).is_some_and(|image| Arc::strong_count(image) == 1);
-        if idle {
-            inner.images.remove(&key);
-            inner.order.retain(|(image, _)| image.strong_count() > 0);
-        }
-        idle
-    }
-
     /// Groups that are there.
     pub fn groups(&self) -> u64 {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner).order.len() as u64
+    }
+
+    /// Images that are known.
+    pub fn images(&self) -> usize {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner).images.len()
     }
 
     /// Groups that went to make room.
@@ -160,6 +159,7 @@ impl CachedImage {
         self.memory.write(start, &bytes[..room])?;
         if let Some(held) = held.get_mut(group) {
             *held = Held::There;
+            self.there.fetch_add(1, Ordering::Relaxed);
         }
         Ok(())
     }
@@ -170,8 +170,9 @@ impl CachedImage {
         let start = (group * GROUP) as u64;
         let len = self.memory.len().saturating_sub(start).min(GROUP as u64);
         // First it is not there: a punch that fails half-way leaves zeros that nobody is answered with.
-        if let Some(held) = held.get_mut(group) {
+        if let Some(held) = held.get_mut(group).filter(|held| **held == Held::There) {
             *held = Held::Absent;
+            self.there.fetch_sub(1, Ordering::Relaxed);
         }
         let Some((file, offset)) = self.memory.file() else { return Ok(()) };
         fallocate(file, FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE, offset + start, len)
@@ -213,15 +214,23 @@ mod tests {
     }
 
     #[test]
-    fn an_image_is_shared_and_goes_when_nobody_uses_it() {
-        let cache = Cache::new(1 << 20);
+    fn an_image_is_shared_and_goes_when_nobody_uses_it_and_nothing_of_it_is_left() {
+        let cache = Cache::new(GROUP as u64);
         let image = cache.image(&entry(1), "memory", 100).unwrap();
         assert!(Arc::ptr_eq(&image, &cache.image(&entry(1), "memory", 100).unwrap()));
         assert!(!Arc::ptr_eq(&image, &cache.image(&entry(1), "disk0", 100).unwrap()));
         cache.insert(&image, 0, Some(&[5; PAGE])).unwrap();
-        assert!(!cache.forget(&entry(1), "memory"), "it is used");
+        let second = cache.image(&entry(2), "memory", 100).unwrap();
+        assert_eq!(cache.images(), 2, "the disk's went, in which nothing was");
         drop(image);
-        assert!(cache.forget(&entry(1), "memory"));
-        assert_eq!(cache.groups(), 0);
+        let image = cache.image(&entry(1), "memory", 100).unwrap();
+        assert_eq!(image.held(0), Held::There, "what nobody uses stays for who comes later");
+        drop(image);
+        // The only group that there is room for is another's now.
+        cache.insert(&second, 0, Some(&[6; PAGE])).unwrap();
+        assert_eq!((cache.groups(), cache.images()), (1, 2));
+        let third = cache.image(&entry(3), "memory", 100).unwrap();
+        assert_eq!(cache.images(), 2, "the first went");
+        assert!(cache.image(&entry(1), "memory", 100).unwrap().held(0) == Held::Absent && third.held(0) == Held::Absent);
     }
 }

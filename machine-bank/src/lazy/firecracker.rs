@@ -12,7 +12,6 @@ use std::fs;
 use std::io::{self, IoSliceMut};
 use std::mem::MaybeUninit;
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -122,17 +121,7 @@ impl FaultSocket {
     /// # Errors
     /// There is something else, or a server that lives.
     pub fn bind(path: &Path) -> io::Result<Self> {
-        let listener = match UnixListener::bind(path) {
-            // A connection to a plain file is refused as well.
-            Err(error) if error.kind() == io::ErrorKind::AddrInUse && fs::symlink_metadata(path)?.file_type().is_socket() => {
-                match UnixStream::connect(path) {
-                    Err(gone) if gone.kind() == io::ErrorKind::ConnectionRefused => fs::remove_file(path)?,
-                    _ => return Err(error),
-                }
-                UnixListener::bind(path)?
-            }
-            other => other?,
-        };
+        let listener = crate::socket::bind(path)?;
         listener.set_nonblocking(true)?;
         Ok(Self { listener, path: path.to_owned() })
     }
@@ -230,7 +219,7 @@ fn scarce(error: &io::Error) -> bool {
 pub fn receive(stream: &UnixStream) -> Result<(Uffd, Vec<Region>), Refused> {
     let until = Instant::now() + PATIENCE;
     let (mut bytes, mut fds) = (Vec::new(), Vec::new());
-    let mappings = loop {
+    let regions = loop {
         let left = until.saturating_duration_since(Instant::now());
         if left.is_zero() {
             return Err(Refused::Silent);
@@ -241,18 +230,26 @@ pub fn receive(stream: &UnixStream) -> Result<(Uffd, Vec<Region>), Refused> {
         if !take(stream, &mut bytes, &mut fds)? {
             return Err(Refused::Closed(bytes.len()));
         }
-        // A stream may hand the list over in pieces: what ends too early may go on.
-        match serde_json::from_slice::<Vec<Mapping>>(&bytes) {
-            Ok(mappings) => break mappings,
-            Err(error) if !error.is_eof() => return Err(Refused::Json(error)),
-            Err(_) if bytes.len() >= MOST_BYTES => return Err(Refused::TooLong),
-            Err(_) => {}
+        if let Some(regions) = parse(&bytes)? {
+            break regions;
         }
     };
-    let regions = mappings.iter().map(region).collect::<Result<_, _>>()?;
     match (fds.pop(), fds.len()) {
         (Some(fd), 0) => Ok((Uffd::passed(fd)?, regions)),
         (one, others) => Err(Refused::Descriptors(others + usize::from(one.is_some()))),
+    }
+}
+
+/// The regions of a list; `None`: it ends too early and may go on, because a stream may hand it over in pieces.
+///
+/// # Errors
+/// It is no such list, is too long, or its pages are not of 4 KiB.
+pub fn parse(list: &[u8]) -> Result<Option<Vec<Region>>, Refused> {
+    match serde_json::from_slice::<Vec<Mapping>>(list) {
+        Ok(mappings) => mappings.iter().map(region).collect::<Result<_, _>>().map(Some),
+        Err(error) if !error.is_eof() => Err(Refused::Json(error)),
+        Err(_) if list.len() >= MOST_BYTES => Err(Refused::TooLong),
+        Err(_) => Ok(None),
     }
 }
 

@@ -34,7 +34,7 @@ impl Default for Patience {
 
 /// A group as it was fetched.
 #[derive(Debug)]
-pub(super) struct Fetched<'a> {
+pub(crate) struct Fetched<'a> {
     /// Which.
     pub group: u64,
     /// Its bytes, of those pages that the section has; `None`: all are zero.
@@ -44,7 +44,7 @@ pub(super) struct Fetched<'a> {
 }
 
 /// A section that is being fetched, by one thread.
-pub(super) struct Image<'b> {
+pub(crate) struct Image<'b> {
     withdrawal: Withdrawal<'b>,
     bank: &'b Bank,
     section: usize,
@@ -152,7 +152,7 @@ impl<'b> Image<'b> {
 }
 
 /// The pages of a group of a section of `pages`.
-pub(super) fn pages_of(group: u64, pages: u64) -> Range<u64> {
+pub(crate) fn pages_of(group: u64, pages: u64) -> Range<u64> {
     let start = (group * GROUP_PAGES as u64).min(pages);
     start..(start + GROUP_PAGES as u64).min(pages)
 }

@@ -44,8 +44,10 @@ mod uffd;
 mod working_set;
 
 pub use area::Area;
+pub(crate) use bits::Bits;
 pub use cache::{Cache, CachedImage, Held};
 pub use image::Patience;
+pub(crate) use image::{Image, pages_of};
 pub use regions::{MOST_REGIONS, Region, RegionError, Regions};
 pub use report::{Failure, LazyReport, OnFailure};
 pub use server::{Backing, FaultServer, LazyError, LazyMachine, LazyOptions};

@@ -117,8 +117,7 @@ impl WorkingSet {
         let manifest = bank.manifest(entry).map_err(DepositError::from)?;
         let name = section_name(section);
         for about in manifest.head.sections.iter().filter(|about| about.name != name) {
-            let unchanged = vec![0; about.pages().div_ceil(64) as usize];
-            deposit.section(about.kind, &about.name, &Unread(about.len), Changes::Bitmap(&unchanged), &|_| {})?;
+            deposit.section(about.kind, &about.name, &Unread(about.len), Changes::None, &|_| {})?;
         }
         deposit.section(SectionKind::WorkingSet, &name, &&self.encode()[..], Changes::HashAll, &|_| {})?;
         Ok(deposit.commit_onto_parent()?)

@@ -4,6 +4,8 @@
 #![allow(dead_code, reason = "each test program uses some of it")]
 #![expect(clippy::unwrap_used, reason = "a panic is how a test fails")]
 
+pub mod migration;
+
 use std::fs::File;
 use std::io::Read;
 
