@@ -13,8 +13,9 @@ use std::time::Duration;
 use farbus_bench::driver::Registers as _;
 use farbus_pci_shim::irq::Told;
 use farbus_remote_dma::dirty_log::PAGE_BYTES;
-use farbus_remote_dma::{Iova, MapError, Width, Window, WindowMemory};
+use farbus_remote_dma::{Iova, MapError, ResetKind, Width, Window, WindowMemory};
 use farbus_transport::{Access, Memory, Nanos};
+use vfio_support::careless::{Careless, LeaveOut};
 use vfio_support::{Lent, Registers, is_bus_master, lab, wait_until};
 
 // QEMU, docs/specs/edu.rst.
@@ -46,7 +47,15 @@ struct Machine {
 
 impl Machine {
     fn new() -> Self {
-        let mut lent = Lent::here(&lab("FARBUS_LAB_EDU"));
+        Self::over(Lent::here(&lab("FARBUS_LAB_EDU")))
+    }
+
+    /// With a backend that leaves something out.
+    fn careless(leave_out: LeaveOut) -> Self {
+        Self::over(Lent::through(&lab("FARBUS_LAB_EDU"), |vfio| Box::new(Careless { vfio, leave_out })))
+    }
+
+    fn over(mut lent: Lent) -> Self {
         let memory = Memory::memfd("guest", BYTES).unwrap();
         let registers = lent.open(&memory, Iova(BASE));
         Self { registers, memory, lent }
@@ -202,14 +211,8 @@ fn what_is_unmapped_or_was_never_mapped_faults_and_is_counted_and_no_byte_moves(
     machine.dma(BASE, BUFFER, 2048, 0);
     let memory = Arc::clone(&machine.memory);
 
-    // A DMA is under way, for 100 ms, when its window goes.
-    machine.memory.write(0x4000, &[0xaa; 2048]).unwrap();
-    machine.start_dma(BUFFER, BASE + 0x4000, 2048, TO_GUEST);
-    machine.registers.function_mut().unmap(Iova(BASE), BYTES).unwrap();
-    let at_unmap = machine.bytes(0x4000, 2048);
+    assert!(!lands_after_unmap(&mut machine), "a byte landed after the unmap was acknowledged");
     assert_eq!(machine.lent.counters.windows.load(Ordering::Relaxed), 0);
-    machine.await_dma();
-    assert_eq!(machine.bytes(0x4000, 2048), at_unmap, "a byte landed after the unmap was acknowledged");
     wait_until("the fault", AMPLE, || machine.lent.counters.dma_faults.load(Ordering::Relaxed) >= 1);
 
     // Read-only memory is not written.
@@ -230,6 +233,49 @@ fn what_is_unmapped_or_was_never_mapped_faults_and_is_counted_and_no_byte_moves(
     let refused = machine.registers.function_mut().map(msi_range);
     assert!(matches!(refused, Err(MapError::Attachment(_))), "{refused:?}");
     assert!(machine.registers.function_mut().attachment_mut().gone().is_none());
+}
+
+/// Whether the device, which needs 100 ms for it, writes to memory whose unmap was acknowledged meanwhile.
+fn lands_after_unmap(machine: &mut Machine) -> bool {
+    machine.memory.write(0x4000, &[0xaa; 2048]).unwrap();
+    machine.start_dma(BUFFER, BASE + 0x4000, 2048, TO_GUEST);
+    machine.registers.function_mut().unmap(Iova(BASE), BYTES).unwrap();
+    let at_unmap = machine.bytes(0x4000, 2048);
+    machine.await_dma();
+    machine.bytes(0x4000, 2048) != at_unmap
+}
+
+/// Whether it writes to memory after its reset was acknowledged.
+fn lands_after_reset(machine: &mut Machine) -> bool {
+    machine.memory.write(0x4000, &[0xaa; 2048]).unwrap();
+    machine.start_dma(BUFFER, BASE + 0x4000, 2048, TO_GUEST);
+    machine.registers.function_mut().reset(ResetKind::Function).unwrap();
+    let at_reset = machine.bytes(0x4000, 2048);
+    std::thread::sleep(Duration::from_millis(500));
+    machine.bytes(0x4000, 2048) != at_reset
+}
+
+#[test]
+#[ignore = "needs a PCI device behind an IOMMU; ci/softroce --pci has it"]
+fn what_was_under_way_does_not_land_after_a_reset() {
+    let mut machine = Machine::new();
+    machine.memory.write(0, &pattern(1, 2048)).unwrap();
+    machine.dma(BASE, BUFFER, 2048, 0);
+    assert!(!lands_after_reset(&mut machine));
+}
+
+#[test]
+#[ignore = "needs a PCI device behind an IOMMU; ci/softroce --pci has it"]
+fn a_backend_that_leaves_the_device_in_memory_is_found_out() {
+    for (leave_out, lands) in [
+        (LeaveOut::Unmap, lands_after_unmap as fn(&mut Machine) -> bool),
+        (LeaveOut::Quiet, lands_after_reset as fn(&mut Machine) -> bool),
+    ] {
+        let mut machine = Machine::careless(leave_out);
+        machine.memory.write(0, &pattern(1, 2048)).unwrap();
+        machine.dma(BASE, BUFFER, 2048, 0);
+        assert!(lands(&mut machine), "{leave_out:?}: nobody noticed");
+    }
 }
 
 #[test]

@@ -5,6 +5,8 @@
 
 #![allow(dead_code, clippy::unwrap_used, reason = "each test program uses a part of it, and a panic is how a test fails")]
 
+pub mod careless;
+
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -75,14 +77,20 @@ pub struct Lent {
 
 impl Lent {
     pub fn here(address: &str) -> Self {
+        Self::through(address, |vfio| Box::new(vfio))
+    }
+
+    /// Through a backend that changes what the device is told.
+    pub fn through(address: &str, change: impl FnOnce(Vfio) -> Box<dyn Backend>) -> Self {
         bind(address);
         let vfio = Vfio::open(&Host::default(), address.parse().unwrap()).unwrap();
         let (counters, description) = (vfio.counters(), vfio.description().clone());
+        let backend = change(vfio);
         let (theirs, ours) = ShmFabric::pair(ShmOptions::default()).unwrap();
         let stop = Waker::new().unwrap();
         let waker = stop.clone();
         let thread = std::thread::spawn(move || {
-            let mut session = LenderSession::new(theirs, Box::new(vfio)).map_err(|(error, _)| error).unwrap();
+            let mut session = LenderSession::new(theirs, backend).map_err(|(error, _)| error).unwrap();
             session.run(PollOptions::default(), &waker);
             session.end().unwrap();
         });
