@@ -6,9 +6,12 @@
 //! One slot of a link carries one message or several, one behind the other: a page that was written, the 16 bytes of its completion and vector 3
 //! are 48 bytes together, and over RDMA one work request instead of three.
 
+mod outcome;
+
 use farbus_transport::{Access, Grant, fabric::MAX_MESSAGE};
 use thiserror::Error;
 
+pub use self::outcome::Outcome;
 use crate::address::{BarAddress, Iova, Width};
 use crate::attachment::Ticket;
 use crate::backend::{InterruptMode, MAX_POLLED_WRITE, ResetKind};
@@ -191,28 +194,6 @@ pub enum ToBorrower {
     /// Where the borrower puts the bytes of mediated reads.
     Staging(Grant),
 }
-
-/// How a question to the lender ended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Outcome {
-    /// As asked.
-    Done,
-    /// The ranges overlap.
-    Overlap,
-    /// The range is no range, or leaves its memory.
-    Range,
-    /// Too many windows or regions.
-    TooMany,
-    /// The grant could not be taken.
-    Grant,
-    /// No such key.
-    UnknownKey,
-    /// The device, or its IOMMU, does not reach the range.
-    Unreachable,
-}
-
-const OUTCOMES: [Outcome; 7] =
-    [Outcome::Done, Outcome::Overlap, Outcome::Range, Outcome::TooMany, Outcome::Grant, Outcome::UnknownKey, Outcome::Unreachable];
 
 /// What is wrong with a message.
 #[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
@@ -440,10 +421,7 @@ impl ToBorrower {
     pub fn encode(&self) -> Encoded {
         match self {
             Self::BarValue { sequence, value } => Encoded::new(1).u32(*sequence).u64(*value),
-            Self::Ack { sequence, outcome } => {
-                let code = OUTCOMES.iter().position(|known| known == outcome).unwrap_or(0);
-                Encoded::new(2).u32(*sequence).u8(code as u8)
-            }
+            Self::Ack { sequence, outcome } => Encoded::new(2).u32(*sequence).u8(outcome.code()),
             Self::Interrupt { vector } => Encoded::new(3).u32(u32::from(*vector)),
             Self::Pin { asserted } => Encoded::new(4).u8(u8::from(*asserted)),
             Self::StorePolled { iova, len, bytes } => {
@@ -471,7 +449,7 @@ impl ToBorrower {
             1 => Self::BarValue { sequence: fields.u32()?, value: fields.u64()? },
             2 => {
                 let (sequence, code) = (fields.u32()?, fields.u8()?);
-                Self::Ack { sequence, outcome: *OUTCOMES.get(usize::from(code)).ok_or(MessageError::Field)? }
+                Self::Ack { sequence, outcome: Outcome::from_code(code).ok_or(MessageError::Field)? }
             }
             3 => Self::Interrupt { vector: u16::try_from(fields.u32()?).map_err(|_| MessageError::Field)? },
             4 => Self::Pin { asserted: fields.bool()? },

@@ -6,24 +6,23 @@
 use std::io;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 
-use farbus_transport::Access;
 use thiserror::Error;
 use vfio_bindings::bindings::vfio::{VFIO_PCI_CONFIG_REGION_INDEX, VFIO_PCI_INTX_IRQ_INDEX};
 use vfio_ioctls::{VfioContainer, VfioDevice, VfioError, VfioOps};
 
 use super::config::{COMMAND, CONFIG_BYTES, ConfigError, Regions, command, describe};
+use super::counters::{VfioCounters, count};
 use super::faults::FaultLog;
 use super::host::{Candidate, Host, Obstacle, PciAddress};
 use super::interrupts::{InterruptError, Interrupts, Raised};
 use super::registers::Bar;
 use super::sys::{self, Iommu};
+use super::windows::Windows;
 use crate::address::{BarAddress, Iova, Width};
 use crate::attachment::Activity;
 use crate::backend::{AttachError, Backend, Bus, DeviceWindow, DmaFault, DmaTag, InterruptMode, ResetKind, WindowError};
 use crate::device::{BAR_COUNT, BarKind, DeviceDescription};
-use crate::dma_buffer::DmaBuffer;
 
 /// Polls between two looks for interrupts: a look is a system call.
 const POLLS_PER_LOOK: u32 = 8;
@@ -71,50 +70,15 @@ pub enum OpenError {
     },
 }
 
-/// What happened to a device, counted since it was opened; shared with whoever watches.
-#[derive(Debug, Default)]
-pub struct VfioCounters {
-    /// Interrupts taken.
-    pub interrupts: AtomicU64,
-    /// Resets done.
-    pub resets: AtomicU64,
-    /// Resets that the kernel refused.
-    pub failed_resets: AtomicU64,
-    /// DMA that the IOMMU refused, as far as the kernel's log says: at least so many.
-    pub dma_faults: AtomicU64,
-    /// Errors that the device or its link could not correct (PCIe 5.0, section 6.2).
-    pub errors: AtomicU64,
-    /// Register accesses that are the host's own: the MSI-X table and its pending bits.
-    pub protected: AtomicU64,
-    /// Windows of guest memory that the IOMMU maps now, in pieces of at most 1 GiB.
-    pub windows: AtomicU64,
-    /// Windows that could not be mapped.
-    pub refused_windows: AtomicU64,
-}
-
-fn count(counter: &AtomicU64, more: u64) {
-    counter.fetch_add(more, Ordering::Relaxed);
-}
-
-/// A range that the IOMMU maps.
-struct Piece {
-    len: u64,
-    memory: DmaBuffer,
-}
-
 /// The device.
 pub struct Vfio {
     address: PciAddress,
     description: DeviceDescription,
     device: VfioDevice,
-    iommu: Iommu,
     bars: [Option<Bar>; BAR_COUNT],
     interrupts: Interrupts,
     faults: Option<FaultLog>,
-    /// By first address.
-    pieces: std::collections::BTreeMap<u64, Piece>,
-    /// Pieces that the kernel did not unmap: the device may be in them until this process ends.
-    stuck: usize,
+    windows: Windows,
     /// The command register without bus mastering.
     decoding: u16,
     /// Nothing of a borrower's is left in it.
@@ -167,21 +131,20 @@ impl Vfio {
             .iter()
             .flatten()
             .fold(0, |bits, bar| bits | if bar.kind == BarKind::Io { command::IO } else { command::MEMORY });
+        let counters = Arc::<VfioCounters>::default();
         let mut vfio = Self {
             address,
             description,
             device,
-            iommu,
             bars: Default::default(),
             interrupts,
             faults,
-            pieces: Default::default(),
-            stuck: 0,
+            windows: Windows::new(iommu, address, Arc::clone(&counters)),
             decoding,
             clean: true,
             pin: false,
             polls: 0,
-            counters: Arc::default(),
+            counters,
         };
         vfio.set_command(false);
         for (region, bar) in (0..).zip(&mut vfio.bars) {
@@ -263,48 +226,6 @@ impl Vfio {
             }
         }
     }
-
-    /// Ends the IOMMU's maps whose first addresses are in the range. What it does not end stays held, and keeps the session from ending.
-    fn take_pieces(&mut self, first: u64, last: u64) {
-        let starts: Vec<u64> = self.pieces.range(first..=last).map(|(start, _)| *start).collect();
-        for start in starts {
-            let Some(piece) = self.pieces.remove(&start) else { continue };
-            if let Err(error) = self.iommu.unmap(Iova(start), piece.len) {
-                tracing::error!(%error, "the IOMMU does not unmap {} + {:#x} of {}", Iova(start), piece.len, self.address);
-                self.stuck += 1;
-                // The device may write there for as long as this process lives, so the memory must not go.
-                std::mem::forget(piece);
-                continue;
-            }
-            self.counters.windows.fetch_sub(1, Ordering::Relaxed);
-            let (memory, offset, len) = (Arc::clone(piece.memory.parts().0), piece.memory.parts().1, piece.len);
-            // Marks what was written, and lets go of the pages.
-            drop(piece);
-            for other in self.pieces.values() {
-                let (its, at) = other.memory.parts();
-                if Arc::ptr_eq(its, &memory) && at < offset + len && offset < at + other.len {
-                    other.memory.hold();
-                }
-            }
-        }
-    }
-
-    fn map_piece(&mut self, iova: Iova, access: Access, memory: DmaBuffer) -> Result<(), WindowError> {
-        let (len, limits) = (memory.len(), self.iommu.limits());
-        if !limits.allow(iova, len) {
-            return Err(WindowError::Range { iova, len });
-        }
-        let address = memory.as_ptr();
-        if [iova.0, len, address as u64].iter().any(|number| !number.is_multiple_of(limits.page)) {
-            return Err(WindowError::Unaligned { iova, len, page: limits.page });
-        }
-        // SAFETY: `memory` keeps the bytes mapped and is kept until `take_pieces` has unmapped them, or for ever; guest memory may be written
-        // by others at any time (`DmaBuffer::as_ptr`).
-        unsafe { self.iommu.map(iova, len, address, access) }.map_err(|source| WindowError::Host { iova, len, source })?;
-        self.pieces.insert(iova.0, Piece { len, memory });
-        count(&self.counters.windows, 1);
-        Ok(())
-    }
 }
 
 fn count_error(counters: &VfioCounters, raised: Raised) {
@@ -319,7 +240,7 @@ impl Backend for Vfio {
     }
 
     fn attach(&mut self, _bus: &mut dyn Bus) -> Result<(), AttachError> {
-        if self.stuck > 0 {
+        if self.windows.stuck() > 0 {
             return Err(AttachError::Device(format!("{} may still be in its last borrower's memory", self.address)));
         }
         if !self.clean {
@@ -343,7 +264,7 @@ impl Backend for Vfio {
         if let Err(error) = self.interrupts.disable(&self.device) {
             tracing::error!(%error, "the interrupts of {} cannot be disabled", self.address);
         }
-        self.take_pieces(0, u64::MAX);
+        self.windows.take(0, u64::MAX);
         self.look_for_faults();
         tracing::info!(counters = ?self.counters, "{} so far", self.address);
     }
@@ -433,7 +354,7 @@ impl Backend for Vfio {
 
     /// Its own DMA has ended when [`Backend::fence`] returns; what could not be unmapped never does.
     fn in_flight(&self) -> usize {
-        self.stuck
+        self.windows.stuck()
     }
 
     fn reset(&mut self, _kind: ResetKind, bus: &mut dyn Bus) {
@@ -452,25 +373,14 @@ impl Backend for Vfio {
     }
 
     fn map_window(&mut self, window: DeviceWindow) -> Result<(), WindowError> {
-        let DeviceWindow { iova: first, access, pieces } = window;
-        let mut iova = first;
-        for memory in pieces {
-            let len = memory.len();
-            if let Err(error) = self.map_piece(iova, access, memory) {
-                count(&self.counters.refused_windows, 1);
-                if iova > first {
-                    self.take_pieces(first.0, iova.0 - 1);
-                }
-                return Err(error);
-            }
-            iova = Iova(iova.0.wrapping_add(len));
-        }
-        Ok(())
+        let mapped = self.windows.map(window);
+        count(&self.counters.refused_windows, mapped.is_err().into());
+        mapped
     }
 
     fn unmap_windows(&mut self, iova: Iova, len: u64) {
         if let Some(more) = len.checked_sub(1) {
-            self.take_pieces(iova.0, iova.0.saturating_add(more));
+            self.windows.take(iova.0, iova.0.saturating_add(more));
         }
     }
 }
@@ -479,6 +389,6 @@ impl Drop for Vfio {
     /// The kernel resets the device when its descriptor is closed, and unmaps what is mapped; until then it is quiet.
     fn drop(&mut self) {
         self.set_command(false);
-        self.take_pieces(0, u64::MAX);
+        self.windows.take(0, u64::MAX);
     }
 }

@@ -8,12 +8,15 @@
 
 mod backend;
 pub mod config;
+mod counters;
 mod faults;
 mod host;
 mod interrupts;
 mod registers;
 mod sys;
+mod windows;
 
-pub use backend::{OpenError, Vfio, VfioCounters};
+pub use backend::{OpenError, Vfio};
+pub use counters::VfioCounters;
 pub use host::{Candidate, Host, NoAddress, Obstacle, PciAddress};
 pub use interrupts::InterruptError;
