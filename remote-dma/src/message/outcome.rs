@@ -21,7 +21,7 @@ pub enum Outcome {
     Unreachable,
 }
 
-const OUTCOMES: [Outcome; 7] = {
+pub(super) const OUTCOMES: [Outcome; 7] = {
     use Outcome::{Done, Grant, Overlap, Range, TooMany, UnknownKey, Unreachable};
     [Done, Overlap, Range, TooMany, Grant, UnknownKey, Unreachable]
 };

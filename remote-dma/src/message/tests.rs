@@ -2,6 +2,7 @@
 //!
 //! `Store { ticket: 20, slot: 4, … }` encodes to 19 bytes, comes back as it was, and is refused with one byte less or one more.
 
+use super::outcome::OUTCOMES;
 use super::*;
 use proptest::prelude::*;
 
