@@ -13,7 +13,7 @@ use farbus_transport::link::verdict::Refusal;
 use farbus_transport::shm::ListenError;
 
 use crate::failure::Advise;
-use crate::link::LinkError;
+use crate::link::{LinkError, Purpose};
 
 /// Fails with `error`, with what it kept from being done and what may help.
 pub fn give<T>(what: impl Into<String>, error: impl Into<LinkError>) -> anyhow::Result<T> {
@@ -21,6 +21,16 @@ pub fn give<T>(what: impl Into<String>, error: impl Into<LinkError>) -> anyhow::
     match advice(&error) {
         Some(hint) => Err(error).advise(what, hint),
         None => Err(error).with_context(|| what.into()),
+    }
+}
+
+/// The same for who connects to what is lent or served: what is said of a `farbus lend` is true of a `farbus bank serve`.
+pub fn give_for<T>(purpose: Purpose, what: impl Into<String>, error: LinkError) -> anyhow::Result<T> {
+    match advice(&error) {
+        Some(hint) if purpose == Purpose::Bank => {
+            Err(error).advise(what, hint.replace("`farbus lend`", "`farbus bank serve`").replace("the lender", "who serves it"))
+        }
+        _ => give(what, error),
     }
 }
 
@@ -59,6 +69,9 @@ fn of_refusal(refusal: Refusal) -> &'static str {
     match refusal {
         Refusal::Lent => "try again when that one has left",
         Refusal::Wedged => "look at the disk of the lender, or try again later",
+        Refusal::Crowded => "try again when one of them has left",
+        Refusal::Kept => "try again when that machine has come for it, or its time is over",
+        Refusal::NotKept => "borrow it without the token: the function's profile brings the device back, where it can",
         Refusal::Unknown(_) => "the lender is newer: what it says itself tells more",
     }
 }

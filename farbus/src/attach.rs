@@ -7,7 +7,7 @@ use farbus_remote_dma::borrower::{BorrowerOptions, BorrowerSession};
 use farbus_remote_dma::{Attachment, DeviceDescription};
 use farbus_transport::link::hello::{Hello, Role, SPOKEN};
 
-use crate::link::{Linked, connect};
+use crate::link::{Linked, Purpose, connect};
 use crate::link_address::LinkAddress;
 use crate::security::{PeerArgs, SecurityArgs};
 
@@ -19,7 +19,7 @@ pub fn attach(
     options: BorrowerOptions,
 ) -> anyhow::Result<Box<dyn Attachment>> {
     let hello = Hello { versions: SPOKEN, role: Role::Borrower, features: 0, epoch: 0, description: Vec::new() };
-    let (linked, agreed) = connect(from, security, peer, &hello)?;
+    let (linked, agreed) = connect(from, Purpose::Device, security, peer, &hello)?;
     let description = DeviceDescription::decode(&agreed.peer.description)
         .with_context(|| format!("the lender at {from} is wrong about its device"))?;
     let session: Result<Box<dyn Attachment>, _> = match linked {

@@ -117,6 +117,9 @@ pub struct LendArgs {
     /// How long to poll without work before sleeping, as in 50us, 1.5ms or 2s; longer is faster and costs a core
     #[arg(long, value_name = "TIME", default_value = "50us", value_parser = parse_duration)]
     pub spin: Duration,
+    /// How long the device is kept, at most, for a machine that leaves it on purpose and comes again from elsewhere; 0s resets it at once
+    #[arg(long, value_name = "TIME", default_value = "600s", value_parser = parse_duration)]
+    pub keep_at_most: Duration,
     /// Use guest memory that is not sealed against shrinking (memory-backend-file); whoever can shrink it can crash this process
     #[arg(long)]
     pub accept_unsealed: bool,

@@ -15,6 +15,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, anyhow};
 use farbus_remote_dma::wait::Waker;
+use farbus_remote_dma::{Backend, RestToken};
 use farbus_transport::link::hello::{Hello, Role, SPOKEN};
 use farbus_transport::link::verdict::Refusal;
 use farbus_transport::shm::ShmOptions;
@@ -22,11 +23,11 @@ use serde_json::json;
 use tokio::sync::mpsc;
 
 use self::quota::Quota;
-use self::visit::{Device, News, Terms, Visit, Visitor};
+use self::visit::{Claimed, Device, News, Terms, Visit, Visitor};
 use crate::cli::LendArgs;
 use crate::cores::check_core;
 use crate::failure::misuse;
-use crate::link::{Arrival, Door};
+use crate::link::{Arrival, Door, Purpose};
 use crate::link_address::LinkAddress;
 use crate::output::Events;
 use crate::signals::EndSignals;
@@ -55,10 +56,10 @@ pub fn run(args: LendArgs) -> anyhow::Result<()> {
     runtime.block_on(lend(args, device, QUIESCE_LIMIT))
 }
 
-async fn lend(args: LendArgs, device: Device, quiesce: Duration) -> anyhow::Result<()> {
+async fn lend(args: LendArgs, device: Box<dyn Backend>, quiesce: Duration) -> anyhow::Result<()> {
     let events = Events::new(args.json);
     let mut signals = EndSignals::new().context("cannot wait for signals")?;
-    let door = Door::open(&args.listen, &args.security, &args.allow).await?;
+    let door = Door::open(&args.listen, Purpose::Device, &args.security, &args.allow, &[]).await?;
     let name = device.description().name.clone();
     let address = door.address();
     events.say("listening", json!({ "address": address, "device": name }), &format!("lending {name} at {address}"));
@@ -70,10 +71,16 @@ async fn lend(args: LendArgs, device: Device, quiesce: Duration) -> anyhow::Resu
         options: ShmOptions { accept_unsealed: args.accept_unsealed },
         core: args.core,
         quiesce,
+        keep_at_most: args.keep_at_most,
     });
     let (news, mut heard) = mpsc::unbounded_channel();
-    let mut desk =
-        Desk { idle: Some(device), wedged: None, greetings: VecDeque::new(), strangers: Quota::new(Instant::now()), events };
+    let mut desk = Desk {
+        idle: Some(Device::Reset(device)),
+        wedged: None,
+        greetings: VecDeque::new(),
+        strangers: Quota::new(Instant::now()),
+        events,
+    };
     let mut visitors = 0;
     let ended_by = loop {
         tokio::select! {
@@ -190,15 +197,17 @@ impl Desk {
                 }
             }
             // One that was given up already is not answered, which ends it.
-            News::Claims(_) if !self.greeted(visitor) => {}
-            News::Claims(answer) => {
-                let granted = self.idle.take().ok_or(self.wedged.map_or(Refusal::Lent, |_| Refusal::Wedged));
+            News::Claims(..) if !self.greeted(visitor) => {}
+            News::Claims(rest, answer) => {
+                let granted = self.claim(rest);
                 if let Err(refusal) = &granted {
                     self.refused(None, &refusal.to_string(), 0);
                 }
                 // Its thread waits for this; a device that could not be handed over stays here.
-                if let Err(Ok(unclaimed)) = answer.send(granted) {
-                    self.idle = Some(unclaimed);
+                match answer.send(granted) {
+                    Err(Ok(Claimed::Fresh(device))) => self.idle = Some(Device::Reset(device)),
+                    Err(Ok(Claimed::Continued(device))) => self.idle = Some(Device::Kept(device.keep_again(GRACE))),
+                    Ok(()) | Err(Err(_)) => {}
                 }
             }
             News::Lent(peer) => match peer {
@@ -212,6 +221,13 @@ impl Desk {
                 );
                 self.events.say("wedged", json!({ "in_flight": in_flight }), &what);
             }
+            News::Returned(Device::Kept(kept), _) => {
+                self.wedged = None;
+                let seconds = kept.left().unwrap_or_default().as_secs();
+                let what = format!("the device is at rest, and kept for {seconds} s for the function that left it");
+                self.events.say("kept", json!({ "seconds": seconds }), &what);
+                self.idle = Some(Device::Kept(kept));
+            }
             News::Returned(device, ended) => {
                 self.wedged = None;
                 let reason = ended.as_ref().map_or_else(Clone::clone, ToString::to_string);
@@ -221,6 +237,27 @@ impl Desk {
             }
         }
         None
+    }
+
+    /// The device for a visitor who names this rest, or none.
+    fn claim(&mut self, rest: Option<RestToken>) -> Result<Claimed, Refusal> {
+        let device = match self.idle.take() {
+            None => return Err(self.wedged.map_or(Refusal::Lent, |_| Refusal::Wedged)),
+            Some(Device::Kept(kept)) if kept.left().is_none() => Device::Reset(kept.give_up()),
+            Some(device) => device,
+        };
+        let (back, refusal) = match (device, rest) {
+            (Device::Reset(device), None) => return Ok(Claimed::Fresh(device)),
+            // Who believes the device to be at rest must not get one that was reset.
+            (device @ Device::Reset(_), Some(_)) => (device, Refusal::NotKept),
+            (device @ Device::Kept(_), None) => (device, Refusal::Kept),
+            (Device::Kept(kept), Some(rest)) => match kept.claim(&rest) {
+                Ok(device) => return Ok(Claimed::Continued(device)),
+                Err(kept) => (Device::Kept(kept), Refusal::Kept),
+            },
+        };
+        self.idle = Some(back);
+        Err(refusal)
     }
 
     /// Takes a visitor from those whose hello is awaited; false where it was given up.

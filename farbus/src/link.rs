@@ -3,11 +3,14 @@
 //! At `shm:/run/nvme0` a visitor is greeted over a unix socket and gets rings in shared memory, at `rdma:nas:7000` over TCP and TLS and gets a queue
 //! pair. A fabric is not wrapped: each kind has its own code behind it, with nothing between.
 
+use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use anyhow::Context;
 use farbus_control::{BorrowerSecurity, LenderSecurity, MeetError};
+use farbus_remote_dma::RestToken;
 use farbus_transport::link::hello::{Agreed, Hello};
 use farbus_transport::link::verdict::Refusal;
 use farbus_transport::shm::{self, Connection, ListenError, ShmFabric, ShmOptions};
@@ -42,17 +45,43 @@ pub enum Linked {
     Rdma(Box<VerbsFabric>),
 }
 
+/// What a link is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Purpose {
+    /// A device is lent.
+    Device,
+    /// A bank is served.
+    Bank,
+}
+
+impl Purpose {
+    /// What does not work at a listening side.
+    fn listening(self) -> &'static str {
+        match self {
+            Self::Device => "cannot lend there",
+            Self::Bank => "cannot serve the bank there",
+        }
+    }
+}
+
 /// Where borrowers come to.
 pub enum Door {
-    /// A unix socket; the listener removes it at the end.
-    Shm { listener: shm::Listener, accepting: UnixListener },
+    /// A unix socket; the listener removes it at the end. Processes of these users may come too.
+    Shm { listener: shm::Listener, accepting: UnixListener, users: Arc<[u32]> },
     /// A TCP port.
     Rdma { listener: farbus_control::Listener, address: RdmaAddress },
 }
 
 impl Door {
-    /// Listens at `at`.
-    pub async fn open(at: &LinkAddress, security: &SecurityArgs, allow: &AllowArgs) -> anyhow::Result<Self> {
+    /// Listens at `at`, for processes of `users` beside this one's and root where it is on this host.
+    pub async fn open(
+        at: &LinkAddress,
+        purpose: Purpose,
+        security: &SecurityArgs,
+        allow: &AllowArgs,
+        users: &[u32],
+    ) -> anyhow::Result<Self> {
+        let what = purpose.listening();
         match at {
             LinkAddress::Shm(path) => {
                 security.none(at, !allow.allow.is_empty() || allow.allow_file.is_some())?;
@@ -62,17 +91,20 @@ impl Door {
                         ListenError::NotASocket { .. } => "choose another path for --listen",
                         _ => "choose a path for --listen in a folder that is there and may be written to",
                     };
-                    Err(error).advise("cannot lend there", hint)
+                    Err(error).advise(what, hint)
                 })?;
+                if !users.is_empty() {
+                    listener.open_to_all_users().context(what)?;
+                }
                 let accepting =
                     listener.nonblocking_socket().and_then(UnixListener::from_std).context("cannot wait for borrowers")?;
-                Ok(Self::Shm { listener, accepting })
+                Ok(Self::Shm { listener, accepting, users: users.into() })
             }
             LinkAddress::Rdma(address) => {
                 let security: LenderSecurity = security.lender(allow, at)?;
                 let listener = farbus_control::Listener::bind(&address.meet, security).await;
-                let listener = listener.or_else(|error| advice::give("cannot lend there", error))?;
-                check(&choice(address)).or_else(|error| advice::give("cannot lend over RDMA", error))?;
+                let listener = listener.or_else(|error| advice::give(what, error))?;
+                check(&choice(address)).or_else(|error| advice::give(what, error))?;
                 Ok(Self::Rdma { listener, address: address.clone() })
             }
         }
@@ -94,9 +126,9 @@ impl Door {
     /// Waits for a visitor.
     pub async fn accept(&self) -> anyhow::Result<Arrival> {
         match self {
-            Self::Shm { listener, accepting } => {
+            Self::Shm { listener, accepting, users } => {
                 let stream = accept(accepting).await.context("cannot accept a borrower")?;
-                Ok(Arrival::Shm { stream, path: listener.path().to_path_buf() })
+                Ok(Arrival::Shm { stream, path: listener.path().to_path_buf(), users: users.clone() })
             }
             Self::Rdma { listener, address } => Ok(Arrival::Rdma { arrival: listener.accept().await?, choice: choice(address) }),
         }
@@ -120,7 +152,7 @@ async fn accept(listener: &UnixListener) -> std::io::Result<UnixStream> {
 /// A visitor who has said nothing yet.
 pub enum Arrival {
     /// From this host.
-    Shm { stream: UnixStream, path: PathBuf },
+    Shm { stream: UnixStream, path: PathBuf, users: Arc<[u32]> },
     /// From a network.
     Rdma { arrival: farbus_control::Arrival, choice: DeviceChoice },
 }
@@ -145,7 +177,9 @@ impl Arrival {
     /// Finds out who it is and exchanges hellos with it. Blocks for some seconds at most.
     pub fn greet(self, hello: &Hello) -> Result<Greeted, LinkError> {
         match self {
-            Self::Shm { stream, path } => Ok(Greeted::Shm(shm::Greeted::greet(stream, hello, path)?)),
+            Self::Shm { stream, path, users } => {
+                Ok(Greeted::Shm(shm::Greeted::greet_if(stream, hello, path, &|uid| users.contains(&uid))?))
+            }
             Self::Rdma { arrival, choice } => Ok(Greeted::Rdma { greeted: arrival.greet(hello)?, choice }),
         }
     }
@@ -166,6 +200,31 @@ impl Greeted {
             Self::Shm(_) => None,
             Self::Rdma { greeted, .. } => greeted.peer().map(|identity| identity.name.to_string()),
         }
+    }
+
+    /// What it said of itself.
+    pub fn description(&self) -> &[u8] {
+        match self {
+            Self::Shm(greeted) => &greeted.agreed().peer.description,
+            Self::Rdma { greeted, .. } => &greeted.agreed().peer.description,
+        }
+    }
+
+    /// Who it is: the name in its certificate, `uid:1000` on this host, nothing over plain TCP.
+    pub fn identity(&self) -> Option<String> {
+        match self {
+            Self::Shm(greeted) => Some(format!("uid:{}", greeted.uid())),
+            Self::Rdma { .. } => self.peer(),
+        }
+    }
+
+    /// The rest of a kept device that it comes to end, if it names one.
+    pub fn rest(&self) -> Option<RestToken> {
+        let agreed = match self {
+            Self::Shm(greeted) => greeted.agreed(),
+            Self::Rdma { greeted, .. } => greeted.agreed(),
+        };
+        RestToken::from_claim(&agreed.peer.description)
     }
 
     /// Tells it why there is no link.
@@ -189,23 +248,34 @@ impl Greeted {
     }
 }
 
-/// Connects to the lender at `from`.
-pub fn connect(from: &LinkAddress, security: &SecurityArgs, peer: &PeerArgs, hello: &Hello) -> anyhow::Result<(Linked, Agreed)> {
-    let what = || format!("cannot borrow from {from}");
+/// Connects to the lender, or to who serves a bank, at `from`.
+pub fn connect(
+    from: &LinkAddress,
+    purpose: Purpose,
+    security: &SecurityArgs,
+    peer: &PeerArgs,
+    hello: &Hello,
+) -> anyhow::Result<(Linked, Agreed)> {
+    let what = || match purpose {
+        Purpose::Device => format!("cannot borrow from {from}"),
+        Purpose::Bank => format!("cannot reach the bank at {from}"),
+    };
     match from {
         LinkAddress::Shm(path) => {
             security.none(from, peer.peer.is_some())?;
-            let connected = shm::connect(path, hello, ShmOptions::default());
-            let Connection { fabric, agreed } = connected.or_else(|error| advice::give(what(), error))?;
+            // A bank may be served by another user: whoever owns the place that was named.
+            let owner = path.symlink_metadata().ok().filter(|_| purpose == Purpose::Bank).map(|about| about.uid());
+            let connected = shm::connect_if(path, hello, ShmOptions::default(), &|uid| owner == Some(uid));
+            let Connection { fabric, agreed } = connected.or_else(|error| advice::give_for(purpose, what(), error.into()))?;
             Ok((Linked::Shm(Box::new(fabric)), agreed))
         }
         LinkAddress::Rdma(address) => {
             let security = security.borrower(peer, from)?;
             let choice = choice(address);
             // Before the lender is asked, so that a device is not taken for a host that cannot use it.
-            check(&choice).or_else(|error| advice::give(what(), error))?;
+            check(&choice).or_else(|error| advice::give_for(purpose, what(), error.into()))?;
             let linked = link_by_rdma(address, &security, &choice, hello);
-            linked.or_else(|error| advice::give(what(), error))
+            linked.or_else(|error| advice::give_for(purpose, what(), error))
         }
     }
 }

@@ -34,6 +34,23 @@ pub fn parse_duration(text: &str) -> Result<Duration, String> {
     }
 }
 
+/// `512MiB`, `4GiB`, `1TiB`, or bytes.
+pub fn parse_size(text: &str) -> Result<u64, String> {
+    const WANTED: &str = "use a number and its unit, KiB, MiB, GiB or TiB, as in 512MiB";
+    let split = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
+    let (number, unit) = text.split_at(split);
+    let number: u64 = number.parse().map_err(|_| format!("{text:?} is no size: {WANTED}"))?;
+    let shift = match unit.trim_start() {
+        "" => 0,
+        "KiB" => 10,
+        "MiB" => 20,
+        "GiB" => 30,
+        "TiB" => 40,
+        other => return Err(format!("{other:?} is no unit of size: {WANTED}")),
+    };
+    number.checked_mul(1 << shift).ok_or_else(|| format!("{text} is more than can be counted"))
+}
+
 /// A time that is not zero: who waits for nothing gets nothing.
 pub fn parse_wait(text: &str) -> Result<Duration, String> {
     let wait = parse_duration(text)?;
@@ -92,6 +109,14 @@ mod tests {
             assert!(!error.contains("unit") || error.contains("ns, us, ms or s"), "{error}");
         }
         assert!(parse_wait("0us").is_err() && parse_wait("1us").is_ok());
+    }
+
+    #[test]
+    fn sizes_have_binary_units() {
+        assert_eq!((parse_size("4GiB"), parse_size("512 MiB"), parse_size("7")), (Ok(4 << 30), Ok(512 << 20), Ok(7)));
+        for wrong in ["", "GiB", "4GB", "-1", "1.5GiB", "99999999999TiB"] {
+            assert!(parse_size(wrong).is_err(), "{wrong}");
+        }
     }
 
     #[test]

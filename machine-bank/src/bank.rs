@@ -11,11 +11,13 @@ use thiserror::Error;
 use crate::codec::{Input, Malformed};
 use crate::manifest::{Entry, Listing, Manifest, ManifestError};
 use crate::page::{Identity, KEY};
-use crate::store::{Durability, Guard, Kind, Store, StoreError};
+use crate::store::{Durability, Guard, Kind, SealedStore, Store, StoreError};
 
-const CONFIG: &str = "bank";
+pub(crate) const CONFIG: &str = "bank";
 const MAGIC: &[u8; 8] = b"FBBANK1\n";
 const VERSION: u16 = 1;
+/// Of a bank whose objects are sealed: what knows version 1 only must not add to it.
+const SEALED_VERSION: u16 = 2;
 const CONFIG_BYTES: u64 = 8 + 2 + 1 + 32;
 
 /// A bank.
@@ -52,23 +54,34 @@ impl Bank {
     /// # Errors
     /// There is a bank, or the store's fault.
     pub fn init(store: Box<dyn Store>, key: Option<&[u8; KEY]>) -> Result<Self, BankError> {
+        let identity = key.map_or_else(Identity::plain, Identity::keyed);
+        Self::describe(&*store, VERSION, key.is_some(), &identity.check())?;
+        Ok(Self::with(store, identity))
+    }
+
+    /// The same, with every object sealed under the key ([`SealedStore`]).
+    ///
+    /// # Errors
+    /// There is a bank, or the store's fault.
+    pub fn init_sealed(store: Box<dyn Store>, key: &[u8; KEY]) -> Result<Self, BankError> {
+        let identity = Identity::keyed(key);
+        Self::describe(&*store, SEALED_VERSION, true, &sealed_check(&identity))?;
+        Ok(Self::with(Box::new(SealedStore::new(store, key)), identity))
+    }
+
+    fn describe(store: &dyn Store, version: u16, keyed: bool, check: &[u8; 32]) -> Result<(), BankError> {
         match store.len(Kind::Config, CONFIG) {
             Ok(_) => return Err(BankError::Exists),
             Err(StoreError::Missing { .. }) => {}
             Err(error) => return Err(error.into()),
         }
-        let identity = key.map_or_else(Identity::plain, Identity::keyed);
-        let mut config = Vec::new();
-        config.extend_from_slice(MAGIC);
-        config.extend_from_slice(&VERSION.to_le_bytes());
-        config.push(u8::from(key.is_some()));
-        config.extend_from_slice(&identity.check());
+        let config = [&MAGIC[..], &version.to_le_bytes(), &[u8::from(keyed)], check].concat();
         store.put(Kind::Config, CONFIG, &config, Durability::Durable)?;
         store.sync(Kind::Config)?;
-        Ok(Self::with(store, identity))
+        Ok(())
     }
 
-    /// Opens the bank in a store.
+    /// Opens the bank in a store; whether its objects are sealed it says itself.
     ///
     /// # Errors
     /// There is none, its key is another, or the store's fault.
@@ -80,16 +93,23 @@ impl Bank {
         }
         let (version, keyed, check) = (input.u16()?, input.u8()?, input.array::<32>()?);
         input.end()?;
-        if version != VERSION {
-            return Err(Malformed::Version(version, VERSION).into());
+        if !(VERSION..=SEALED_VERSION).contains(&version) {
+            return Err(Malformed::Version(version, SEALED_VERSION).into());
         }
         if keyed == 1 && key.is_none() {
             return Err(BankError::KeyNeeded);
         }
         let identity = key.map_or_else(Identity::plain, Identity::keyed);
-        if identity.check() != check || (keyed == 1) != key.is_some() {
+        // Whoever can write the description cannot make an open bank of a sealed one: the one's check does not lead to the other's.
+        let expected = if version == SEALED_VERSION { sealed_check(&identity) } else { identity.check() };
+        if expected != check || (keyed == 1) != key.is_some() {
             return Err(BankError::WrongKey);
         }
+        let store = match key {
+            // Over a link the other side opens what is sealed: what comes here is pages, not objects.
+            Some(key) if version == SEALED_VERSION && store.service().is_none() => Box::new(SealedStore::new(store, key)),
+            _ => store,
+        };
         Ok(Self::with(store, identity))
     }
 
@@ -127,6 +147,23 @@ impl Bank {
         Listing::read(self.store())
     }
 
+    /// The number of a machine's next deposit, which nobody else is given. Asked for under [`Hold::Commit`](crate::store::Hold).
+    /// It is 0 where the bank at the other end of a link is to choose it.
+    ///
+    /// # Errors
+    /// The store's fault.
+    pub fn next_number(&self, machine: &str) -> Result<u64, StoreError> {
+        if self.store.service().is_some() {
+            return Ok(0);
+        }
+        let mut number = self.listing()?.last(machine).map_or(1, |entry| entry.number + 1);
+        // One that is taken and not there was a deposit's that died at its last step.
+        while !self.store.reserve(&format!("{machine}@{number:08}"))? {
+            number += 1;
+        }
+        Ok(number)
+    }
+
     /// A machine by what people write: `vm7`, `vm7@3`, `9f02ab`.
     ///
     /// # Errors
@@ -158,6 +195,11 @@ impl Bank {
     pub fn manifest(&self, entry: &Entry) -> Result<Arc<Manifest>, ManifestError> {
         Manifest::open(self.store(), &self.identity, &self.listing()?, &entry.root)
     }
+}
+
+/// What the description of a sealed bank has of its key.
+fn sealed_check(identity: &Identity) -> [u8; 32] {
+    blake3::derive_key("farbus machine bank 1 sealed", &identity.check())
 }
 
 /// Why a machine is not found.

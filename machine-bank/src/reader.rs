@@ -9,8 +9,10 @@ use thiserror::Error;
 
 use crate::bank::Bank;
 use crate::index::{Index, IndexError, Location};
+use crate::manifest::LEAF;
 use crate::pack::{GROUP, GroupDecoder, PackId, Place};
-use crate::page::{PAGE, PageId};
+use crate::page::{PAGE, PageId, Root};
+use crate::remote::{Fetched, Service};
 use crate::store::{Kind, StoreError};
 
 /// Bytes of neighbouring groups that are read at once.
@@ -38,6 +40,9 @@ pub enum ReadError {
         /// The pack.
         pack: PackId,
     },
+    /// What another bank sent for it is something else.
+    #[error("what was sent for page {0} is another")]
+    Sent(PageId),
     /// There is no memory for a decompressor.
     #[error("no memory to decompress with: {0}")]
     Memory(std::io::Error),
@@ -50,13 +55,45 @@ pub struct Wanted {
     pub id: PageId,
     /// Handed back with the page.
     pub token: u64,
+    /// Where the machine has it. Another bank is asked by that; packs are by the name.
+    pub at: At,
+}
+
+/// A place in a machine.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub struct At {
+    /// The section's number.
+    pub section: u16,
+    /// The page's.
+    pub page: u64,
+}
+
+impl At {
+    /// A page of a leaf.
+    pub fn new(section: usize, leaf: usize, page: usize) -> Self {
+        Self { section: section as u16, page: (leaf * LEAF + page) as u64 }
+    }
+
+    fn leaf(&self) -> usize {
+        (self.page / LEAF as u64) as usize
+    }
+
+    fn in_leaf(&self) -> u16 {
+        (self.page % LEAF as u64) as u16
+    }
 }
 
 /// Finds and reads pages of a bank. Any number of threads may use one, each with its own [`Scratch`].
 #[derive(Debug)]
 pub struct Reader<'b> {
     bank: &'b Bank,
-    index: RwLock<Index>,
+    from: From<'b>,
+}
+
+#[derive(Debug)]
+enum From<'b> {
+    Packs(RwLock<Index>),
+    Service(&'b dyn Service, Root),
 }
 
 /// One thread's buffers.
@@ -79,10 +116,23 @@ impl Scratch {
 }
 
 impl<'b> Reader<'b> {
+    /// For any pages of a bank that is here.
+    ///
     /// # Errors
     /// The store's fault.
     pub fn new(bank: &'b Bank) -> Result<Self, ReadError> {
-        Ok(Self { bank, index: RwLock::new(Index::open(bank.store())?) })
+        Ok(Self { bank, from: From::Packs(RwLock::new(Index::open(bank.store())?)) })
+    }
+
+    /// For the pages of one machine.
+    ///
+    /// # Errors
+    /// The store's fault.
+    pub fn of(bank: &'b Bank, root: Root) -> Result<Self, ReadError> {
+        match bank.store().service() {
+            Some(service) => Ok(Self { bank, from: From::Service(service, root) }),
+            None => Self::new(bank),
+        }
     }
 
     /// Hands each wanted page to `sink`, verified, in the order in which they are stored.
@@ -90,27 +140,85 @@ impl<'b> Reader<'b> {
     /// # Errors
     /// A page is missing or damaged, also by the packs' own directories; others may have been handed out.
     pub fn fetch(&self, wanted: &[Wanted], scratch: &mut Scratch, sink: &mut dyn FnMut(u64, &[u8; PAGE])) -> Result<(), ReadError> {
+        let index = match &self.from {
+            From::Packs(index) => index,
+            From::Service(service, root) => return self.fetch_remote(*service, root, wanted, scratch, sink),
+        };
         let mut failed = Vec::new();
-        self.fetch_once(wanted, scratch, sink, &mut failed)?;
+        self.fetch_once(index, wanted, scratch, sink, &mut failed)?;
         if failed.is_empty() {
             return Ok(());
         }
+        for (_, error) in &failed {
+            if let ReadError::Damaged { pack, .. } = error {
+                self.bank.store().doubt(Kind::Pack, &pack.name());
+            }
+        }
         // A sweep may have moved them, or another pack may have them whole.
         let fresh = Index::rebuild(self.bank.store())?;
-        *self.index.write().unwrap_or_else(PoisonError::into_inner) = fresh;
+        *index.write().unwrap_or_else(PoisonError::into_inner) = fresh;
         let again: Vec<_> = failed.drain(..).map(|(wanted, _)| wanted).collect();
-        self.fetch_once(&again, scratch, sink, &mut failed)?;
+        self.fetch_once(index, &again, scratch, sink, &mut failed)?;
         failed.into_iter().next().map_or(Ok(()), |(_, error)| Err(error))
+    }
+
+    /// From another bank, leaf by leaf: it says where in what it sends each page should be, and a page is what it is called or nothing.
+    fn fetch_remote(
+        &self,
+        service: &dyn Service,
+        root: &Root,
+        wanted: &[Wanted],
+        scratch: &mut Scratch,
+        sink: &mut dyn FnMut(u64, &[u8; PAGE]),
+    ) -> Result<(), ReadError> {
+        let mut wanted: Vec<_> = wanted.to_vec();
+        wanted.sort_unstable_by_key(|wanted| wanted.at);
+        let Scratch { decoder, stored, pages, names, .. } = scratch;
+        let mut failed = None;
+        for leaf in wanted.chunk_by(|a, b| a.at.section == b.at.section && a.at.leaf() == b.at.leaf()) {
+            let (section, number) = (usize::from(leaf[0].at.section), leaf[0].at.leaf());
+            let asked: Vec<_> = leaf.iter().map(|wanted| wanted.at.in_leaf()).collect();
+            let of = |page: u16| {
+                let first = leaf.partition_point(|wanted| wanted.at.in_leaf() < page);
+                leaf[first..].iter().take_while(move |wanted| wanted.at.in_leaf() == page)
+            };
+            service.fetch(root, section, number, &asked, stored, &mut |fetched| match fetched {
+                Fetched::Missing(page) => {
+                    of(page).for_each(|wanted| {
+                        failed.get_or_insert(ReadError::Missing(wanted.id));
+                    });
+                }
+                Fetched::Group(group, places) => {
+                    let len = decoder.decode(group, pages).unwrap_or(0);
+                    let there = pages[..len].as_chunks::<PAGE>().0;
+                    let at = |(_, slot): &(u16, u8)| there.get(usize::from(*slot));
+                    self.bank.identity().pages(places.iter().filter_map(at), names);
+                    let mut names = names.iter();
+                    for place in places {
+                        let bytes = at(place);
+                        let name = bytes.and_then(|_| names.next());
+                        for wanted in of(place.0) {
+                            match bytes.filter(|_| name == Some(&wanted.id)) {
+                                Some(bytes) => sink(wanted.token, bytes),
+                                None => _ = failed.get_or_insert(ReadError::Sent(wanted.id)),
+                            }
+                        }
+                    }
+                }
+            })?;
+        }
+        failed.map_or(Ok(()), Err)
     }
 
     fn fetch_once(
         &self,
+        index: &RwLock<Index>,
         wanted: &[Wanted],
         scratch: &mut Scratch,
         sink: &mut dyn FnMut(u64, &[u8; PAGE]),
         failed: &mut Vec<(Wanted, ReadError)>,
     ) -> Result<(), ReadError> {
-        self.locate(wanted, &mut scratch.order, failed)?;
+        self.locate(index, wanted, &mut scratch.order, failed)?;
         scratch.order.sort_unstable_by_key(|(pack, place, wanted)| (*pack, *place, wanted.id));
         let order = std::mem::take(&mut scratch.order);
         let mut rest = &order[..];
@@ -122,7 +230,7 @@ impl<'b> Reader<'b> {
             scratch.stored.resize((end - start) as usize, 0);
             match self.bank.store().read(Kind::Pack, &pack.name(), start, &mut scratch.stored) {
                 Ok(()) => self.decode(stretch, scratch, sink, failed),
-                Err(StoreError::Missing { .. } | StoreError::Ends { .. }) => {
+                Err(StoreError::Missing { .. } | StoreError::Ends { .. } | StoreError::Unsealed { .. }) => {
                     failed.extend(stretch.iter().map(|(_, _, wanted)| (*wanted, ReadError::Missing(wanted.id))));
                 }
                 Err(error) => return Err(error.into()),
@@ -134,18 +242,19 @@ impl<'b> Reader<'b> {
 
     fn locate(
         &self,
+        index: &RwLock<Index>,
         wanted: &[Wanted],
         order: &mut Vec<(PackId, Place, Wanted)>,
         failed: &mut Vec<(Wanted, ReadError)>,
     ) -> Result<(), ReadError> {
         order.clear();
-        let index = self.index.read().unwrap_or_else(PoisonError::into_inner);
+        let index = index.read().unwrap_or_else(PoisonError::into_inner);
         for wanted in wanted {
             match index.find(self.bank.store(), &wanted.id) {
                 Ok(Some(location @ Location { place, .. })) if (2..=GROUP as u32 + 1).contains(&place.len) => {
                     order.push((index.pack(&location), place, *wanted));
                 }
-                Ok(_) | Err(StoreError::Missing { .. } | StoreError::Ends { .. }) => {
+                Ok(_) | Err(StoreError::Missing { .. } | StoreError::Ends { .. } | StoreError::Unsealed { .. }) => {
                     failed.push((*wanted, ReadError::Missing(wanted.id)))
                 }
                 Err(error) => return Err(error.into()),

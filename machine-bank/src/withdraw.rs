@@ -16,7 +16,7 @@ use crate::bank::Bank;
 use crate::deposit::{FileSource, Progress, Source};
 use crate::manifest::{Entry, LEAF, Manifest, ManifestError, Section};
 use crate::page::{PAGE, PageId};
-use crate::reader::{ReadError, Reader, Scratch, Wanted};
+use crate::reader::{At, ReadError, Reader, Scratch, Wanted};
 use crate::store::{Guard, StoreError};
 
 /// Threads that fetch and write.
@@ -121,7 +121,7 @@ impl Bank {
     pub fn withdraw(&self, entry: &Entry) -> Result<Withdrawal<'_>, WithdrawError> {
         // First the pin: what is there after it stays.
         let pin = self.pin(entry)?;
-        Ok(Withdrawal { bank: self, manifest: self.manifest(entry)?, reader: Reader::new(self)?, _pin: pin })
+        Ok(Withdrawal { bank: self, manifest: self.manifest(entry)?, reader: Reader::of(self, entry.root)?, _pin: pin })
     }
 }
 
@@ -220,7 +220,11 @@ impl Withdrawal<'_> {
             let stop = end.min(start + leaf_bytes);
             let ids = self.manifest.leaf(self.bank.store(), self.bank.identity(), section, leaf)?;
             let pages = ((at - start) / PAGE as u64)..(stop - start).div_ceil(PAGE as u64);
-            let wanted = pages.map(|page| Wanted { id: ids[page as usize], token: start + page * PAGE as u64 });
+            let wanted = pages.map(|page| Wanted {
+                id: ids[page as usize],
+                token: start + page * PAGE as u64,
+                at: At::new(section, leaf, page as usize),
+            });
             let wanted: Vec<_> = wanted.filter(|wanted| !wanted.id.is_zero()).collect();
             let mut sink = |place: u64, page: &[u8; PAGE]| {
                 let (from, to) = (place.max(offset), end.min(place + PAGE as u64));
@@ -256,7 +260,7 @@ impl Withdrawal<'_> {
                 if id.is_zero() {
                     buffer[at * PAGE..(at + 1) * PAGE].fill(0);
                 } else {
-                    wanted.push(Wanted { id: *id, token: at as u64 });
+                    wanted.push(Wanted { id: *id, token: at as u64, at: At::new(section, leaf, at) });
                 }
             }
             let mut sink = |at: u64, page: &[u8; PAGE]| buffer[at as usize * PAGE..][..PAGE].copy_from_slice(page);

@@ -16,6 +16,7 @@ use common::migration::*;
 use common::{machine, memory_bank, withdraw};
 use farbus_machine_bank::cloud_hypervisor::{Refused, RestoreError, RestoreOptions, RestoreReport, SaveError, restore, save};
 use farbus_machine_bank::deposit::DepositReport;
+use farbus_machine_bank::lazy::{Area, Event, Features, Uffd, Watch};
 use farbus_machine_bank::store::{Kind, Store};
 use farbus_machine_bank::{Bank, DepositOptions, PAGE, SectionKind};
 use rustix::fs::{SeekFrom, seek};
@@ -378,4 +379,45 @@ fn who_refuses_a_machine_or_is_not_there_is_told_of() {
     });
     drop(listener);
     assert!(matches!(restore(&entry), Err(RestoreError::Refused(Refused::Connection(_)))));
+}
+
+/// What the other end relies on, asked of this kernel: whoever waits for a page of a memfd finds it when it was written there and the waiter was woken.
+#[test]
+fn who_waits_for_a_page_of_a_memfd_finds_it_when_it_was_written_and_not_before() {
+    if let Err(error) = Uffd::supported() {
+        eprintln!("not run: {error}");
+        return;
+    }
+    let area = Area::shared(64 * PAGE as u64).unwrap();
+    let uffd = Uffd::new(Features(0)).unwrap();
+    area.watch(&uffd, Watch::MISSING).unwrap();
+    let (file, offset) = area.memory().file().unwrap();
+    let file = File::from(file.try_clone_to_owned().unwrap());
+    let bytes = machine(40, 64);
+    std::thread::scope(|scope| {
+        // Two that use each page at the same time.
+        let users: Vec<_> = (0..2)
+            .map(|_| {
+                scope.spawn(|| {
+                    for (at, expected) in bytes.chunks(PAGE).enumerate() {
+                        let mut there = vec![1; PAGE];
+                        area.memory().read((at * PAGE) as u64, &mut there).unwrap();
+                        assert!(there == expected, "page {at}");
+                    }
+                })
+            })
+            .collect();
+        while !users.iter().all(std::thread::ScopedJoinHandle::is_finished) {
+            match uffd.event().unwrap() {
+                Some(Event::Fault { address, .. }) => {
+                    let at = (address - area.address()) / PAGE as u64;
+                    // As it is written here and not through a mapping, no user sees half of it.
+                    file.write_all_at(&bytes[at as usize * PAGE..][..PAGE], offset + at * PAGE as u64).unwrap();
+                    uffd.wake(area.address() + at * PAGE as u64, PAGE as u64).unwrap();
+                }
+                Some(other) => panic!("{other:?}"),
+                None => std::thread::yield_now(),
+            }
+        }
+    });
 }

@@ -123,6 +123,14 @@ fn a_deposit_and_a_sweep_do_not_go_together_and_a_machine_that_is_withdrawn_stay
     let withdrawal = bank.withdraw(&first).unwrap();
     let report = remove(&bank, &[first, bank.find("vm@2").unwrap()]).unwrap();
     assert_eq!((report.removed, report.in_use), (vec!["vm@2".to_owned()], vec![("vm@1".to_owned(), std::process::id())]));
+    // Neither does what a machine rests on that is withdrawn: its manifest would be written anew under the reader.
+    let third = bank.withdraw(&bank.find("vm").unwrap()).unwrap();
+    let bases: Vec<_> = third.manifest().bases().map(|base| base.root).collect();
+    let listing = bank.listing().unwrap();
+    let based: Vec<_> = bases.iter().filter_map(|root| listing.by_root(root).cloned()).collect();
+    assert!(!based.is_empty());
+    assert_eq!(remove(&bank, &based).unwrap().in_use.len(), based.len());
+    drop(third);
     // Its pages move under it, and it goes on.
     sweep(&bank, &SweepOptions { repack_below: 100, ..SweepOptions::default() }).unwrap();
     let file = tempfile::tempfile().unwrap();

@@ -14,11 +14,13 @@ pub mod profile;
 mod routes;
 #[cfg(test)]
 mod scripted;
+pub mod state;
 pub mod vfio_user;
 
 pub use access::AccessError;
 pub use config::AddressSpace;
 pub use embed::{Embedded, FunctionThread, FunctionThreadOptions, VcpuPort};
-pub use function::{Counters, Function, FunctionError, FunctionOptions, InterruptOwner};
+pub use function::{Counters, Function, FunctionError, FunctionOptions, InterruptOwner, QuiesceError, RestoreError, Restored};
 pub use irq::{CallbackSink, IrqSink, IrqfdSink, MessageInterrupt, RecorderSink};
 pub use mediation::{MediationKind, MediationRequest};
+pub use state::{FunctionState, StateError};

@@ -126,6 +126,11 @@ impl Mediations {
         self.queue.pop_front().map(|(_, request)| request)
     }
 
+    /// Whether nothing is asked that is not answered, and no signal waits.
+    pub(crate) fn is_quiet(&self) -> bool {
+        self.open.is_empty() && self.deferred.is_empty() && self.refused.is_empty()
+    }
+
     /// Whether the owner has something to take.
     pub(crate) fn waiting(&self) -> bool {
         !self.queue.is_empty()

@@ -113,6 +113,7 @@ pub(crate) fn description() -> DeviceDescription {
         msix: Some(MsixLocation { vectors: 65, table_bar: 0, table_offset: 0x2000, pba_bar: 0, pba_offset: 0x3000 }),
         dma_bits: 64,
         constants: vec![Constant { bar: 0, offset: 0, bytes: CAP.to_le_bytes().to_vec() }],
+        serial: String::new(),
     }
 }
 

@@ -14,6 +14,10 @@ use crate::address::{BarAddress, Iova, Width};
 use crate::backend::{InterruptMode, ResetKind};
 use crate::device::DeviceDescription;
 use crate::dirty_log::DirtyLog;
+use crate::rest::{Rest, RestToken};
+
+/// Said of a device that has no pause.
+pub(crate) const CANNOT_REST: &str = "the device cannot be brought to rest and kept";
 
 /// Whether a poll found work.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -220,6 +224,41 @@ pub trait Attachment: Send {
 
     /// Why the device is gone, once it is.
     fn gone(&self) -> Option<CloseReason>;
+
+    /// Asks the device to come to rest under `token`: it begins nothing more, and what it began ends with all its effects. [`Attachment::rest`] says when.
+    /// Mediations go on meanwhile, and must be answered.
+    ///
+    /// # Errors
+    /// [`AttachmentError`]; the device goes on.
+    fn pause(&mut self, _token: RestToken, _host: &mut dyn Host) -> Result<(), AttachmentError> {
+        Err(AttachmentError::Refused(CANNOT_REST))
+    }
+
+    /// Whether the device came to rest since [`Attachment::pause`]: then every store and interrupt of before has reached the host. To be asked between
+    /// polls; a register write, a reset or [`Attachment::resume`] ends the rest.
+    ///
+    /// # Errors
+    /// [`AttachmentError`]: it will not come to rest.
+    fn rest(&mut self) -> Result<Option<Rest>, AttachmentError> {
+        Ok(None)
+    }
+
+    /// The device goes on.
+    fn resume(&mut self, _host: &mut dyn Host) {}
+
+    /// The function leaves, and the device is to be kept as it is, for who comes with the token of this rest within `lease`. When it returns, the device's
+    /// side has let go of all guest memory, and this attachment is good for nothing else.
+    ///
+    /// # Errors
+    /// [`AttachmentError`]: it is not at rest, or gone.
+    fn keep(&mut self, _lease: Duration, _host: &mut dyn Host) -> Result<(), AttachmentError> {
+        Err(AttachmentError::Refused(CANNOT_REST))
+    }
+
+    /// The rest that the device is in since another function left it; `None` where it was reset before this attachment was made.
+    fn continues(&self) -> Option<RestToken> {
+        None
+    }
 
     /// The pages the device wrote in `memory`, complete up to this call; `None` where `memory` has no window and nothing is left to take of
     /// one that it had. Where the link was cut and the other side cannot mark by itself, marks of what was under way may be missing.

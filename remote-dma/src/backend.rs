@@ -17,6 +17,7 @@ use crate::address::{BarAddress, Iova, Width};
 use crate::attachment::Activity;
 use crate::device::DeviceDescription;
 use crate::dma_buffer::DmaBuffer;
+use crate::journal::Journal;
 
 /// Bytes of the longest [`Bus::dma_write_polled`].
 pub const MAX_POLLED_WRITE: usize = 32;
@@ -255,4 +256,36 @@ pub trait Backend: Send {
     /// The device is out of all windows inside the range when this returns; one that it cannot be brought out of counts as
     /// [`Backend::in_flight`] from then on.
     fn unmap_windows(&mut self, _iova: Iova, _len: u64) {}
+
+    /// Begins nothing more and, other than by [`Backend::fence`], loses nothing: what was begun ends with all its effects, and what was not waits. Until
+    /// [`Backend::resume`] or a reset. False where the device cannot, and nothing changed.
+    fn pause(&mut self) -> bool {
+        false
+    }
+
+    /// After [`Backend::pause`]: whether all that was begun has ended and was told. Then nothing of the device changes until it is told to go on.
+    fn is_at_rest(&self) -> bool {
+        false
+    }
+
+    /// Goes on.
+    fn resume(&mut self, _bus: &mut dyn Bus) {}
+
+    /// The session ends and the device, which is at rest, keeps its state: no call on its bus will come, and regions registered with it are gone.
+    fn park(&mut self) {
+        self.detach();
+    }
+
+    /// Another session begins where the last one parked the device: as [`Backend::attach`], but nothing is reset, and it stays at rest.
+    ///
+    /// # Errors
+    /// [`AttachError`]; the device is parked as before.
+    fn unpark(&mut self, bus: &mut dyn Bus) -> Result<(), AttachError> {
+        self.attach(bus)
+    }
+
+    /// Which writes it began and acknowledged, where it counts them.
+    fn journal(&self) -> Option<&Journal> {
+        None
+    }
 }

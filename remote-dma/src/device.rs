@@ -92,6 +92,8 @@ pub struct DeviceDescription {
     pub dma_bits: u8,
     /// What may be answered without asking the device.
     pub constants: Vec<Constant>,
+    /// What tells this device from others of its kind, up to 64 bytes; empty where nothing does. Saved state goes back to this device only.
+    pub serial: String,
 }
 
 /// Why a description is refused.
@@ -144,6 +146,7 @@ impl DeviceDescription {
     pub fn validate(&self) -> Result<(), DescriptionError> {
         let require = |holds: bool, what| if holds { Ok(()) } else { Err(DescriptionError::Invalid(what)) };
         require(self.name.len() <= 256, "a name of more than 256 bytes")?;
+        require(self.serial.len() <= 64, "a serial number of more than 64 bytes")?;
         require(self.class_code <= 0xff_ffff, "a class code of more than 24 bits")?;
         require((1..=64).contains(&self.dma_bits), "dma address bits outside 1 to 64")?;
         require(

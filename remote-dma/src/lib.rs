@@ -13,10 +13,12 @@ pub mod dma_buffer;
 mod endpoint;
 pub mod guest_memory;
 pub mod iova_map;
+pub mod journal;
 pub mod lender;
 pub mod message;
 pub mod model;
 pub mod native;
+pub mod rest;
 #[cfg(feature = "vfio")]
 pub mod vfio;
 pub mod wait;
@@ -30,3 +32,5 @@ pub use backend::{AttachError, Backend, Bus, DeviceWindow, DmaFault, DmaTag, Int
 pub use device::{BarDescription, BarKind, Constant, DeviceDescription, MsixLocation};
 pub use dma_buffer::DmaBuffer;
 pub use guest_memory::{GuestMemory, GuestMemoryError, GuestRegion};
+pub use journal::{BlockRange, Journal, Mark, Since};
+pub use rest::{Continued, Kept, Lease, Rest, RestToken};

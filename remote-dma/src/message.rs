@@ -6,15 +6,18 @@
 //! One slot of a link carries one message or several, one behind the other: a page that was written, the 16 bytes of its completion and vector 3
 //! are 48 bytes together, and over RDMA one work request instead of three.
 
-mod outcome;
+mod codec;
 
-use farbus_transport::{Access, Grant, fabric::MAX_MESSAGE};
+use farbus_transport::{Access, Grant};
 use thiserror::Error;
 
-pub use self::outcome::Outcome;
 use crate::address::{BarAddress, Iova, Width};
 use crate::attachment::Ticket;
 use crate::backend::{InterruptMode, MAX_POLLED_WRITE, ResetKind};
+use crate::journal::Mark;
+use crate::rest::RestToken;
+pub use codec::Encoded;
+use codec::Fields;
 
 /// Numbers the requests of one side, so that an answer finds its question.
 pub type Sequence = u32;
@@ -124,6 +127,22 @@ pub enum ToLender {
         /// Which mediation.
         ticket: Ticket,
     },
+    /// Come to rest under a token; answered by [`ToBorrower::Rested`], or acknowledged as [`Outcome::Restless`].
+    Pause {
+        /// Which question.
+        sequence: Sequence,
+        /// The name of the rest.
+        token: RestToken,
+    },
+    /// Go on.
+    Resume,
+    /// The borrower leaves: all windows and offers end, and the device, which is at rest, is kept; acknowledged. Nothing may follow.
+    Keep {
+        /// Which question.
+        sequence: Sequence,
+        /// How long, in milliseconds.
+        lease_ms: u32,
+    },
 }
 
 /// From the lender.
@@ -193,7 +212,43 @@ pub enum ToBorrower {
     },
     /// Where the borrower puts the bytes of mediated reads.
     Staging(Grant),
+    /// The device is at rest, and everything before this was told.
+    Rested {
+        /// Which question.
+        sequence: Sequence,
+        /// How far its journal is, where it has one.
+        mark: Option<Mark>,
+    },
 }
+
+/// How a question to the lender ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// As asked.
+    Done,
+    /// The ranges overlap.
+    Overlap,
+    /// The range is no range, or leaves its memory.
+    Range,
+    /// Too many windows or regions.
+    TooMany,
+    /// The grant could not be taken.
+    Grant,
+    /// No such key.
+    UnknownKey,
+    /// The device cannot be brought to rest, or is not at rest.
+    Restless,
+    /// The device, or its IOMMU, does not reach the range.
+    Unreachable,
+}
+
+const OUTCOMES: [Outcome; 8] = {
+    use Outcome::{Done, Grant, Overlap, Range, Restless, TooMany, UnknownKey, Unreachable};
+    [Done, Overlap, Range, TooMany, Grant, UnknownKey, Restless, Unreachable]
+};
+
+/// How a journal that is none is written.
+const NO_MARK: Mark = Mark { life: 0, begun: 0, acknowledged: 0 };
 
 /// What is wrong with a message.
 #[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
@@ -217,114 +272,6 @@ impl MessageError {
             Self::Kind => "a message of unknown kind",
             Self::Field => "a message with a field out of range",
         }
-    }
-}
-
-/// The bytes of a message.
-#[derive(Clone, Copy, Debug)]
-pub struct Encoded {
-    bytes: [u8; MAX_MESSAGE],
-    len: usize,
-}
-
-impl Encoded {
-    fn new(kind: u8) -> Self {
-        let mut encoded = Self { bytes: [0; MAX_MESSAGE], len: 0 };
-        encoded.put(&[kind]);
-        encoded
-    }
-
-    #[inline]
-    fn put(&mut self, bytes: &[u8]) {
-        // Every message's fields add up to at most MAX_MESSAGE, which the round-trip test shows for each.
-        if let Some(room) = self.bytes.get_mut(self.len..self.len + bytes.len()) {
-            room.copy_from_slice(bytes);
-            self.len += bytes.len();
-        }
-    }
-
-    #[inline]
-    fn u8(mut self, value: u8) -> Self {
-        self.put(&[value]);
-        self
-    }
-
-    #[inline]
-    fn u32(mut self, value: u32) -> Self {
-        self.put(&value.to_le_bytes());
-        self
-    }
-
-    #[inline]
-    fn u64(mut self, value: u64) -> Self {
-        self.put(&value.to_le_bytes());
-        self
-    }
-
-    fn grant(self, grant: &Grant) -> Self {
-        self.u64(grant.key).u64(grant.len).u8(grant.access.bits())
-    }
-
-    /// What to send.
-    pub fn as_slice(&self) -> &[u8] {
-        self.bytes.get(..self.len).unwrap_or_default()
-    }
-}
-
-struct Fields<'a>(&'a [u8]);
-
-impl Fields<'_> {
-    #[inline]
-    fn take<const N: usize>(&mut self) -> Result<[u8; N], MessageError> {
-        let (field, rest) = self.0.split_first_chunk::<N>().ok_or(MessageError::Length)?;
-        self.0 = rest;
-        Ok(*field)
-    }
-
-    #[inline]
-    fn fill(&mut self, room: &mut [u8]) -> Result<(), MessageError> {
-        let (field, rest) = self.0.split_at_checked(room.len()).ok_or(MessageError::Length)?;
-        room.copy_from_slice(field);
-        self.0 = rest;
-        Ok(())
-    }
-
-    #[inline]
-    fn u8(&mut self) -> Result<u8, MessageError> {
-        self.take::<1>().map(|[byte]| byte)
-    }
-
-    #[inline]
-    fn u32(&mut self) -> Result<u32, MessageError> {
-        self.take().map(u32::from_le_bytes)
-    }
-
-    #[inline]
-    fn u64(&mut self) -> Result<u64, MessageError> {
-        self.take().map(u64::from_le_bytes)
-    }
-
-    fn bool(&mut self) -> Result<bool, MessageError> {
-        match self.u8()? {
-            0 => Ok(false),
-            1 => Ok(true),
-            _ => Err(MessageError::Field),
-        }
-    }
-
-    fn access(&mut self) -> Result<Access, MessageError> {
-        Access::from_bits(self.u8()?).ok_or(MessageError::Field)
-    }
-
-    fn grant(&mut self) -> Result<Grant, MessageError> {
-        Ok(Grant { key: self.u64()?, len: self.u64()?, access: self.access()? })
-    }
-
-    #[inline]
-    fn place(&mut self) -> Result<(BarAddress, Width), MessageError> {
-        let (bar, width, offset) = (self.u8()?, self.u8()?, self.u64()?);
-        let width = Width::from_bytes(u64::from(width)).ok_or(MessageError::Field)?;
-        Ok((BarAddress { bar, offset }, width))
     }
 }
 
@@ -365,6 +312,13 @@ impl ToLender {
             Self::Stored { ticket, ok } => Encoded::new(13).u32(ticket.0).u8(u8::from(*ok)),
             Self::Staging(grant) => Encoded::new(14).grant(grant),
             Self::Taken { ticket } => Encoded::new(15).u32(ticket.0),
+            Self::Pause { sequence, token } => {
+                let mut encoded = Encoded::new(16).u32(*sequence);
+                encoded.put(&token.0);
+                encoded
+            }
+            Self::Resume => Encoded::new(17),
+            Self::Keep { sequence, lease_ms } => Encoded::new(18).u32(*sequence).u32(*lease_ms),
         }
     }
 
@@ -409,6 +363,9 @@ impl ToLender {
             13 => Self::Stored { ticket: Ticket(fields.u32()?), ok: fields.bool()? },
             14 => Self::Staging(fields.grant()?),
             15 => Self::Taken { ticket: Ticket(fields.u32()?) },
+            16 => Self::Pause { sequence: fields.u32()?, token: RestToken(fields.take()?) },
+            17 => Self::Resume,
+            18 => Self::Keep { sequence: fields.u32()?, lease_ms: fields.u32()? },
             _ => return Err(MessageError::Kind),
         };
         Ok((message, fields.0))
@@ -421,7 +378,10 @@ impl ToBorrower {
     pub fn encode(&self) -> Encoded {
         match self {
             Self::BarValue { sequence, value } => Encoded::new(1).u32(*sequence).u64(*value),
-            Self::Ack { sequence, outcome } => Encoded::new(2).u32(*sequence).u8(outcome.code()),
+            Self::Ack { sequence, outcome } => {
+                let code = OUTCOMES.iter().position(|known| known == outcome).unwrap_or(0);
+                Encoded::new(2).u32(*sequence).u8(code as u8)
+            }
             Self::Interrupt { vector } => Encoded::new(3).u32(u32::from(*vector)),
             Self::Pin { asserted } => Encoded::new(4).u8(u8::from(*asserted)),
             Self::StorePolled { iova, len, bytes } => {
@@ -435,6 +395,10 @@ impl ToBorrower {
                 Encoded::new(8).u32(ticket.0).u8(*slot).u64(iova.0).u32(*len).u8(u8::from(*polled))
             }
             Self::Staging(grant) => Encoded::new(9).grant(grant),
+            Self::Rested { sequence, mark } => {
+                let Mark { life, begun, acknowledged } = mark.unwrap_or(NO_MARK);
+                Encoded::new(10).u32(*sequence).u8(u8::from(mark.is_some())).u64(life).u64(begun).u64(acknowledged)
+            }
         }
     }
 
@@ -449,7 +413,7 @@ impl ToBorrower {
             1 => Self::BarValue { sequence: fields.u32()?, value: fields.u64()? },
             2 => {
                 let (sequence, code) = (fields.u32()?, fields.u8()?);
-                Self::Ack { sequence, outcome: Outcome::from_code(code).ok_or(MessageError::Field)? }
+                Self::Ack { sequence, outcome: *OUTCOMES.get(usize::from(code)).ok_or(MessageError::Field)? }
             }
             3 => Self::Interrupt { vector: u16::try_from(fields.u32()?).map_err(|_| MessageError::Field)? },
             4 => Self::Pin { asserted: fields.bool()? },
@@ -467,6 +431,15 @@ impl ToBorrower {
                 Self::Store { ticket, slot, iova: Iova(fields.u64()?), len: fields.u32()?, polled: fields.bool()? }
             }
             9 => Self::Staging(fields.grant()?),
+            10 => {
+                let (sequence, kept) = (fields.u32()?, fields.bool()?);
+                let mark = Mark { life: fields.u64()?, begun: fields.u64()?, acknowledged: fields.u64()? };
+                // One form for "none", so that a message has one encoding.
+                if !kept && mark != NO_MARK {
+                    return Err(MessageError::Field);
+                }
+                Self::Rested { sequence, mark: kept.then_some(mark) }
+            }
             _ => return Err(MessageError::Kind),
         };
         Ok((message, fields.0))

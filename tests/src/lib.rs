@@ -9,6 +9,7 @@ pub mod place;
 pub mod process;
 pub mod program;
 pub mod qemu;
+pub mod scripted_guest;
 
 pub use process::{End, Running};
 pub use program::farbus;

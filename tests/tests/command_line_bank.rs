@@ -63,6 +63,7 @@ fn every_bank_command_explains_itself() {
         "init",
         "deposit",
         "withdraw",
+        "serve",
         "serve-faults",
         "list",
         "show",

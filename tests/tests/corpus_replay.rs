@@ -36,6 +36,16 @@ fn bank_formats() {
 }
 
 #[test]
+fn bank_layers() {
+    replay("bank_layers");
+}
+
+#[test]
+fn bank_link() {
+    replay("bank_link");
+}
+
+#[test]
 fn bank_store() {
     replay("bank_store");
 }
@@ -58,6 +68,11 @@ fn control_frames() {
 #[test]
 fn firecracker_regions() {
     replay("firecracker_regions");
+}
+
+#[test]
+fn function_state() {
+    replay("function_state");
 }
 
 #[test]

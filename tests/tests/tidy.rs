@@ -16,7 +16,8 @@ const LAYERS: &[(&str, &[&str])] = &[
     ("machine-bank", &["transport"]),
     ("bench", &["transport", "control", "remote-dma", "pci-shim", "machine-bank"]),
     ("farbus", &["transport", "control", "remote-dma", "pci-shim", "machine-bank", "bench"]),
-    ("tests", &["transport", "control", "remote-dma", "pci-shim", "machine-bank", "bench"]),
+    ("mini-vmm", &["transport", "remote-dma", "pci-shim", "machine-bank"]),
+    ("tests", &["transport", "control", "remote-dma", "pci-shim", "machine-bank", "bench", "mini-vmm"]),
     // Outside the workspace.
     ("fuzz", &["tests"]),
     ("tests/oracle", &["transport"]),
@@ -49,6 +50,9 @@ const UNSAFE: &[(&str, usize)] = &[
     ("machine-bank/src/lazy/device.rs", 4),
     ("machine-bank/src/lazy/uffd.rs", 4),
     ("machine-bank/src/track/writes.rs", 4),
+    // KVM is given the address of the machine's memory, and the guest program's bytes lie between two labels of its assembly.
+    ("mini-vmm/src/kvm/guest.rs", 2),
+    ("mini-vmm/src/kvm/mod.rs", 1),
     ("remote-dma/src/model/nvme/media/worker.rs", 2),
     ("remote-dma/src/vfio/interrupts.rs", 1),
     ("remote-dma/src/vfio/registers.rs", 6),
@@ -68,17 +72,13 @@ const UNSAFE: &[(&str, usize)] = &[
     ("transport/src/verbs/windows.rs", 3),
     ("transport/tests/loom_support/mod.rs", 2),
 ];
-const UNSAFE_IN_ALL: usize = 143;
+const UNSAFE_IN_ALL: usize = 146;
 
 /// Lines from which a file should have been split.
 const LONG: usize = 450;
 /// Files that are longer, with the length they may not grow beyond.
-const LONG_FILES: &[(&str, usize)] = &[
-    ("pci-shim/tests/vfio_user.rs", 628),
-    ("remote-dma/src/message.rs", 477),
-    ("remote-dma/tests/nvme.rs", 498),
-    ("remote-dma/tests/nvme_storm.rs", 517),
-];
+const LONG_FILES: &[(&str, usize)] =
+    &[("pci-shim/tests/vfio_user.rs", 628), ("remote-dma/tests/nvme.rs", 498), ("remote-dma/tests/nvme_storm.rs", 517)];
 
 /// Written by a program, from declarations alone; tests/oracle holds it against its source.
 const GENERATED: &str = "transport/src/verbs/sys.rs";
@@ -102,6 +102,7 @@ const IGNORED: &[(&str, &str)] = &[
     ("remote-dma/tests/nvme_data_path.rs", "nvme_data_path"),
     ("remote-dma/tests/session_two_hosts.rs", "session_two_hosts"),
     ("tests/oracle/tests/interop.rs", "interop"),
+    ("tests/tests/command_line_bank_rdma.rs", "command_line_bank_rdma"),
     ("tests/tests/bank_qemu.rs", "bank_qemu"),
     ("tests/tests/command_line_rdma.rs", "command_line_rdma"),
     ("tests/tests/command_line_two_hosts.rs", "command_line_two_hosts"),

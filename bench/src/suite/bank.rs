@@ -15,6 +15,7 @@ use super::bank_large::{Large, large};
 use super::bank_lazy;
 use super::bank_peers::{Round, Tool, deposit, farbus, text};
 use super::bank_series::Series;
+use super::bank_wire;
 use super::{Heard, Step};
 use crate::measure::Series as Figures;
 use crate::report::{Row, SuiteReport, Target};
@@ -69,7 +70,8 @@ pub fn run(series: &Series, places: &Places, effort: &Effort, mut hear: impl FnM
     let mut rows = against_peers(&rounds);
     hear(Heard::Measured(&rows));
     hear(Heard::Begins(Step { what: "what is in the bank already", done: effort.rounds, total }));
-    let shared = shared(series, places, &rounds);
+    let mut shared = shared(series, places, &rounds);
+    shared.push(bank_wire::row(series, &places.farbus, &places.scratch));
     hear(Heard::Measured(&shared));
     hear(Heard::Begins(Step { what: "a machine that starts at once", done: effort.rounds + 1, total }));
     let start = lazy_start(series, places, &rounds, effort.rounds);

@@ -102,6 +102,7 @@ impl Engine {
             msix: Some(MsixLocation { vectors: 1, table_bar: 0, table_offset: 4096, pba_bar: 0, pba_offset: 4096 + 2048 }),
             dma_bits: 64,
             constants: Vec::new(),
+            serial: String::new(),
         };
         let orders = Orders::default();
         let buffer = filled("bench-device", buffer_bytes)?;

@@ -8,6 +8,7 @@ mod bank_large;
 mod bank_lazy;
 mod bank_peers;
 mod bank_series;
+mod bank_wire;
 mod engine;
 mod link;
 pub mod perftest;
@@ -17,6 +18,7 @@ pub mod soft_roce;
 mod soft_roce_subjects;
 
 pub use bank_series::Series as BankSeries;
+pub use bank_wire::row as bank_wire_row;
 pub use shm_subjects::ShmSession;
 pub use soft_roce_subjects::{LentNvme, LentRegister, SoftRoce, Traffic, pinned_by_a_link};
 

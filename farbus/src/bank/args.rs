@@ -9,12 +9,18 @@ use clap::{Args, Subcommand};
 
 use super::address::BankAddress;
 use super::archive_args::{ExportArgs, ImportArgs};
+use super::serve_args::ServeArgs;
 use super::vmm_help;
-use crate::values::{parse_duration, parse_wait};
+use crate::security::{PeerArgs, SecurityArgs};
+use crate::values::{parse_duration, parse_size, parse_wait};
 
 /// `farbus bank`
 #[derive(Debug, Args)]
 #[command(after_help = "A machine is what people write: vm7 (its last deposit), vm7@3 (its third), or at least 6 digits of a root.
+
+A bank is a directory of this host (/srv/bank), a bucket of an S3-compatible service (s3://BUCKET/PREFIX), or a directory that is used as if it were one
+(file:///DIRECTORY). Where the service is and who asks say AWS_ENDPOINT_URL, AWS_REGION, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and the others of their kind;
+http:// without encryption is used only with AWS_ALLOW_HTTP=true. What was read from a bucket is kept in a local cache (--cache).
 
 Save a machine twice, look, and take it out again:
   farbus bank init /srv/bank
@@ -31,7 +37,7 @@ pub struct BankArgs {
 /// The commands of `farbus bank`.
 #[derive(Debug, Subcommand)]
 pub enum BankCommand {
-    /// Make an empty bank in a directory
+    /// Make an empty bank
     Init(InitArgs),
     /// Save a machine: memory, disks and device state from files
     Deposit(DepositArgs),
@@ -39,6 +45,8 @@ pub enum BankCommand {
     Withdraw(WithdrawArgs),
     /// Serve a machine's memory to VMMs as they use it (Firecracker's page-fault handler)
     ServeFaults(ServeFaultsArgs),
+    /// Let others use the bank over shared memory or RDMA
+    Serve(ServeArgs),
     /// Which machines are there
     List(ListArgs),
     /// What a machine consists of, and what became of its pages
@@ -74,6 +82,7 @@ impl BankArgs {
             BankCommand::Deposit(args) => &args.place,
             BankCommand::Withdraw(args) => &args.place,
             BankCommand::ServeFaults(args) => &args.place,
+            BankCommand::Serve(args) => &args.place,
             BankCommand::List(args) => &args.place,
             BankCommand::Show(args) => &args.place,
             BankCommand::Diff(args) => &args.place,
@@ -91,7 +100,7 @@ impl BankArgs {
 /// Which bank, and how to use it.
 #[derive(Debug, Args)]
 pub struct Place {
-    /// The bank's directory
+    /// The bank: a directory, s3://BUCKET/PREFIX, file:///DIRECTORY, or where farbus bank serve serves one (shm:PATH, rdma:HOST:PORT[,dev=NAME])
     #[arg(value_name = "BANK")]
     pub bank: BankAddress,
     /// A file with the tenant's key, 32 bytes or 64 hexadecimal digits: the bank then names pages so that nobody without it can ask for one
@@ -100,17 +109,53 @@ pub struct Place {
     /// How long to wait for a process that uses the bank in another way (a deposit during a gc)
     #[arg(long, value_name = "TIME", default_value = "10s", value_parser = parse_duration)]
     pub wait: Duration,
+    /// Keep what is read from the bank in this directory, for all banks and processes, or nowhere: "none". Without it a bucket has
+    /// $XDG_CACHE_HOME/farbus/bank or ~/.cache/farbus/bank, and other banks none. A sealed bank's cache is as sealed as the bank; verify reads past it
+    #[arg(long, value_name = "DIR")]
+    pub cache: Option<PathBuf>,
+    /// How large a cache becomes that is made now, or is of another size and not in use: 512MiB, 4GiB
+    #[arg(long, value_name = "SIZE", default_value = "4GiB", value_parser = parse_size)]
+    pub cache_size: u64,
     /// Print one JSON object
     #[arg(long)]
     pub json: bool,
+    /// How the other side is known, where it is at a link.
+    #[command(flatten)]
+    pub link: BankLinkArgs,
+}
+
+/// How the two sides of a link to a bank know each other.
+#[derive(Debug, Args)]
+pub struct BankLinkArgs {
+    /// What this side shows.
+    #[command(flatten)]
+    pub security: SecurityArgs,
+    /// Which server is wanted.
+    #[command(flatten)]
+    pub peer: PeerArgs,
+}
+
+impl BankLinkArgs {
+    /// Whether anything was said.
+    pub fn is_given(&self) -> bool {
+        self.security.is_given() || self.peer.peer.is_some()
+    }
 }
 
 /// `farbus bank init`
 #[derive(Debug, Args)]
+#[command(
+    after_help = "With --encrypt nothing of a machine is in the bank but under the key: pages, manifests and the index are sealed, and whoever keeps the bank
+can neither read them nor change them unnoticed. Machines' names, and how large and old things are, can be seen. The bank says itself that it is
+sealed. Keep the key: without it nothing comes out again."
+)]
 pub struct InitArgs {
     /// The bank.
     #[command(flatten)]
     pub place: Place,
+    /// Seal everything in it under the tenant's key
+    #[arg(long, requires = "tenant_key")]
+    pub encrypt: bool,
 }
 
 /// A section and its file: `FILE`, or `NAME=FILE`.
@@ -241,7 +286,7 @@ pub struct ServeFaultsArgs {
     pub keep_working_set: bool,
     /// MiB of verified pages that are kept for VMMs to come
     #[arg(long, value_name = "MIB", default_value_t = 1024)]
-    pub cache: u64,
+    pub memory_cache: u64,
 }
 
 /// `farbus bank list`

@@ -7,13 +7,14 @@ use std::path::Path;
 
 use farbus_machine_bank::cloud_hypervisor::Other;
 use farbus_machine_bank::deposit::DepositReport;
+use farbus_machine_bank::manifest::LEAF;
 use farbus_machine_bank::qemu::{Refused, SECTION, Saved};
-use farbus_machine_bank::{Changes, DepositOptions, FileSource, Parent, SectionKind, Source};
+use farbus_machine_bank::{Bank, Changes, DepositOptions, FileSource, Parent, SectionKind, Source};
 
 use super::args::{DepositArgs, Part};
 use super::help::Helped;
 use super::progress::Bar;
-use super::{cloud_hypervisor, open, say, size};
+use super::{cloud_hypervisor, open, say, size, wire, wire_line};
 use crate::failure::{Advise, refusal};
 
 /// Deposits a machine.
@@ -46,7 +47,7 @@ pub fn run(args: &DepositArgs) -> anyhow::Result<()> {
         let files = sections.iter().map(|(_, _, path)| file(path)).collect::<Result<Vec<_>, _>>()?;
         let others: Vec<Other<'_>> =
             sections.iter().zip(&files).map(|((kind, name, _), file)| (*kind, name.as_str(), file as &dyn Source)).collect();
-        return tell(args, &cloud_hypervisor::deposit(&bank, args, path, &options, &others)?);
+        return tell(args, &bank, &cloud_hypervisor::deposit(&bank, args, path, &options, &others)?);
     }
     let mut deposit = bank.deposit(&args.machine, &options).helped(what(), &args.place)?;
     if !args.dirty.is_empty() && deposit.parent().is_none() {
@@ -71,13 +72,18 @@ pub fn run(args: &DepositArgs) -> anyhow::Result<()> {
     for (kind, name, path) in &sections {
         section(*kind, name, &file(path)?)?;
     }
-    tell(args, &deposit.commit().helped(what(), &args.place)?)
+    tell(args, &bank, &deposit.commit().helped(what(), &args.place)?)
 }
 
-fn tell(args: &DepositArgs, report: &DepositReport) -> anyhow::Result<()> {
-    say(&args.place, report, || {
+fn tell(args: &DepositArgs, bank: &Bank, report: &DepositReport) -> anyhow::Result<()> {
+    let wire = wire(bank);
+    let mut object = serde_json::to_value(report)?;
+    if let Some(wire) = wire {
+        object["wire"] = serde_json::to_value(wire)?;
+    }
+    say(&args.place, &object, || {
         let counts = &report.counts;
-        format!(
+        let line = format!(
             "{}: {} pages: {} zero, {} as in {}, {} known, {} new; {} added",
             report.machine,
             counts.pages,
@@ -87,7 +93,8 @@ fn tell(args: &DepositArgs, report: &DepositReport) -> anyhow::Result<()> {
             counts.content,
             counts.new,
             size(report.pack_bytes + report.manifest_bytes),
-        )
+        );
+        line + &wire_line(wire, counts.pages.div_ceil(LEAF as u64))
     })
 }
 

@@ -10,11 +10,11 @@ use farbus_machine_bank::keep::{self, Keep, RepairReport, SweepOptions};
 use super::args::{CopyArgs, GcArgs, RemoveArgs, VerifyArgs};
 use super::help::Helped;
 use super::progress::Bar;
-use super::{find, open, open_at, say, size};
+use super::{find, open, open_at, open_itself, say, size};
 
 /// Verifies a bank.
 pub fn verify(args: &VerifyArgs) -> anyhow::Result<ExitCode> {
-    let bank = open(&args.place)?;
+    let bank = open_itself(&args.place)?;
     if args.repair {
         return repair(&bank, args);
     }
@@ -64,7 +64,7 @@ fn repair(bank: &Bank, args: &VerifyArgs) -> anyhow::Result<ExitCode> {
 
 /// Removes machines.
 pub fn remove(args: &RemoveArgs) -> anyhow::Result<()> {
-    let bank = open(&args.place)?;
+    let bank = open_itself(&args.place)?;
     let entries = if args.machines.is_empty() {
         let keep = Keep { last: args.keep_last.map(|last| last as usize), within: args.keep_within };
         keep::expired(&bank, args.machine.as_deref(), &keep).helped("cannot tell what has expired", &args.place)?
@@ -88,7 +88,7 @@ fn words(names: &[String]) -> String {
 
 /// Sweeps a bank.
 pub fn gc(args: &GcArgs) -> anyhow::Result<()> {
-    let bank = open(&args.place)?;
+    let bank = open_itself(&args.place)?;
     let options = SweepOptions { grace: args.grace, repack_below: args.repack_below, dry_run: args.dry_run };
     let report = keep::sweep(&bank, &options).helped("cannot collect garbage", &args.place)?;
     say(&args.place, &report, || {

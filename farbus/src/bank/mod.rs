@@ -13,30 +13,37 @@ mod help;
 mod keep;
 mod look;
 mod progress;
+mod serve;
+mod serve_args;
 mod serve_faults;
 mod vmm_help;
 mod withdraw;
 
 use std::fs;
 use std::process::ExitCode;
+use std::sync::Arc;
 
 use farbus_machine_bank::page::{KEY, from_hex};
+use farbus_machine_bank::remote::WireCounts;
+use farbus_machine_bank::store::{CacheCounters, Store};
 use farbus_machine_bank::{Bank, Entry};
 use serde::Serialize;
 
 use crate::bank::address::BankAddress;
-use crate::bank::args::{BankArgs, BankCommand, Place};
-use crate::failure::{Advise, refusal};
+use crate::bank::args::{BankArgs, BankCommand, InitArgs, Place};
+use crate::failure::{Advise, misuse, refusal};
 use crate::output::print_line;
 use help::Helped;
 
 /// Runs one of its commands.
 pub fn run(args: &BankArgs) -> anyhow::Result<ExitCode> {
+    check_link(args)?;
     match &args.command {
-        BankCommand::Init(args) => init(&args.place)?,
+        BankCommand::Init(args) => init(args)?,
         BankCommand::Deposit(args) => deposit::run(args)?,
         BankCommand::Withdraw(args) => withdraw::run(args)?,
         BankCommand::ServeFaults(args) => serve_faults::run(args)?,
+        BankCommand::Serve(args) => serve::run(args)?,
         BankCommand::List(args) => look::list(args)?,
         BankCommand::Show(args) => look::show(args)?,
         BankCommand::Diff(args) => look::diff(args)?,
@@ -51,13 +58,46 @@ pub fn run(args: &BankArgs) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-fn init(place: &Place) -> anyhow::Result<()> {
-    let key = key(place)?;
-    let bank = &place.bank;
-    Bank::init(bank.create(place)?, key.as_ref()).helped(format!("cannot make a bank in {bank}"), place)?;
+/// Options that do nothing are a misunderstanding.
+fn check_link(args: &BankArgs) -> anyhow::Result<()> {
+    let place = args.place();
+    let over_link = match &args.command {
+        BankCommand::Serve(_) => true,
+        BankCommand::Copy(args) if matches!(args.to, BankAddress::Link(_)) => true,
+        _ => matches!(place.bank, BankAddress::Link(_)),
+    };
+    let here = match &args.command {
+        BankCommand::Verify(_) => Some("verify"),
+        BankCommand::Remove(_) => Some("remove"),
+        BankCommand::Gc(_) => Some("gc"),
+        _ => None,
+    };
+    if let (Some(command), BankAddress::Link(_)) = (here, &place.bank) {
+        let hint = format!("run farbus bank {command} DIRECTORY on the host that serves it; it can be served meanwhile");
+        return Err(refusal(format!("{command} needs the bank itself, and {} is a link to one", place.bank), hint));
+    }
+    if place.link.is_given() && !over_link {
+        return Err(misuse(format!("{} takes no options of TLS and the like", place.bank), "leave them out: it is on this host"));
+    }
+    Ok(())
+}
+
+fn init(args: &InitArgs) -> anyhow::Result<()> {
+    let place = &args.place;
+    let (key, bank) = (key(place)?, &place.bank);
+    let store = bank.create(place)?;
+    let made = match &key {
+        Some(key) if args.encrypt => Bank::init_sealed(store, key),
+        key => Bank::init(store, key.as_ref()),
+    };
+    made.helped(format!("cannot make a bank in {bank}"), place)?;
     let keyed = key.is_some();
-    say(place, &serde_json::json!({ "bank": bank.to_string(), "keyed": keyed }), || {
-        format!("an empty bank is in {bank}{}", if keyed { "; it opens with this tenant key only" } else { "" })
+    say(place, &serde_json::json!({ "bank": bank.to_string(), "keyed": keyed, "encrypted": args.encrypt }), || {
+        let and = if args.encrypt { ", and is sealed under it" } else { "" };
+        format!(
+            "an empty bank is in {bank}{}",
+            if keyed { format!("; it opens with this tenant key only{and}") } else { String::new() }
+        )
     })
 }
 
@@ -67,8 +107,22 @@ fn open(place: &Place) -> anyhow::Result<Bank> {
 }
 
 fn open_at(address: &BankAddress, place: &Place) -> anyhow::Result<Bank> {
-    let key = key(place)?;
-    let bank = Bank::open(address.open(place)?, key.as_ref());
+    Ok(open_counted(address, place)?.0)
+}
+
+/// Opens a bank, and says where what its cache does is counted.
+fn open_counted(address: &BankAddress, place: &Place) -> anyhow::Result<(Bank, Option<Arc<CacheCounters>>)> {
+    let (store, counters) = address.open_cached(place)?;
+    Ok((with_key(store, address, place)?, counters))
+}
+
+/// Opens the bank without a cache, for what must see what is really there.
+fn open_itself(place: &Place) -> anyhow::Result<Bank> {
+    with_key(place.bank.open(place)?, &place.bank, place)
+}
+
+fn with_key(store: Box<dyn Store>, address: &BankAddress, place: &Place) -> anyhow::Result<Bank> {
+    let bank = Bank::open(store, key(place)?.as_ref());
     Ok(bank.helped(format!("cannot open the bank {address}"), place)?.patience(place.wait))
 }
 
@@ -97,6 +151,26 @@ fn find(bank: &Bank, place: &Place, wish: &str) -> anyhow::Result<Entry> {
 fn say(place: &Place, object: &impl Serialize, text: impl FnOnce() -> String) -> anyhow::Result<()> {
     print_line(&if place.json { serde_json::to_string(object)? } else { text() });
     Ok(())
+}
+
+/// What went over the link so far, where the bank is at one.
+fn wire(bank: &Bank) -> Option<WireCounts> {
+    bank.store().service().map(|service| service.wire())
+}
+
+/// The same for people; `leaves` of 16 MiB were moved. Nothing where there is no link.
+fn wire_line(wire: Option<WireCounts>, leaves: u64) -> String {
+    let Some(WireCounts { messages_sent, messages_received, message_bytes, reads, read_bytes, offered_bytes }) = wire else {
+        return String::new();
+    };
+    let messages = messages_sent + messages_received;
+    format!(
+        "\nover the link: {} fetched in {reads} reads, {} offered, {messages} messages of {} ({:.1} for each 16 MiB)",
+        size(read_bytes),
+        size(offered_bytes),
+        size(message_bytes),
+        messages as f64 / leaves.max(1) as f64
+    )
 }
 
 /// Bytes for people: `50.9 MiB`.

@@ -7,14 +7,16 @@ use std::path::{Path, PathBuf};
 
 use farbus_machine_bank::Withdrawal;
 use farbus_machine_bank::cloud_hypervisor::RestoreReport;
+use farbus_machine_bank::manifest::LEAF;
 use farbus_machine_bank::qemu::{QemuReport, SECTION};
+use farbus_machine_bank::store::CacheFigures;
 use farbus_machine_bank::withdraw::WithdrawReport;
 use serde::Serialize;
 
 use super::args::WithdrawArgs;
 use super::help::Helped;
 use super::progress::Bar;
-use super::{cloud_hypervisor, find, open, say, size};
+use super::{cloud_hypervisor, find, open_counted, say, size, wire, wire_line};
 use crate::failure::{Advise, refusal};
 
 #[derive(Serialize)]
@@ -34,7 +36,7 @@ struct Qemu {
 
 /// Withdraws a machine.
 pub fn run(args: &WithdrawArgs) -> anyhow::Result<()> {
-    let bank = open(&args.place)?;
+    let (bank, counters) = open_counted(&args.place.bank, &args.place)?;
     let entry = find(&bank, &args.place, &args.machine)?;
     let what = || format!("cannot withdraw {entry}");
     let withdrawal = bank.withdraw(&entry).helped(what(), &args.place)?;
@@ -76,7 +78,12 @@ pub fn run(args: &WithdrawArgs) -> anyhow::Result<()> {
     }
     let handed = args.cloud_hypervisor.as_deref().map(|path| cloud_hypervisor::withdraw(&bank, &entry, args, path)).transpose()?;
     let qemu = args.qemu.as_deref().map(|file| qemu(&withdrawal, file, args, &what())).transpose()?;
-    let object = serde_json::json!({ "machine": entry.to_string(), "root": entry.root.to_string(), "sections": written, "qemu": qemu, "cloud_hypervisor": handed });
+    let cache = counters.map(|counters| counters.figures());
+    let mut object = serde_json::json!({ "machine": entry.to_string(), "root": entry.root.to_string(), "sections": written, "cache": cache, "qemu": qemu, "cloud_hypervisor": handed });
+    let wire = wire(&bank);
+    if let Some(wire) = wire {
+        object["wire"] = serde_json::to_value(wire)?;
+    }
     say(&args.place, &object, || {
         let line = |Written { section, file, report }: &Written| {
             let WithdrawReport { pages, zero, there, fetched } = report;
@@ -93,7 +100,11 @@ pub fn run(args: &WithdrawArgs) -> anyhow::Result<()> {
             let on_demand = if args.on_demand { format!(": {placed} pages for {faults} requests") } else { String::new() };
             lines.push(format!("Cloud Hypervisor has {entry}, {slots} slots of {}{on_demand}", size(*bytes)));
         }
-        lines.join("\n")
+        lines.extend(cache.map(|CacheFigures { hits, wire_bytes, .. }| {
+            format!("{} came from the bank, and {hits} blocks of 32 KiB from the cache", size(wire_bytes))
+        }));
+        let leaves = written.iter().map(|written| written.report.pages.div_ceil(LEAF as u64)).sum();
+        lines.join("\n") + &wire_line(wire, leaves)
     })
 }
 

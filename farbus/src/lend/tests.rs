@@ -1,22 +1,25 @@
 //! A lender whose disk hangs: it says so, lends the device to nobody, gets it back when the disk goes on, and ends when it is told, with an error.
 //!
-//! A driver reads block 0 over a real link, the read hangs, the driver leaves; the next borrower is told why it gets nothing.
+//! A driver reads block 0 over a real link, the read hangs, the driver leaves; the next borrower is told why it gets nothing. And a function that leaves on
+//! purpose finds its device kept: a stranger is told so, and with the state's token it goes on.
 
 use std::collections::VecDeque;
 use std::os::fd::BorrowedFd;
 use std::path::PathBuf;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use farbus_bench::driver::{DmaMemory, Driver, DriverOptions, Io, QueueIndex};
 use farbus_bench::function::FunctionRegisters;
-use farbus_pci_shim::RecorderSink;
-use farbus_remote_dma::Iova;
-use farbus_remote_dma::borrower::BorrowerOptions;
+use farbus_pci_shim::{Function, FunctionOptions, FunctionState, RecorderSink};
+use farbus_remote_dma::borrower::{BorrowerOptions, BorrowerSession};
 use farbus_remote_dma::model::nvme::media::{Job, JobKind, Media};
 use farbus_remote_dma::model::nvme::{Nvme, NvmeOptions};
-use farbus_transport::Memory;
+use farbus_remote_dma::{Attachment, BarAddress, DeviceDescription, Iova, RestToken, Width, Window, WindowMemory};
+use farbus_transport::link::hello::{Hello, Role, SPOKEN};
+use farbus_transport::shm::{self, ShmOptions};
+use farbus_transport::{Access, Memory};
 
 use super::lend;
 use crate::attach::attach;
@@ -88,7 +91,7 @@ struct Lender {
 }
 
 impl Lender {
-    fn start() -> Self {
+    fn start(once: bool) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let address = LinkAddress::Shm(folder.path().join("link"));
         let (begun, go) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicBool::new(false)));
@@ -96,8 +99,9 @@ impl Lender {
         let args = LendArgs {
             device: DeviceSpec::Nvme { path: PathBuf::from("hanging"), options: NvmeOptions::default() },
             listen: address.clone(),
-            once: false,
+            once,
             spin: Duration::from_micros(50),
+            keep_at_most: Duration::from_secs(60),
             accept_unsealed: false,
             core: None,
             json: true,
@@ -177,10 +181,57 @@ fn sevens(memory: &Memory) -> usize {
     bytes.chunks(4096).filter(|page| page.iter().all(|byte| *byte == 7)).count()
 }
 
-/// One test, because a signal is for the whole process.
+/// A signal is for the whole process, so no two lenders run at a time.
+static ALONE: Mutex<()> = Mutex::new(());
+
+#[test]
+fn a_device_is_kept_for_the_function_that_left_it_and_for_nobody_else() {
+    let _alone = ALONE.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+    let mut lender = Lender::start(true);
+    lender.go.store(true, Ordering::Release);
+    let mut first = lender.borrow(Result::is_ok).unwrap();
+    let function = first.driver.registers_mut().function_mut();
+    function.quiesce(PATIENCE).unwrap();
+    let state = function.save().unwrap();
+    function.leave(PATIENCE).unwrap();
+    let token = FunctionState::parse(&state).unwrap().rest().token;
+
+    let refused = |token| session(&lender.address, token).err().unwrap();
+    // Until the lender knows that the first has left, the device is lent.
+    let start = Instant::now();
+    while !refused(None).contains("is kept for a function") {
+        assert!(start.elapsed() < PATIENCE, "{}", refused(None));
+    }
+    assert!(refused(Some(RestToken::random().unwrap())).contains("is kept for a function"));
+    let session = session(&lender.address, Some(token)).unwrap();
+    let behind = WindowMemory::Mapped { memory: Arc::clone(&first.memory), offset: 0, proven: true };
+    let window = Window { iova: BASE, len: first.memory.len(), access: Access::READ_WRITE, memory: behind };
+    let options = FunctionOptions::default();
+    let (mut function, restored) = Function::restore(session, RecorderSink::default(), options, &state, vec![window]).unwrap();
+    assert!(!restored.revived, "the device was reset");
+    function.resume();
+    // CSTS: ready, as the first driver left it.
+    assert_eq!(function.bar_read(BarAddress { bar: 0, offset: 0x1c }, Width::B4).unwrap(), 1);
+    drop(function);
+    // It was not asked to keep the device again.
+    lender.thread.take().unwrap().join().unwrap().unwrap();
+}
+
+/// A session, for a new function or for one that left the device under a token.
+fn session(address: &LinkAddress, token: Option<RestToken>) -> Result<Box<dyn Attachment>, String> {
+    let LinkAddress::Shm(path) = address else { panic!("a link of this host") };
+    let description = token.map(|token| token.claim()).unwrap_or_default();
+    let hello = Hello { versions: SPOKEN, role: Role::Borrower, features: 0, epoch: 0, description };
+    let connection = shm::connect(path, &hello, ShmOptions::default()).map_err(|error| error.to_string())?;
+    let device = DeviceDescription::decode(&connection.agreed.peer.description).unwrap();
+    let session = BorrowerSession::new(connection.fabric, device, BorrowerOptions::default()).unwrap();
+    Ok(Box::new(token.map_or_else(|| panic!("a stranger was let in"), |token| session.continuing(token))))
+}
+
 #[test]
 fn a_device_whose_disk_hangs_is_lent_to_nobody_until_it_goes_on_and_does_not_keep_the_command_from_ending() {
-    let mut lender = Lender::start();
+    let _alone = ALONE.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+    let mut lender = Lender::start(false);
     let memory = lender.wedge();
     assert_eq!(sevens(&memory), 0);
     lender.go.store(true, Ordering::Release);

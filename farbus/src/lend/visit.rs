@@ -7,9 +7,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use farbus_bench::measure::pin_to;
-use farbus_remote_dma::Backend;
 use farbus_remote_dma::lender::{LenderSession, PollOptions};
 use farbus_remote_dma::wait::Waker;
+use farbus_remote_dma::{Backend, Continued, Kept, RestToken};
 use farbus_transport::link::hello::Hello;
 use farbus_transport::link::verdict::Refusal;
 use farbus_transport::shm::ShmOptions;
@@ -22,8 +22,21 @@ use crate::link::{Arrival, Greeted, Linked};
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Visitor(pub u64);
 
-/// A device on its way to whoever claims it or back.
-pub type Device = Box<dyn Backend>;
+/// A device that nobody has.
+pub enum Device {
+    /// As after power-on.
+    Reset(Box<dyn Backend>),
+    /// At rest, as a function left it, for who has its token.
+    Kept(Kept),
+}
+
+/// A device on its way to who claimed it.
+pub enum Claimed {
+    /// As after power-on.
+    Fresh(Box<dyn Backend>),
+    /// Where a function left it.
+    Continued(Continued),
+}
 
 /// What a visitor's thread tells the command.
 pub enum News {
@@ -34,13 +47,13 @@ pub enum News {
         /// Why.
         why: String,
     },
-    /// Its hello is complete: the answer is the device, or why it cannot have it.
-    Claims(oneshot::Sender<Result<Device, Refusal>>),
+    /// Its hello is complete, and names the rest that it comes to end, if any: the answer is the device, or why it cannot have it.
+    Claims(Option<RestToken>, oneshot::Sender<Result<Claimed, Refusal>>),
     /// It has the device; its name, if it showed one. [`News::Returned`] follows.
     Lent(Option<String>),
     /// The borrower has left, and the device has not ended so many accesses. [`News::Returned`] follows when it has.
     Wedged(usize),
-    /// The device is back, fenced and reset: how the borrower left, or why it never was one.
+    /// The device is back, fenced and reset, or kept: how the borrower left, or why it never was one.
     Returned(Device, Result<CloseReason, String>),
 }
 
@@ -58,7 +71,12 @@ pub struct Terms {
     pub core: Option<usize>,
     /// How long a device may take to end what it was doing, before that is said.
     pub quiesce: Duration,
+    /// How long a device is kept for a function that left it.
+    pub keep_at_most: Duration,
 }
+
+/// How long a kept device waits for a borrower whose link did not come about.
+const AGAIN: Duration = Duration::from_secs(30);
 
 /// A connection that was accepted.
 pub struct Visit {
@@ -79,7 +97,7 @@ impl Visit {
             Err(error) => return self.tell(News::TurnedAway { from, why: error.to_string() }),
         };
         let (claim, answer) = oneshot::channel();
-        self.tell(News::Claims(claim));
+        self.tell(News::Claims(greeted.rest(), claim));
         match answer.blocking_recv() {
             Ok(Ok(device)) => self.serve(greeted, device),
             Ok(Err(refusal)) => {
@@ -91,7 +109,7 @@ impl Visit {
         }
     }
 
-    fn serve(&self, greeted: Greeted, device: Device) {
+    fn serve(&self, greeted: Greeted, device: Claimed) {
         // Held until the session ends.
         let _pinned = self.terms.core.and_then(|core| {
             let pinned = pin_to(core);
@@ -101,19 +119,36 @@ impl Visit {
         match greeted.link(self.terms.options) {
             Ok(Linked::Shm(fabric)) => self.lend(*fabric, device, peer),
             Ok(Linked::Rdma(fabric)) => self.lend(*fabric, device, peer),
-            Err(error) => self.tell(News::Returned(device, Err(format!("no borrower: {error}")))),
+            Err(error) => {
+                let back = match device {
+                    Claimed::Fresh(device) => Device::Reset(device),
+                    // Its borrower may try once more.
+                    Claimed::Continued(device) => Device::Kept(device.keep_again(AGAIN)),
+                };
+                self.tell(News::Returned(back, Err(format!("no borrower: {error}"))));
+            }
         }
     }
 
-    fn lend<F: Fabric>(&self, fabric: F, device: Device, peer: Option<String>) {
-        let mut session = match LenderSession::new(fabric, device) {
-            Ok(session) => session,
+    fn lend<F: Fabric>(&self, fabric: F, device: Claimed, peer: Option<String>) {
+        let session = match device {
+            Claimed::Fresh(device) => LenderSession::new(fabric, device).map_err(|(error, device)| (error, Device::Reset(device))),
+            Claimed::Continued(device) => {
+                LenderSession::continued(fabric, device).map_err(|(error, kept)| (error, Device::Kept(kept)))
+            }
+        };
+        let mut session = match session {
+            Ok(session) => session.keeping_at_most(self.terms.keep_at_most),
             Err((error, device)) => return self.tell(News::Returned(device, Err(error.to_string()))),
         };
         self.tell(News::Lent(peer));
         let reason = session.run(PollOptions { spin: self.terms.spin }, &self.terms.stop);
         let counters = session.counters();
         tracing::info!(?counters, "the session's counts");
+        let session = match session.into_kept() {
+            Ok(kept) => return self.tell(News::Returned(Device::Kept(kept), Ok(reason))),
+            Err(session) => session,
+        };
         let mut ended = session.end_within(self.terms.quiesce);
         if let Err(wedged) = &ended {
             self.tell(News::Wedged(wedged.in_flight()));
@@ -124,7 +159,7 @@ impl Visit {
                 Err(wedged) => ended = wedged.wait(self.terms.quiesce),
             }
         };
-        self.tell(News::Returned(device, Ok(reason)));
+        self.tell(News::Returned(Device::Reset(device), Ok(reason)));
     }
 
     fn tell(&self, news: News) {

@@ -14,7 +14,7 @@ use crate::manifest::leaf::{Encoded, encode};
 use crate::manifest::{Entry, ManifestError};
 use crate::pack::{GROUP, GROUP_PAGES, GroupEncoder};
 use crate::page::PAGE;
-use crate::reader::{ReadError, Reader, Scratch, Wanted};
+use crate::reader::{At, ReadError, Reader, Scratch, Wanted};
 use crate::store::StoreError;
 
 /// What was exported.
@@ -95,7 +95,7 @@ pub fn export(
     out.piece(&manifest.head.encode())?;
     let mut seen = Seen::new(bank, base)?;
     let (reader, mut scratch, mut encoder) =
-        (Reader::new(bank)?, Scratch::new()?, GroupEncoder::new().map_err(ExportError::Memory)?);
+        (Reader::of(bank, entry.root)?, Scratch::new()?, GroupEncoder::new().map_err(ExportError::Memory)?);
     let total = manifest.head.sections.iter().map(|section| section.len).sum();
     let (mut done, mut pages, mut buffer) = (0, 0, Vec::new());
     for (at, section) in manifest.head.sections.iter().enumerate() {
@@ -113,7 +113,13 @@ pub fn export(
             let first = seen.first(&ids);
             // Read in the order in which they are stored, written in that of the leaf.
             buffer.resize(first.len() * PAGE, 0);
-            let wanted: Vec<_> = first.iter().zip(0..).map(|(id, token)| Wanted { id: *id, token }).collect();
+            let mut wanted = Vec::with_capacity(first.len());
+            for (page, id) in ids.iter().enumerate() {
+                // They are in the order of the leaf, each where it is first.
+                if first.get(wanted.len()) == Some(id) {
+                    wanted.push(Wanted { id: *id, token: wanted.len() as u64, at: At::new(at, leaf, page) });
+                }
+            }
             reader.fetch(&wanted, &mut scratch, &mut |at, page| buffer[at as usize * PAGE..][..PAGE].copy_from_slice(page))?;
             for group in buffer.chunks(GROUP) {
                 out.piece(encoder.encode(group))?;

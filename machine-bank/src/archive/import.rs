@@ -11,7 +11,8 @@ use super::{DELTA, FULL, KEYED, MAGIC, SAME, Seen, ZERO};
 use crate::bank::Bank;
 use crate::codec::Malformed;
 use crate::deposit::Progress;
-use crate::index::{Index, IndexError};
+use crate::index::IndexError;
+use crate::known::Known;
 use crate::manifest::head::{Head, MOST_HEAD};
 use crate::manifest::leaf::{LEAF, apply_delta, parse_full};
 use crate::manifest::{LeafNames, Manifest, ManifestError, Writer};
@@ -111,7 +112,7 @@ impl In<'_> {
 /// The pages that are stored.
 struct Pages<'b> {
     bank: &'b Bank,
-    index: Index,
+    known: Known,
     packer: Packer,
     decoder: GroupDecoder,
     group: Box<[u8; GROUP]>,
@@ -193,13 +194,14 @@ pub fn import(bank: &Bank, from: &mut dyn Read, progress: &dyn Fn(Progress)) -> 
         if made != root {
             return Err(StoreError::Name(made.to_string()));
         }
-        Ok(bank.listing()?.last(&head.machine).map_or(1, |last| last.number + 1))
+        bank.next_number(&head.machine)
     };
     let entry = writer.finish(bank.identity(), &head.machine, head.created_ms, head.parent, number)?;
     drop(commit);
     bank.store().sync(Kind::Manifest)?;
-    pages.index.flush(bank.store())?;
-    Ok(ImportReport { machine: entry.to_string(), root: root.to_string(), ..pages.report })
+    let Pages { known, report, .. } = pages;
+    known.finish(bank)?;
+    Ok(ImportReport { machine: entry.to_string(), root: root.to_string(), ..report })
 }
 
 /// The names of a leaf of `count` pages.
@@ -230,7 +232,7 @@ fn read_leaf(
 impl<'b> Pages<'b> {
     fn new(bank: &'b Bank, report: ImportReport) -> Result<Self, ImportError> {
         let (packer, decoder) = (Packer::new().map_err(ImportError::Memory)?, GroupDecoder::new().map_err(ImportError::Memory)?);
-        Ok(Self { bank, index: Index::open(bank.store())?, packer, decoder, group: Box::new([0; GROUP]), report })
+        Ok(Self { bank, known: Known::open(bank)?, packer, decoder, group: Box::new([0; GROUP]), report })
     }
 
     /// Reads the groups of `ids`, each page held against its name, and stores those that the bank lacks.
@@ -243,14 +245,14 @@ impl<'b> Pages<'b> {
                 rest.split_at_checked(len / PAGE).ok_or(Malformed::Value("a group's number of pages", len as u64))?;
             rest = others;
             let mut full: Vec<Sealed> = Vec::new();
-            for (id, page) in these.iter().zip(self.group[..len].as_chunks::<PAGE>().0) {
-                if self.bank.identity().page(page) != *id {
-                    return Err(Malformed::Hash("a page").into());
-                }
-                if self.index.find(self.bank.store(), id)?.is_none() {
-                    self.report.new += 1;
-                    full.extend(self.packer.push(*id, page));
-                }
+            let mut lacking: Vec<_> = these.iter().zip(self.group[..len].as_chunks::<PAGE>().0).collect();
+            if lacking.iter().any(|(id, page)| self.bank.identity().page(*page) != **id) {
+                return Err(Malformed::Hash("a page").into());
+            }
+            self.known.lacking(self.bank, &mut lacking, |(id, _)| **id)?;
+            for (id, page) in lacking {
+                self.report.new += 1;
+                full.extend(self.packer.push(*id, page));
             }
             full.iter().try_for_each(|sealed| self.put(sealed))?;
         }
@@ -260,12 +262,8 @@ impl<'b> Pages<'b> {
 
     fn put(&mut self, sealed: &Sealed) -> Result<(), StoreError> {
         self.bank.store().put(Kind::Pack, &sealed.id.name(), &sealed.bytes, Durability::Durable)?;
-        self.index.add(sealed.id, &sealed.entries);
         self.report.pack_bytes += sealed.bytes.len() as u64;
-        if self.index.loose() >= crate::index::LOOSE {
-            self.index.flush(self.bank.store())?;
-        }
-        Ok(())
+        self.known.add(self.bank, sealed.id, &sealed.entries)
     }
 
     /// Stores the last pack, and makes all of them durable.

@@ -22,8 +22,9 @@ pub use source::{Changes, FileSource, Source};
 use worker::{Full, Leaf, Pages, Worker};
 
 use crate::bank::{Bank, FindError};
-use crate::index::{Index, IndexError};
+use crate::index::IndexError;
 use crate::keep::lost::Lost;
+use crate::known::Known;
 use crate::manifest::head::{MOST_BYTES, MOST_SECTIONS, leaves, pages_of};
 use crate::manifest::{Counts, Entry, LEAF, LeafNames, Manifest, ManifestError, SectionKind, Writer, valid_machine};
 use crate::pack::{FULL, PackBuilder, PackId, Place, Sealed};
@@ -166,7 +167,7 @@ impl Bank {
         };
         let writer = Writer::new(self.store(), parent.as_ref().map(|(_, manifest)| manifest.clone()))?;
         let lost = Lost::read(self.store())?;
-        let pages = Pages { index: RwLock::new(Index::open(self.store())?), claimed: Mutex::default(), lost };
+        let pages = Pages { known: RwLock::new(Known::open(self)?), claimed: Mutex::default(), lost };
         let workers = (0..THREADS).map(|_| Worker::new()).collect::<Result<_, _>>()?;
         let machine = machine.to_owned();
         Ok(Deposit { bank: self, machine, parent, writer, pages, workers, pack_bytes: AtomicU64::new(0), _hold: hold })
@@ -285,13 +286,13 @@ impl Deposit<'_> {
         }
         let (counts, last) = (self.writer.counts(), self.last_packs());
         let Self { bank, machine, parent, writer, pages, mut pack_bytes, .. } = self;
-        let mut index = pages.index.into_inner().unwrap_or_else(PoisonError::into_inner);
-        last.iter().for_each(|full| index.add(full.sealed.id, &full.sealed.entries));
+        let mut known = pages.known.into_inner().unwrap_or_else(PoisonError::into_inner);
+        last.iter().for_each(|full| known.note(full.sealed.id, &full.sealed.entries));
         let parent = parent.map(|(entry, _)| entry);
         let entry = std::thread::scope(|scope| {
             // The index takes the processor's time, packs and manifest the disk's. A run may so name a pack before it is there, or one that never
             // will be: who opens the index leaves that out.
-            let flushed = scope.spawn(|| index.finish(bank.store()));
+            let flushed = scope.spawn(|| known.finish(bank));
             let entry = publish(bank, &machine, parent.as_ref(), writer, last, &pack_bytes, only_onto_parent);
             // An index that is not there is made again by whoever opens the bank.
             match flushed.join() {
@@ -354,10 +355,15 @@ fn publish(
     let root = parent.map(|entry| entry.root);
     // Two deposits of one machine that end together have two numbers.
     let commit = bank.store().hold(Hold::Commit, bank.wait())?;
-    if only_onto_parent && bank.listing()?.last(machine).map(|entry| entry.root) != root {
+    let last = if only_onto_parent { bank.listing()?.last(machine).cloned() } else { None };
+    if only_onto_parent && last.as_ref().map(|entry| entry.root) != root {
         return Err(DepositError::Overtaken(parent.map(ToString::to_string).unwrap_or_default()));
     }
-    let number = |_| Ok(bank.listing()?.last(machine).map_or(1, |entry| entry.number + 1));
+    // Where another bank gives the numbers, it gives the one behind the parent or none.
+    let number = |_| match last {
+        Some(last) if bank.store().service().is_some() => Ok(last.number + 1),
+        _ => bank.next_number(machine),
+    };
     let entry = writer.finish(bank.identity(), machine, created, root, number)?;
     drop(commit);
     bank.store().sync(Kind::Manifest)?;

@@ -8,8 +8,8 @@ use std::sync::{Mutex, PoisonError, RwLock};
 use super::DepositError;
 use super::source::{Changes, Source};
 use crate::bank::Bank;
-use crate::index::Index;
 use crate::keep::lost::Lost;
+use crate::known::Known;
 use crate::manifest::{Counts, LEAF};
 use crate::pack::{FULL_PAGES, GROUP, PackId, Packer, Place, Sealed};
 use crate::page::{PAGE, PageId};
@@ -17,7 +17,9 @@ use crate::store::{Draft, Kind, StoreError};
 
 /// Pages that are read at once: 256 KiB, so that they are still in the core's cache when they are hashed.
 const EXTENT: usize = 64;
-/// The same in bytes.
+/// The same where another bank is asked which of them it has: fewer questions, as each takes a link's time both ways.
+const EXTENT_ASKED: usize = 1024;
+/// The first in bytes.
 const EXTENT_BYTES: usize = EXTENT * PAGE;
 /// Bytes of a pack from which they are written to its draft: few enough to be still in the core's cache then.
 const SPILL: usize = 512 << 10;
@@ -29,8 +31,8 @@ pub(super) const SEALED: usize = FULL_PAGES * (2 * size_of::<PageId>() + size_of
 /// What all threads of a deposit share.
 #[derive(Debug)]
 pub(super) struct Pages {
-    /// Where stored pages are.
-    pub index: RwLock<Index>,
+    /// Which pages are stored.
+    pub known: RwLock<Known>,
     /// New pages that a thread has taken and that are in no pack of the index yet.
     pub claimed: Mutex<HashSet<PageId>>,
     /// Pages that a parent has by name and the bank does not have.
@@ -45,13 +47,7 @@ impl Pages {
 
     /// A pack is in the store.
     pub fn stored(&self, bank: &Bank, pack: PackId, entries: &[(PageId, Place)]) -> Result<(), StoreError> {
-        {
-            let mut index = self.index.write().unwrap_or_else(PoisonError::into_inner);
-            index.add(pack, entries);
-            if index.loose() >= crate::index::LOOSE {
-                index.flush(bank.store())?;
-            }
-        }
+        self.known.write().unwrap_or_else(PoisonError::into_inner).add(bank, pack, entries)?;
         let mut claimed = self.claimed.lock().unwrap_or_else(PoisonError::into_inner);
         for (id, _) in entries {
             claimed.remove(id);
@@ -120,6 +116,7 @@ impl Worker {
         let readable = !matches!(changes, Changes::None);
         let lost: Vec<bool> = ids.iter().map(|id| readable && pages.lost.has(id)).collect();
         let may = |at: usize| leaf.parent.is_none() || lost[at] || changes.may(leaf.first + at as u64);
+        let extent = if bank.store().service().is_some() { EXTENT_ASKED } else { EXTENT };
         let mut at = 0;
         while at < leaf.pages {
             if !may(at) {
@@ -127,7 +124,7 @@ impl Worker {
                 at += 1;
                 continue;
             }
-            let end = leaf.pages.min(at + EXTENT);
+            let end = leaf.pages.min(at + extent);
             let end = (at..end).find(|at| !may(*at)).unwrap_or(end);
             self.extent(bank, pages, source, leaf, at, &mut ids[at..end], send)?;
             at = end;
@@ -160,7 +157,7 @@ impl Worker {
             return Ok(());
         }
         let there = source.len().saturating_sub(offset).min(bytes) as usize;
-        self.buffer.resize(EXTENT_BYTES, 0);
+        self.buffer.resize((bytes as usize).max(EXTENT_BYTES), 0);
         source.read_at(offset, &mut self.buffer[..there]).map_err(DepositError::Source)?;
         // The last page is filled up with zeros.
         self.buffer[there..bytes as usize].fill(0);
@@ -186,21 +183,7 @@ impl Worker {
         pages: &Pages,
         send: &mut dyn FnMut(Full) -> Result<(), DepositError>,
     ) -> Result<(), DepositError> {
-        {
-            let index = pages.index.read().unwrap_or_else(PoisonError::into_inner);
-            let mut failed = None;
-            self.fresh.retain(|(_, id)| match index.find(bank.store(), id) {
-                Ok(Some(_)) => false,
-                Ok(None) | Err(StoreError::Missing { .. }) => true,
-                Err(error) => {
-                    failed = Some(error);
-                    true
-                }
-            });
-            if let Some(error) = failed {
-                return Err(error.into());
-            }
-        }
+        pages.known.read().unwrap_or_else(PoisonError::into_inner).lacking(bank, &mut self.fresh, |(_, id)| *id)?;
         let buffer = self.buffer.as_chunks::<PAGE>().0;
         for (at, id) in self.fresh.iter().filter(|(_, id)| pages.claim(*id)) {
             self.counts.new += 1;

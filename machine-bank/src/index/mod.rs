@@ -88,11 +88,16 @@ impl Index {
         }
         let mut covered = vec![false; index.packs.len()];
         for object in objects {
-            let run = match Run::open(store, &object.name, object.len) {
+            let mut opened = Run::open(store, &object.name, object.len);
+            if let Err(RunError::Malformed(..)) = opened {
+                store.doubt(Kind::Index, &object.name);
+                opened = Run::open(store, &object.name, object.len);
+            }
+            let run = match opened {
                 Ok(run) if trusted => run,
                 // Superseded since it was listed.
                 Err(RunError::Store(StoreError::Missing { .. })) => continue,
-                Err(RunError::Store(error @ (StoreError::Io { .. } | StoreError::ReadOnly(_)))) => return Err(error.into()),
+                Err(RunError::Store(error)) if error.is_of_store() => return Err(error.into()),
                 Ok(_) => {
                     index.useless.push(object.name);
                     continue;
@@ -116,7 +121,8 @@ impl Index {
             match read_directory(store, pack, lens[&pack]) {
                 Ok(entries) => index.add_entries(number as u32, &entries),
                 Err(IndexError::Store(StoreError::Missing { .. })) => {}
-                Err(error @ IndexError::Pack { .. } | error @ IndexError::Store(StoreError::Ends { .. })) => {
+                Err(error @ IndexError::Pack { .. })
+                | Err(error @ IndexError::Store(StoreError::Ends { .. } | StoreError::Unsealed { .. })) => {
                     tracing::warn!(%error, "a pack is left out");
                 }
                 Err(error) => return Err(error),
@@ -334,6 +340,16 @@ impl Source<'_> {
 /// # Errors
 /// It is damaged, or the store's fault.
 pub fn read_directory(store: &dyn Store, pack: PackId, len: u64) -> Result<Vec<(PageId, Place)>, IndexError> {
+    match read_directory_once(store, pack, len) {
+        Err(IndexError::Pack { .. }) => {
+            store.doubt(Kind::Pack, &pack.name());
+            read_directory_once(store, pack, len)
+        }
+        read => read,
+    }
+}
+
+fn read_directory_once(store: &dyn Store, pack: PackId, len: u64) -> Result<Vec<(PageId, Place)>, IndexError> {
     let damaged = |error| IndexError::Pack { pack, error };
     let name = pack.name();
     let mut trailer = [0; TRAILER];

@@ -9,11 +9,12 @@ use thiserror::Error;
 
 use crate::bank::Bank;
 use crate::deposit::Progress;
-use crate::index::{Index, IndexError};
+use crate::index::IndexError;
+use crate::known::Known;
 use crate::manifest::{Entry, Manifest, ManifestError, rewrite};
 use crate::pack::{Packer, Sealed};
 use crate::page::PageId;
-use crate::reader::{ReadError, Reader, Scratch, Wanted};
+use crate::reader::{At, ReadError, Reader, Scratch, Wanted};
 use crate::store::{Durability, Hold, Kind, StoreError};
 
 /// What was copied.
@@ -70,14 +71,15 @@ pub fn copy(from: &Bank, to: &Bank, entry: &Entry, progress: &dyn Fn(Progress)) 
         let (machine, root) = (there.to_string(), there.root.to_string());
         return Ok(CopyReport { machine, root, was_there: true, ..CopyReport::default() });
     }
-    let mut packs = Packs { to, index: Index::open(to.store())?, pending: HashSet::new(), report: CopyReport::default() };
-    let (reader, mut scratch, mut packer) = (Reader::new(from)?, Scratch::new()?, Packer::new().map_err(CopyError::Memory)?);
+    let mut packs = Packs { to, known: Known::open(to)?, pending: HashSet::new(), report: CopyReport::default() };
+    let (reader, mut scratch, mut packer) =
+        (Reader::of(from, entry.root)?, Scratch::new()?, Packer::new().map_err(CopyError::Memory)?);
     let total: u64 = manifest.head.sections.iter().map(|section| section.len).sum();
     let mut done = 0;
     for (at, section) in manifest.head.sections.iter().enumerate() {
         for leaf in 0..section.leaves.len() {
             let ids = manifest.leaf(from.store(), from.identity(), at, leaf)?;
-            let wanted = packs.lacking(&ids)?;
+            let wanted = packs.lacking(&ids, at, leaf)?;
             let mut full = Vec::new();
             reader.fetch(&wanted, &mut scratch, &mut |at, page| full.extend(packer.push(ids[at as usize], page)))?;
             for sealed in full {
@@ -97,18 +99,18 @@ pub fn copy(from: &Bank, to: &Bank, entry: &Entry, progress: &dyn Fn(Progress)) 
         None => None,
     };
     let commit = to.store().hold(Hold::Commit, to.wait())?;
-    let number = || Ok(to.listing()?.last(&entry.machine).map_or(1, |last| last.number + 1));
+    let number = || to.next_number(&entry.machine);
     let copied = rewrite((from.store(), to.store()), to.identity(), &manifest, base, number)?;
     drop(commit);
     to.store().sync(Kind::Manifest)?;
-    packs.index.flush(to.store())?;
+    packs.known.finish(to)?;
     let report = packs.report;
     Ok(CopyReport { machine: copied.to_string(), root: copied.root.to_string(), ..report })
 }
 
 struct Packs<'b> {
     to: &'b Bank,
-    index: Index,
+    known: Known,
     /// Pages that are in no pack yet.
     pending: HashSet<PageId>,
     report: CopyReport,
@@ -116,27 +118,22 @@ struct Packs<'b> {
 
 impl Packs<'_> {
     /// Those of a leaf's pages that the bank lacks, each once.
-    fn lacking(&mut self, ids: &[PageId]) -> Result<Vec<Wanted>, StoreError> {
-        let mut wanted = Vec::new();
-        for (at, id) in ids.iter().enumerate().filter(|(_, id)| !id.is_zero()) {
-            if self.index.find(self.to.store(), id)?.is_none() && self.pending.insert(*id) {
-                wanted.push(Wanted { id: *id, token: at as u64 });
-            }
-        }
+    fn lacking(&mut self, ids: &[PageId], section: usize, leaf: usize) -> Result<Vec<Wanted>, StoreError> {
+        let stored = ids.iter().enumerate().filter(|(_, id)| !id.is_zero());
+        let wanted = stored.map(|(at, id)| Wanted { id: *id, token: at as u64, at: At::new(section, leaf, at) });
+        let mut wanted: Vec<_> = wanted.collect();
+        self.known.lacking(self.to, &mut wanted, |wanted| wanted.id)?;
+        wanted.retain(|wanted| self.pending.insert(wanted.id));
         Ok(wanted)
     }
 
     fn put(&mut self, sealed: &Sealed) -> Result<(), StoreError> {
         self.to.store().put(Kind::Pack, &sealed.id.name(), &sealed.bytes, Durability::Durable)?;
-        self.index.add(sealed.id, &sealed.entries);
         for (id, _) in &sealed.entries {
             self.pending.remove(id);
         }
         self.report.pages += sealed.entries.len() as u64;
         self.report.pack_bytes += sealed.bytes.len() as u64;
-        if self.index.loose() >= crate::index::LOOSE {
-            self.index.flush(self.to.store())?;
-        }
-        Ok(())
+        self.known.add(self.to, sealed.id, &sealed.entries)
     }
 }

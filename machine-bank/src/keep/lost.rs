@@ -10,7 +10,7 @@ use crate::page::PageId;
 use crate::store::{Durability, Kind, Store, StoreError};
 
 /// What they are kept in.
-const OBJECT: &str = "lost";
+pub(crate) const OBJECT: &str = "lost";
 const MAGIC: &[u8; 8] = b"FBLOST1\n";
 /// Names at most; where more are lost, any page may be.
 const MOST: usize = 1 << 22;
@@ -26,6 +26,11 @@ impl Lost {
     /// These; where they are too many, all.
     pub fn new(pages: HashSet<PageId>) -> Self {
         if pages.len() > MOST { Self { all: true, pages: HashSet::new() } } else { Self { all: false, pages } }
+    }
+
+    /// A note that any page may be.
+    pub fn note_of_all() -> Vec<u8> {
+        [&MAGIC[..], &[1]].concat()
     }
 
     /// Whether a page may be.
@@ -45,7 +50,9 @@ impl Lost {
                 Self { all: true, pages: HashSet::new() }
             })),
             Err(StoreError::Missing { .. }) => Ok(Self::default()),
-            Err(StoreError::TooLong { .. } | StoreError::Ends { .. }) => Ok(Self { all: true, pages: HashSet::new() }),
+            Err(StoreError::TooLong { .. } | StoreError::Ends { .. } | StoreError::Unsealed { .. }) => {
+                Ok(Self { all: true, pages: HashSet::new() })
+            }
             Err(error) => Err(error),
         }
     }

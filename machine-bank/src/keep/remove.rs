@@ -2,7 +2,7 @@
 //!
 //! `vm7` was deposited nine times; keeping the last three and what is younger than a day removes `vm7@1` to `vm7@6`, unless somebody withdraws one.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use serde::Serialize;
@@ -27,7 +27,7 @@ pub struct Keep {
 pub struct RemoveReport {
     /// Machines that are gone.
     pub removed: Vec<String>,
-    /// Machines that stay, because a process withdraws them, with its number.
+    /// Machines that stay, because a process withdraws them or what rests on them, with its number.
     pub in_use: Vec<(String, u32)>,
     /// Manifests that rested on one that is gone and were written anew.
     pub rewritten: u64,
@@ -76,7 +76,8 @@ pub fn expired(bank: &Bank, machine: Option<&str>, keep: &Keep) -> Result<Vec<En
     Ok(expired)
 }
 
-/// Takes machines out. Those that rest on them are written anew first; those that are being withdrawn stay.
+/// Takes machines out. Those that rest on them are written anew first; those that are being withdrawn stay, with those
+/// that they rest on.
 ///
 /// # Errors
 /// A manifest that has to be written anew is damaged, a deposit is running, or the store's fault; what was not yet removed is there.
@@ -85,14 +86,23 @@ pub fn remove(bank: &Bank, entries: &[Entry]) -> Result<RemoveReport, RemoveErro
     let _alone = store.hold(Hold::Sweep, bank.wait())?;
     let pins = store.pins()?;
     let mut report = RemoveReport::default();
+    let listing = bank.listing()?;
+    // Whoever withdraws a machine reads the manifests that it rests on too, and none of them may be written anew meanwhile.
+    let mut used: HashMap<Root, u32> = HashMap::new();
+    for pin in &pins {
+        used.insert(pin.root, pin.pid);
+        if listing.by_root(&pin.root).is_some() {
+            let manifest = Manifest::open(store, identity, &listing, &pin.root)?;
+            used.extend(manifest.bases().map(|base| (base.root, pin.pid)));
+        }
+    }
     let mut gone: HashSet<Root> = HashSet::new();
     for entry in entries {
-        match pins.iter().find(|pin| pin.root == entry.root) {
-            Some(pin) => report.in_use.push((entry.to_string(), pin.pid)),
+        match used.get(&entry.root) {
+            Some(pid) => report.in_use.push((entry.to_string(), *pid)),
             None => _ = gone.insert(entry.root),
         }
     }
-    let listing = bank.listing()?;
     for entry in listing.0.iter().filter(|entry| !gone.contains(&entry.root)) {
         let manifest = Manifest::open(store, identity, &listing, &entry.root)?;
         if manifest.table.base.is_some_and(|base| gone.contains(&base)) {

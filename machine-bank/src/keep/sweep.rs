@@ -17,7 +17,7 @@ use crate::index::{Index, IndexError, read_directory};
 use crate::manifest::{Manifest, ManifestError};
 use crate::pack::{PackId, Packer, Place, Sealed};
 use crate::page::PageId;
-use crate::reader::{ReadError, Reader, Scratch, Wanted};
+use crate::reader::{At, ReadError, Reader, Scratch, Wanted};
 use crate::store::{Durability, Hold, Kind, StoreError};
 
 /// Pages that are moved at once: 16 MiB.
@@ -107,7 +107,7 @@ pub fn sweep(bank: &Bank, options: &SweepOptions) -> Result<SweepReport, SweepEr
         report.packs += 1;
         let entries = match read_directory(store, pack, object.len) {
             Ok(entries) => entries,
-            Err(IndexError::Store(error @ (StoreError::Io { .. } | StoreError::ReadOnly(_)))) => return Err(error.into()),
+            Err(IndexError::Store(error)) if error.is_of_store() => return Err(error.into()),
             Err(_) => {
                 report.damaged.push(object.name);
                 continue;
@@ -173,7 +173,8 @@ fn move_pages(bank: &Bank, index: &mut Index, moving: &[PageId], report: &mut Sw
     }
     let (reader, mut scratch, mut packer) = (Reader::new(bank)?, Scratch::new()?, Packer::new().map_err(SweepError::Memory)?);
     for batch in moving.chunks(BATCH) {
-        let wanted: Vec<_> = batch.iter().enumerate().map(|(at, id)| Wanted { id: *id, token: at as u64 }).collect();
+        let wanted: Vec<_> =
+            batch.iter().enumerate().map(|(at, id)| Wanted { id: *id, token: at as u64, at: At::default() }).collect();
         let mut full: Vec<Sealed> = Vec::new();
         reader.fetch(&wanted, &mut scratch, &mut |at, page| full.extend(packer.push(batch[at as usize], page)))?;
         for sealed in full {

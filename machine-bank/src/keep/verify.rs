@@ -131,7 +131,9 @@ impl Reading {
         let bytes = match bank.store().read_all(Kind::Pack, &pack.name(), MOST_PACK) {
             Ok(bytes) => bytes,
             Err(StoreError::Missing { .. }) => return Ok(None),
-            Err(error @ (StoreError::TooLong { .. } | StoreError::Ends { .. })) => return Err(Unreadable::Pack(error.to_string())),
+            Err(error @ (StoreError::TooLong { .. } | StoreError::Ends { .. } | StoreError::Unsealed { .. })) => {
+                return Err(Unreadable::Pack(error.to_string()));
+            }
             Err(error) => return Err(Unreadable::Store(error)),
         };
         let entries = parse_pack(pack, &bytes).map_err(|error| Unreadable::Pack(error.to_string()))?;

@@ -71,6 +71,11 @@ impl Area {
         &self.memory
     }
 
+    /// The memory itself, for a device to have windows of it; only of [`Area::shared`], whose mapping lasts as long as anybody has it.
+    pub fn share(&self) -> Option<Arc<Memory>> {
+        (!self.own).then(|| Arc::clone(&self.memory))
+    }
+
     /// Where it is in this process.
     pub fn address(&self) -> u64 {
         self.base

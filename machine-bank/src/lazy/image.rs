@@ -14,7 +14,7 @@ use crate::bank::Bank;
 use crate::manifest::{Entry, LEAF};
 use crate::pack::{GROUP, GROUP_PAGES};
 use crate::page::{PAGE, PageId};
-use crate::reader::{ReadError, Scratch, Wanted};
+use crate::reader::{At, ReadError, Scratch, Wanted};
 use crate::withdraw::{WithdrawError, Withdrawal};
 
 /// How often a store is asked for what it does not give.
@@ -89,11 +89,11 @@ impl<'b> Image<'b> {
         for group in groups {
             names.push(self.names(*group)?);
         }
-        let all = self.read(&names);
+        let all = self.read(groups, &names);
         for (at, (group, ids)) in groups.iter().zip(&names).enumerate() {
             let mut bad = Vec::new();
             if all.is_err() {
-                bad = self.one_by_one(at, ids);
+                bad = self.one_by_one(at, *group, ids);
             }
             let zero = bad.is_empty() && ids.iter().all(PageId::is_zero);
             let bytes = &self.buffer[at * GROUP..][..ids.len() * PAGE];
@@ -103,13 +103,18 @@ impl<'b> Image<'b> {
     }
 
     /// Reads all of the groups into the buffer.
-    fn read(&mut self, groups: &[Vec<PageId>]) -> Result<(), ReadError> {
+    fn read(&mut self, numbers: &[u64], groups: &[Vec<PageId>]) -> Result<(), ReadError> {
         self.buffer.clear();
         self.buffer.resize(groups.len() * GROUP, 0);
+        let section = self.section;
         let places = groups.iter().enumerate().flat_map(|(at, ids)| ids.iter().enumerate().map(move |(page, id)| (at, page, id)));
         let wanted: Vec<_> = places
             .filter(|(_, _, id)| !id.is_zero())
-            .map(|(at, page, id)| Wanted { id: *id, token: (at * GROUP_PAGES + page) as u64 })
+            .map(|(at, page, id)| Wanted {
+                id: *id,
+                token: (at * GROUP_PAGES + page) as u64,
+                at: place(section, numbers[at], page),
+            })
             .collect();
         let (reader, scratch, buffer) = (self.withdrawal.reader(), &mut self.scratch, &mut self.buffer);
         patient(self.patience, self.retries, || {
@@ -118,11 +123,11 @@ impl<'b> Image<'b> {
     }
 
     /// Reads the pages of the group at `at` of the buffer each for itself, and says which cannot be had. The store was asked patiently before.
-    fn one_by_one(&mut self, at: usize, ids: &[PageId]) -> Vec<usize> {
+    fn one_by_one(&mut self, at: usize, group: u64, ids: &[PageId]) -> Vec<usize> {
         let mut bad = Vec::new();
         for (page, id) in ids.iter().enumerate().filter(|(_, id)| !id.is_zero()) {
             let to = &mut self.buffer[at * GROUP + page * PAGE..][..PAGE];
-            let wanted = [Wanted { id: *id, token: 0 }];
+            let wanted = [Wanted { id: *id, token: 0, at: place(self.section, group, page) }];
             if let Err(error) = self.withdrawal.reader().fetch(&wanted, &mut self.scratch, &mut |_, page| to.copy_from_slice(page))
             {
                 tracing::error!(%error, "a page of a machine cannot be had");
@@ -149,6 +154,11 @@ impl<'b> Image<'b> {
         let first = (leaf * LEAF) as u64;
         Ok(ids.get((start - first) as usize..(end - first) as usize).unwrap_or_default().to_vec())
     }
+}
+
+/// Where a page of a group is.
+fn place(section: usize, group: u64, page: usize) -> At {
+    At { section: section as u16, page: group * GROUP_PAGES as u64 + page as u64 }
 }
 
 /// The pages of a group of a section of `pages`.

@@ -11,7 +11,7 @@ use crate::codec::{Input, Malformed};
 use crate::deposit::{Changes, DepositError, DepositOptions, DepositReport, Parent, Source};
 use crate::manifest::{Entry, SectionKind};
 use crate::pack::GROUP;
-use crate::reader::{Scratch, Wanted};
+use crate::reader::{At, Scratch, Wanted};
 use crate::withdraw::{WithdrawError, Withdrawal};
 
 const MAGIC: &[u8; 8] = b"FBWSET1\n";
@@ -94,7 +94,7 @@ impl WorkingSet {
             let wanted: Vec<_> = (first..)
                 .zip(&ids)
                 .filter(|(_, id)| !id.is_zero())
-                .map(|(page, id)| Wanted { id: *id, token: page as u64 })
+                .map(|(page, id)| Wanted { id: *id, token: page as u64, at: At { section: at as u16, page: page as u64 } })
                 .collect();
             let mut sink = |page: u64, contents: &[u8; crate::PAGE]| {
                 bytes[page as usize * crate::PAGE..][..crate::PAGE].copy_from_slice(contents);

@@ -27,7 +27,7 @@ impl Entry {
         format!("{}@{:08}@{}", self.machine, self.number, self.root)
     }
 
-    fn parse(object: &Object) -> Option<Self> {
+    pub(crate) fn parse(object: &Object) -> Option<Self> {
         let mut parts = object.name.split('@');
         let (machine, number, root) = (parts.next()?, parts.next()?, parts.next()?);
         let number = number.bytes().all(|digit| digit.is_ascii_digit()).then(|| number.parse().ok())??;

@@ -3,15 +3,17 @@
 //! `manifest.leaf(&store, &identity, 0, 31)` reads the last leaf of the first section: it finds `Same`, `Same`, `Delta`, `Full` in four manifests,
 //! applies the delta to the full one, and returns 4,096 names only if they have the hash that the first manifest's head says.
 
+use std::collections::HashSet;
 use std::sync::Arc;
 
 use thiserror::Error;
 
 use super::leaf::{Form, apply_delta, named, parse_full};
 use super::table::{Table, split};
-use super::{Head, Listing, TRAILER};
+use super::{DEEPEST, Head, Listing, TRAILER};
 use crate::codec::Malformed;
 use crate::page::{Identity, PageId, Root};
+use crate::remote::Service;
 use crate::store::{Kind, Store, StoreError};
 
 /// Why a machine cannot be read.
@@ -61,7 +63,36 @@ impl Manifest {
     pub fn open(store: &dyn Store, identity: &Identity, listing: &Listing, root: &Root) -> Result<Arc<Self>, ManifestError> {
         let missing = || StoreError::Missing { kind: Kind::Manifest, name: root.to_string() };
         let object = listing.by_root(root).ok_or_else(missing)?.object();
-        Self::open_object(store, identity, listing, object, *root, u8::MAX)
+        if let Some(service) = store.service() {
+            return Self::open_remote(service, identity, object, *root);
+        }
+        let mut doubted = HashSet::new();
+        loop {
+            match Self::open_object(store, identity, listing, object.clone(), *root, u8::MAX) {
+                // A cache or an open file may have what it was before somebody wrote it anew.
+                Err(ManifestError::Malformed { object: which, .. } | ManifestError::NoBase { object: which, .. })
+                    if doubted.insert(which.clone()) =>
+                {
+                    store.doubt(Kind::Manifest, &which);
+                }
+                opened => return opened,
+            }
+        }
+    }
+
+    /// Opens one whose leaves are asked for one by one: how they are written is known where it is.
+    fn open_remote(service: &dyn Service, identity: &Identity, object: String, root: Root) -> Result<Arc<Self>, ManifestError> {
+        let malformed = |error| ManifestError::Malformed { object: object.clone(), error };
+        let (depth, head) = service.head(&root)?;
+        if identity.root(&head) != root {
+            return Err(malformed(Malformed::Hash("the head")));
+        }
+        let head = Head::parse(&head).map_err(malformed)?;
+        if depth > DEEPEST {
+            return Err(malformed(Malformed::Value("a manifest's depth", depth.into())));
+        }
+        let forms = head.sections.iter().map(|section| vec![Form::Same; section.leaves.len()]).collect();
+        Ok(Arc::new(Self { object, root, head, table: Table { base: None, depth, forms }, base: None }))
     }
 
     fn open_object(
@@ -117,7 +148,26 @@ impl Manifest {
     /// # Errors
     /// It is damaged or changed, or the store's fault.
     pub fn leaf(&self, store: &dyn Store, identity: &Identity, section: usize, leaf: usize) -> Result<Vec<PageId>, ManifestError> {
-        let ids = self.resolve(store, section, leaf, self.head.sections[section].pages_of(leaf))?;
+        self.verified(store, identity, section, leaf).or_else(|error| {
+            let ManifestError::Malformed { .. } = error else { return Err(error) };
+            let mut manifest = Some(self);
+            while let Some(doubted) = manifest {
+                store.doubt(Kind::Manifest, &doubted.object);
+                manifest = doubted.base.as_ref().map(|(base, _)| &**base);
+            }
+            self.verified(store, identity, section, leaf)
+        })
+    }
+
+    fn verified(&self, store: &dyn Store, identity: &Identity, section: usize, leaf: usize) -> Result<Vec<PageId>, ManifestError> {
+        let pages = self.head.sections[section].pages_of(leaf);
+        let ids = match store.service() {
+            Some(service) => {
+                let full = service.leaf(&self.root, section, leaf)?;
+                parse_full(&full, pages).map_err(|error| self.malformed(error))?
+            }
+            None => self.resolve(store, section, leaf, pages)?,
+        };
         if identity.leaf(&ids) == self.head.sections[section].leaves[leaf] {
             Ok(ids)
         } else {
@@ -174,6 +224,11 @@ impl Manifest {
 
     fn malformed(&self, error: Malformed) -> ManifestError {
         ManifestError::Malformed { object: self.object.clone(), error }
+    }
+
+    /// Those that it rests on, the next first.
+    pub fn bases(&self) -> impl Iterator<Item = &Arc<Self>> {
+        std::iter::successors(self.base.as_ref().map(|(base, _)| base), |base| base.base.as_ref().map(|(base, _)| base))
     }
 
     /// The first below it for which `wanted` holds.

@@ -10,7 +10,7 @@ use super::table::Table;
 use super::{DEEPEST, END, Entry, MAGIC, Manifest, SectionKind};
 use crate::manifest::Counts;
 use crate::page::{Identity, PageId, Root};
-use crate::store::{Draft, Durability, Kind, Store, StoreError};
+use crate::store::{Draft, Kind, Store, StoreError};
 
 /// A manifest that is being written.
 #[derive(Debug)]
@@ -129,7 +129,6 @@ impl Writer {
         self.draft.append(&[&lengths[..], END].concat())?;
         let len = self.offset + (head.len() + table.len()) as u64 + super::TRAILER as u64;
         let entry = Entry { machine: machine.to_owned(), number: number(root)?, root, len };
-        self.draft.commit(&entry.object(), Durability::Durable)?;
-        Ok(entry)
+        self.draft.commit_deposit(entry)
     }
 }

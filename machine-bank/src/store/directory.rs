@@ -29,8 +29,11 @@ static NEXT: AtomicU64 = AtomicU64::new(0);
 #[derive(Debug)]
 pub struct Directory {
     root: PathBuf,
-    open: Mutex<HashMap<(Kind, String), Arc<File>>>,
+    open: OpenFiles,
 }
+
+/// Files that are kept open; one that somebody replaced is read as it was until it is doubted.
+type OpenFiles = Arc<Mutex<HashMap<(Kind, String), Arc<File>>>>;
 
 impl Directory {
     /// Opens the store at `root`.
@@ -44,7 +47,7 @@ impl Directory {
             fs::metadata(&path)
                 .map_err(|error| StoreError::io(format!("{} is no bank: {folder} is missing", root.display()), error))?;
         }
-        Ok(Self { root, open: Mutex::default() })
+        Ok(Self { root, open: Arc::default() })
     }
 
     /// Makes the folders of a store at `root`, which may be there and empty, and opens it.
@@ -101,7 +104,7 @@ impl Directory {
     }
 
     fn forget(&self, kind: Kind, name: &str) {
-        self.open.lock().unwrap_or_else(PoisonError::into_inner).remove(&(kind, name.to_owned()));
+        forget(&self.open, kind, name);
     }
 
     /// Opens a file of `locks`, which is made where it is missing.
@@ -110,6 +113,10 @@ impl Directory {
         let open = OpenOptions::new().create(true).truncate(false).read(true).write(true).open(&path);
         open.map_err(|error| StoreError::io(format!("cannot lock {}", path.display()), error))
     }
+}
+
+fn forget(open: &OpenFiles, kind: Kind, name: &str) {
+    open.lock().unwrap_or_else(PoisonError::into_inner).remove(&(kind, name.to_owned()));
 }
 
 fn folder(kind: Kind) -> &'static str {
@@ -169,8 +176,8 @@ impl Store for Directory {
         let fail = |error| StoreError::io(format!("cannot write {}", temporary.display()), error);
         let file = OpenOptions::new().create(true).truncate(true).write(true).open(&temporary).map_err(fail)?;
         flock(&file, FlockOperation::NonBlockingLockExclusive).map_err(|error| fail(error.into()))?;
-        let name = kind.to_string();
-        Ok(Box::new(FileDraft { folder: self.folder(kind), temporary, file, kind: name, committed: false }))
+        let open = self.open.clone();
+        Ok(Box::new(FileDraft { folder: self.folder(kind), temporary, file, kind, open, committed: false }))
     }
 
     fn sync(&self, kind: Kind) -> Result<(), StoreError> {
@@ -258,6 +265,10 @@ impl Store for Directory {
         Ok(pins)
     }
 
+    fn doubt(&self, kind: Kind, name: &str) {
+        self.forget(kind, name);
+    }
+
     fn tidy(&self) -> Result<u64, StoreError> {
         let path = self.root.join("tmp");
         let fail = |error| StoreError::io(format!("cannot tidy {}", path.display()), error);
@@ -279,7 +290,8 @@ struct FileDraft {
     folder: PathBuf,
     temporary: PathBuf,
     file: File,
-    kind: String,
+    kind: Kind,
+    open: OpenFiles,
     committed: bool,
 }
 
@@ -298,6 +310,7 @@ impl Draft for FileDraft {
             self.file.sync_data().map_err(fail)?;
         }
         fs::rename(&self.temporary, &path).map_err(fail)?;
+        forget(&self.open, self.kind, name);
         self.committed = true;
         Ok(())
     }

@@ -3,10 +3,14 @@
 //! `store.create(Kind::Pack)?`, `append(&bytes)`, `commit("9f…")`: at every instant, also after a power cut, there is either all of pack 9f… or
 //! nothing of it. Three calls write, three read, two lock; what a directory, memory, an object store or another bank keeps is the same.
 
+pub mod cached;
 #[cfg(feature = "conformance")]
 pub mod conformance;
 pub mod directory;
 pub mod memory;
+#[cfg(feature = "object")]
+pub mod object;
+pub mod sealed;
 
 use std::fmt;
 use std::io;
@@ -14,10 +18,16 @@ use std::time::{Duration, SystemTime};
 
 use thiserror::Error;
 
+use crate::manifest::Entry;
 use crate::page::Root;
+use crate::remote::Service;
 
+pub use cached::{CacheCounters, CacheFigures, CachedStore};
 pub use directory::Directory;
 pub use memory::MemoryStore;
+#[cfg(feature = "object")]
+pub use object::ObjectStore;
+pub use sealed::SealedStore;
 
 /// What an object is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -156,6 +166,23 @@ pub trait Store: Send + Sync + fmt::Debug {
     /// The store cannot be written.
     fn tidy(&self) -> Result<u64, StoreError>;
 
+    /// Who is asked for machines and pages, where this is another bank and no store of bytes: there packs and indexes cannot be read.
+    fn service(&self) -> Option<&dyn Service> {
+        None
+    }
+
+    /// Takes a name for whoever asks first, once and for all: `vm7@00000003` is the third deposit of `vm7` and of nobody else. A store whose holds cannot
+    /// lapse needs no more than them.
+    ///
+    /// # Errors
+    /// The store cannot be written.
+    fn reserve(&self, _name: &str) -> Result<bool, StoreError> {
+        Ok(true)
+    }
+
+    /// What was read of an object is not what it should be: a cache forgets it, so that the next read asks further.
+    fn doubt(&self, _kind: Kind, _name: &str) {}
+
     /// All of an object of at most `most` bytes.
     ///
     /// # Errors
@@ -197,6 +224,16 @@ pub trait Draft: Send + fmt::Debug {
     /// # Errors
     /// The store cannot be written; there is what there was.
     fn commit(self: Box<Self>, name: &str, durability: Durability) -> Result<(), StoreError>;
+
+    /// As [`Draft::commit`], for a manifest, which must survive a power cut. Where `entry.number` is 0 ([`Bank::next_number`](crate::Bank)) the bank
+    /// that is written to chooses it; the deposit as it is there is returned.
+    ///
+    /// # Errors
+    /// As [`Draft::commit`].
+    fn commit_deposit(self: Box<Self>, entry: Entry) -> Result<Entry, StoreError> {
+        self.commit(&entry.object(), Durability::Durable)?;
+        Ok(entry)
+    }
 }
 
 /// Why a store did not do it.
@@ -241,12 +278,40 @@ pub enum StoreError {
         /// Who, and what they do.
         by: String,
     },
+    /// Who has the store does not do that for us.
+    #[error("{0}")]
+    Refused(String),
+    /// There is no link to the store any more, or no sense comes over it.
+    #[error("{0}")]
+    Gone(String),
     /// Nothing more fits.
     #[error("the store is full: {0}")]
     Full(io::Error),
     /// It cannot be written.
     #[error("the store cannot be written: {0}")]
     ReadOnly(io::Error),
+    /// It does not answer, or not in time.
+    #[error("the store does not answer: {what}: {source}")]
+    Unreachable {
+        /// What was done.
+        what: String,
+        /// What was seen of it.
+        source: io::Error,
+    },
+    /// This process did not say for so long that it is there that others may go on without it.
+    #[error("this process was silent for too long ({silent:?}), so others may have taken it for dead")]
+    Lapsed {
+        /// How long.
+        silent: Duration,
+    },
+    /// It was changed, or is sealed under another key.
+    #[error("{kind} {name} was changed, or belongs to another key")]
+    Unsealed {
+        /// What it is.
+        kind: Kind,
+        /// Its name.
+        name: String,
+    },
     /// The host's fault.
     #[error("{what}: {source}")]
     Io {
@@ -258,6 +323,19 @@ pub enum StoreError {
 }
 
 impl StoreError {
+    /// Whether the store failed, and not the object: nothing can be concluded about what is in it.
+    pub fn is_of_store(&self) -> bool {
+        matches!(
+            self,
+            Self::Io { .. }
+                | Self::ReadOnly(_)
+                | Self::Full(_)
+                | Self::Unreachable { .. }
+                | Self::Lapsed { .. }
+                | Self::Busy { .. }
+        )
+    }
+
     /// Sorted by what can be done about it.
     pub fn io(what: impl Into<String>, source: io::Error) -> Self {
         match source.kind() {

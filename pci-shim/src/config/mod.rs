@@ -228,6 +228,24 @@ impl Space {
         self.registers.set(offset::DEVICE_STATUS, noted.to_le_bytes());
     }
 
+    /// All bytes, for a saved state.
+    pub(crate) fn save(&self) -> &[u8; CONFIG_BYTES] {
+        self.registers.all()
+    }
+
+    /// Takes saved bytes; false, and nothing is taken, where they are not of such a function.
+    pub(crate) fn load(&mut self, saved: &[u8; CONFIG_BYTES]) -> bool {
+        // What the function shows, and errors that it notes: the guest does not write these, but they change.
+        let mut also = vec![
+            (offset::STATUS, u32::from(status::INTERRUPT | status::ERRORS)),
+            (offset::DEVICE_STATUS, u32::from(device_status::ALL)),
+        ];
+        if self.msi_vectors > 1 {
+            also.push((offset::MSI_PENDING, u32::MAX));
+        }
+        self.registers.load(saved, &also)
+    }
+
     fn command(&self) -> u16 {
         self.registers.u16(offset::COMMAND)
     }

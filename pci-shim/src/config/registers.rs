@@ -85,6 +85,30 @@ impl Registers {
         u32::from_le_bytes(self.fetch(offset))
     }
 
+    /// All bytes, for a saved state.
+    pub(crate) fn all(&self) -> &[u8; CONFIG_BYTES] {
+        &self.value
+    }
+
+    /// Takes saved bytes, where those that software cannot change are ours; `also` are the bits that the function itself changes. Nothing is taken otherwise.
+    pub(crate) fn load(&mut self, saved: &[u8; CONFIG_BYTES], also: &[(u16, u32)]) -> bool {
+        let mut changes = self.writable.clone();
+        for (change, clear) in changes.iter_mut().zip(self.clear_on_one.iter()) {
+            *change |= clear;
+        }
+        for (offset, bits) in also {
+            for (place, bits) in changes.iter_mut().skip(usize::from(*offset)).zip(bits.to_le_bytes()) {
+                *place |= bits;
+            }
+        }
+        let fixed =
+            saved.iter().zip(self.initial.iter()).zip(changes.iter()).all(|((saved, ours), change)| (saved ^ ours) & !change == 0);
+        if fixed {
+            self.value.copy_from_slice(saved);
+        }
+        fixed
+    }
+
     /// Back to the initial values; sticky bits stay where `keep_sticky`.
     pub(crate) fn reset(&mut self, keep_sticky: bool) {
         let sources = self.initial.iter().zip(self.sticky.iter());

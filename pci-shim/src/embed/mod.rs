@@ -21,15 +21,16 @@ mod thread;
 mod vcpu;
 
 use std::os::fd::BorrowedFd;
+use std::time::Duration;
 
 use farbus_remote_dma::{
-    Activity, Attachment, AttachmentError, BarAddress, GuestAddress, GuestMemory, Iova, MediationAnswer, ResetKind, Width, Window,
-    WindowMemory,
+    Activity, Attachment, AttachmentError, BarAddress, GuestAddress, GuestMemory, GuestRegion, Iova, MediationAnswer, ResetKind,
+    Rest, Width, Window, WindowMemory,
 };
 use farbus_transport::{Access, Nanos};
 
 use crate::access::AccessError;
-use crate::function::{Function, FunctionError, FunctionOptions, InterruptOwner};
+use crate::function::{Function, FunctionError, FunctionOptions, InterruptOwner, QuiesceError, RestoreError, Restored};
 use crate::irq::IrqSink;
 use crate::mediation::{MAX_MEDIATIONS, MediationKind, MediationRequest};
 
@@ -51,18 +52,58 @@ impl<S: IrqSink, M: GuestMemory> Embedded<S, M> {
     /// # Errors
     /// [`FunctionError`].
     pub fn new(attachment: Box<dyn Attachment>, sink: S, memory: M) -> Result<Self, FunctionError> {
-        let options = FunctionOptions { interrupts: InterruptOwner::Function };
-        let mut function = Function::new(attachment, sink, options)?;
-        for region in memory.regions() {
-            let behind = match region.memory {
-                Some((memory, offset)) => WindowMemory::Mapped { memory, offset, proven: true },
-                None => WindowMemory::Mediated,
-            };
-            function.map(Window { iova: Iova(region.start.0), len: region.len, access: Access::READ_WRITE, memory: behind })?;
+        let mut function = Function::new(attachment, sink, OPTIONS)?;
+        for window in windows(&memory) {
+            function.map(window)?;
         }
         let mut embedded = Self { function, memory, buffer: Vec::new() };
         embedded.mediate();
         Ok(embedded)
+    }
+
+    /// The function of a state that [`Embedded::save`] gave, with `memory` as it was then, at the same addresses. On an attachment whose device is kept at the
+    /// rest of that state it goes on there; a device that was reset is brought back by its profile. Nothing happens before [`Embedded::resume`].
+    ///
+    /// # Errors
+    /// [`RestoreError`]; the attachment is dropped, and a device that was kept is not any more.
+    pub fn restore(attachment: Box<dyn Attachment>, sink: S, memory: M, state: &[u8]) -> Result<(Self, Restored), RestoreError> {
+        let (function, restored) = Function::restore(attachment, sink, OPTIONS, state, windows(&memory))?;
+        Ok((Self { function, memory, buffer: Vec::new() }, restored))
+    }
+
+    /// Brings the device to rest, with all mediations made, so that the function can be saved. Stop the guest's CPUs first. Takes as long as what the
+    /// device has begun, and at most `limit`.
+    ///
+    /// # Errors
+    /// [`QuiesceError`]; the device goes on.
+    pub fn quiesce(&mut self, limit: Duration) -> Result<Rest, QuiesceError> {
+        let Self { function, memory, buffer } = self;
+        function.quiesce_with(limit, |function| {
+            make_all(function, memory, buffer);
+            Ok(())
+        })
+    }
+
+    /// As [`Function::save`].
+    ///
+    /// # Errors
+    /// [`QuiesceError`].
+    pub fn save(&mut self) -> Result<Vec<u8>, QuiesceError> {
+        self.function.save()
+    }
+
+    /// As [`Function::leave`].
+    ///
+    /// # Errors
+    /// [`QuiesceError`].
+    pub fn leave(&mut self, lease: Duration) -> Result<(), QuiesceError> {
+        self.function.leave(lease)
+    }
+
+    /// As [`Function::resume`].
+    pub fn resume(&mut self) {
+        self.function.resume();
+        self.mediate();
     }
 
     /// The function, to look at it.
@@ -153,31 +194,52 @@ impl<S: IrqSink, M: GuestMemory> Embedded<S, M> {
         self.function.wake_fd()
     }
 
-    /// Makes what waits; whether there was anything. Bounded: a device that never stops asking gets its turn with the next call.
     fn mediate(&mut self) -> bool {
-        for made in 0..MAX_MEDIATIONS {
-            let Some(request) = self.function.next_mediation() else {
-                return made > 0;
-            };
-            self.make(&request);
-        }
-        true
+        make_all(&mut self.function, &self.memory, &mut self.buffer)
     }
+}
 
-    fn make(&mut self, request: &MediationRequest) {
-        let at = GuestAddress(request.iova.0);
-        let result = match &request.kind {
-            MediationKind::Fetch { len } => {
-                self.buffer.resize(*len as usize, 0);
-                let fetched = self.memory.read(at, &mut self.buffer);
-                fetched.map(|()| MediationAnswer::Fetched(&self.buffer))
-            }
-            MediationKind::Store { bytes, .. } => self.memory.write(at, bytes).map(|()| MediationAnswer::Stored),
+const OPTIONS: FunctionOptions = FunctionOptions { interrupts: InterruptOwner::Function };
+
+/// All of a VMM's memory, at its guest addresses.
+fn windows(memory: &impl GuestMemory) -> Vec<Window> {
+    let behind = |memory| match memory {
+        Some((memory, offset)) => WindowMemory::Mapped { memory, offset, proven: true },
+        None => WindowMemory::Mediated,
+    };
+    let window = |region: GuestRegion| Window {
+        iova: Iova(region.start.0),
+        len: region.len,
+        access: Access::READ_WRITE,
+        memory: behind(region.memory),
+    };
+    memory.regions().into_iter().map(window).collect()
+}
+
+/// Makes what waits; whether there was anything. Bounded: a device that never stops asking gets its turn with the next call.
+fn make_all<S: IrqSink>(function: &mut Function<S>, memory: &impl GuestMemory, buffer: &mut Vec<u8>) -> bool {
+    for made in 0..MAX_MEDIATIONS {
+        let Some(request) = function.next_mediation() else {
+            return made > 0;
         };
-        let answer = result.unwrap_or_else(|error| {
-            tracing::warn!(%error, "the device's access to guest memory failed");
-            MediationAnswer::Fault
-        });
-        self.function.answer(request.ticket, answer);
+        make(function, memory, buffer, &request);
     }
+    true
+}
+
+fn make<S: IrqSink>(function: &mut Function<S>, memory: &impl GuestMemory, buffer: &mut Vec<u8>, request: &MediationRequest) {
+    let at = GuestAddress(request.iova.0);
+    let result = match &request.kind {
+        MediationKind::Fetch { len } => {
+            buffer.resize(*len as usize, 0);
+            let fetched = memory.read(at, buffer);
+            fetched.map(|()| MediationAnswer::Fetched(buffer))
+        }
+        MediationKind::Store { bytes, .. } => memory.write(at, bytes).map(|()| MediationAnswer::Stored),
+    };
+    let answer = result.unwrap_or_else(|error| {
+        tracing::warn!(%error, "the device's access to guest memory failed");
+        MediationAnswer::Fault
+    });
+    function.answer(request.ticket, answer);
 }

@@ -14,6 +14,7 @@ use crate::interrupt::msi::Msi;
 use crate::interrupt::msix::Msix;
 use crate::irq::{IrqSink, MessageInterrupt};
 use crate::mediation::{Mediations, Signal};
+use crate::state::{FunctionState, InterruptState};
 
 pub(super) struct Front<S> {
     pub(super) sink: S,
@@ -31,6 +32,8 @@ pub(super) struct Front<S> {
     intx: Intx,
     /// The device is being reset: nothing of before may reach the guest.
     fenced: bool,
+    /// The function is being restored, and the guest does not run.
+    held: bool,
 }
 
 impl<S: IrqSink> Front<S> {
@@ -49,6 +52,7 @@ impl<S: IrqSink> Front<S> {
             msi: Msi::default(),
             intx: Intx::default(),
             fenced: false,
+            held: false,
         })
     }
 
@@ -75,7 +79,7 @@ impl<S: IrqSink> Front<S> {
 
     /// After anything that may have opened or closed a mask: tells the guest what it may hear now, once.
     pub(super) fn tell(&mut self) {
-        if self.fenced {
+        if self.fenced || self.held {
             return;
         }
         let mode = self.mode();
@@ -128,6 +132,57 @@ impl<S: IrqSink> Front<S> {
         self.signal(Signal::Pin(false));
     }
 
+    /// For a saved state.
+    pub(super) fn save(&self) -> InterruptState {
+        InterruptState {
+            owner: self.owner,
+            client_mode: self.client_mode,
+            pin: self.intx.asserted(),
+            msi_pending: self.msi.pending(),
+            msix: self.msix.as_ref().map(Msix::save).unwrap_or_default(),
+        }
+    }
+
+    /// Takes what was saved. Nothing of it is told before the function goes on.
+    ///
+    /// # Errors
+    /// What does not fit.
+    pub(super) fn load(&mut self, state: &FunctionState) -> Result<(), &'static str> {
+        let saved = &state.interrupts;
+        if saved.owner != self.owner {
+            return Err("interrupts of another owner");
+        }
+        let fits = match &mut self.msix {
+            Some(msix) => msix.load(&saved.msix),
+            None => saved.msix.is_empty(),
+        };
+        if !fits {
+            return Err("another number of vectors");
+        }
+        if !self.space.load(&state.config) {
+            return Err("another configuration space");
+        }
+        self.client_mode = saved.client_mode;
+        self.msi.load(saved.msi_pending);
+        self.intx.set(saved.pin);
+        Ok(())
+    }
+
+    /// Nothing that the device says reaches the guest, but for the level of its pin, which is noted.
+    pub(super) fn hold(&mut self, held: bool) {
+        self.held = held;
+    }
+
+    /// A vector that the guest perhaps has not heard of, as the device would raise it.
+    pub(super) fn raise_again(&mut self, vector: u16) {
+        match self.mode() {
+            // A pin says by itself what is there.
+            InterruptMode::Pin => {}
+            InterruptMode::Msi(vectors) if vector >= u16::from(vectors) => self.raise(0),
+            InterruptMode::Msi(_) | InterruptMode::Msix => self.raise(vector),
+        }
+    }
+
     /// The device is gone: it holds no line.
     pub(super) fn gone(&mut self) {
         self.signal(Signal::Pin(false));
@@ -175,6 +230,9 @@ impl<S: IrqSink> Front<S> {
 
 impl<S: IrqSink> Host for Front<S> {
     fn interrupt(&mut self, vector: u16) {
+        if self.held {
+            return;
+        }
         if self.fenced || vector >= self.vectors {
             self.counters.dropped += 1;
             return;
@@ -185,6 +243,9 @@ impl<S: IrqSink> Host for Front<S> {
     }
 
     fn pin(&mut self, asserted: bool) {
+        if self.held {
+            return self.intx.set(asserted);
+        }
         if self.fenced || !self.has_pin {
             return;
         }

@@ -13,8 +13,11 @@
 mod front;
 mod lazy;
 mod options;
+mod restore;
+mod save;
 #[cfg(test)]
 mod tests;
+mod windows;
 
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
@@ -30,11 +33,14 @@ use crate::access::AccessError;
 use crate::config::{AddressSpace, Space, Written};
 use crate::irq::IrqSink;
 use crate::mediation::MediationRequest;
-use crate::profile::{self, Profile, RegisterName, Verdict};
+use crate::profile::{Profile, RegisterName, Verdict};
 use crate::routes::{Route, Routes};
 use front::Front;
 use lazy::Lazy;
 pub use options::{Counters, FunctionError, FunctionOptions, InterruptOwner};
+pub use restore::{RestoreError, Restored};
+pub use save::QuiesceError;
+use windows::Windows;
 
 /// A PCI function whose device is behind an [`Attachment`]. One thread at a time uses it; a register access blocks
 /// for no longer than the attachment's deadline for a register read (2 s unless chosen otherwise); `map`, `unmap`, `reset` and the dirty log ask the
@@ -54,6 +60,10 @@ pub struct Function<S: IrqSink> {
     /// A bit for each BAR whose accesses are carried out, kept beside the registers because every access asks.
     decoded: u8,
     gone: bool,
+    windows: Windows,
+    /// How often something that changes the device was done, to tell that nothing was since it came to rest.
+    quiesced: Option<u64>,
+    map_changes: u64,
 }
 
 impl<S: IrqSink> Function<S> {
@@ -62,22 +72,7 @@ impl<S: IrqSink> Function<S> {
     /// # Errors
     /// [`FunctionError::Description`].
     pub fn new(attachment: Box<dyn Attachment>, sink: S, options: FunctionOptions) -> Result<Self, FunctionError> {
-        let description = attachment.description().clone();
-        let front = Front::new(&description, sink, options.interrupts)?;
-        let mut function = Self {
-            attachment,
-            routes: Routes::new(&description, front.msix.as_ref()),
-            profile: profile::for_device(&description),
-            description,
-            front,
-            lazy: Lazy::default(),
-            armed: false,
-            bus_master: false,
-            mode: InterruptMode::Pin,
-            decoded: 0,
-            gone: false,
-        };
-        function.decoded = function.front.decoded();
+        let mut function = Self::untouched(attachment, sink, options)?;
         // The device may have been used before.
         function.attachment.set_bus_master(false, &mut function.front);
         function.attachment.set_interrupt_mode(InterruptMode::Pin, &mut function.front);
@@ -222,7 +217,7 @@ impl<S: IrqSink> Function<S> {
             Route::Constant(_) | Route::Device => {
                 tracing::trace!(%at, value, register = self.profile.register(at).map(tracing::field::display), "write");
                 self.front.counters.bar_writes_remote += 1;
-                match self.profile.write(at, width, value) {
+                match self.profile.write(at, width, value, &self.windows) {
                     // The pin may be lowered by it.
                     Verdict::ForwardWithNext if self.mode != InterruptMode::Pin && !self.armed => {
                         self.lazy.keep(at, width, value, &mut *self.attachment, &mut self.front);
@@ -243,8 +238,11 @@ impl<S: IrqSink> Function<S> {
     /// # Errors
     /// [`MapError`]; nothing was mapped.
     pub fn map(&mut self, window: Window) -> Result<(), MapError> {
+        self.map_changes += 1;
         self.release_lazy();
-        let mapped = self.attachment.map(window, &mut self.front);
+        let mapped = self.attachment.map(window.clone(), &mut self.front);
+        // The attachment's book has the same windows, so this one cannot refuse what that one took.
+        let mapped = mapped.and_then(|()| self.windows.insert(window));
         self.settle();
         mapped
     }
@@ -255,17 +253,20 @@ impl<S: IrqSink> Function<S> {
     /// # Errors
     /// [`MapError`]; nothing was taken.
     pub fn unmap(&mut self, iova: Iova, len: u64) -> Result<(), MapError> {
+        self.map_changes += 1;
         self.release_lazy();
         let unmapped = self.attachment.unmap(iova, len, &mut self.front);
         if unmapped.is_ok() {
             self.front.mediations.withdraw(iova, len);
         }
+        let unmapped = unmapped.and_then(|()| self.windows.remove(iova, len));
         self.settle();
         unmapped
     }
 
     /// Says that `memory` is what the guest sees: its windows need no mediation from now on.
     pub fn prove(&mut self, memory: &Arc<Memory>) {
+        self.windows.prove(memory);
         self.attachment.prove(memory, &mut self.front);
         self.settle();
     }

@@ -11,6 +11,11 @@ pub(crate) struct Intx {
 }
 
 impl Intx {
+    /// The device's level.
+    pub(crate) fn asserted(self) -> bool {
+        self.asserted
+    }
+
     /// The device's level, whatever the guest may see of it.
     pub(crate) fn set(&mut self, asserted: bool) {
         self.asserted = asserted;

@@ -17,6 +17,11 @@ impl Msi {
         self.pending = 0;
     }
 
+    /// Takes what was saved.
+    pub(crate) fn load(&mut self, pending: u32) {
+        self.pending = pending;
+    }
+
     /// For the pending bits register.
     pub(crate) fn pending(self) -> u32 {
         self.pending

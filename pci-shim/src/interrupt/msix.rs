@@ -7,6 +7,7 @@ use farbus_remote_dma::Width;
 
 use super::Raised;
 use crate::irq::MessageInterrupt;
+use crate::state::VectorState;
 
 /// Bytes of one table entry.
 pub(crate) const ENTRY_BYTES: u64 = 16;
@@ -38,6 +39,42 @@ impl Msix {
         self.entries.fill(Entry::default());
         self.masked.fill(u64::MAX);
         self.pending.fill(0);
+    }
+
+    /// All of it, for a saved state.
+    pub(crate) fn save(&self) -> Vec<VectorState> {
+        let bit = |words: &[u64], vector: usize| words.get(vector / 64).is_some_and(|word| word >> (vector % 64) & 1 == 1);
+        let entries = self.entries.iter().enumerate();
+        entries
+            .map(|(vector, entry)| VectorState {
+                address: entry.address,
+                data: entry.data,
+                masked: bit(&self.masked, vector),
+                pending: bit(&self.pending, vector),
+            })
+            .collect()
+    }
+
+    /// Takes what was saved; false, and nothing is taken, where it has another number of vectors.
+    pub(crate) fn load(&mut self, saved: &[VectorState]) -> bool {
+        if saved.len() != self.entries.len() {
+            return false;
+        }
+        self.reset();
+        for (vector, state) in saved.iter().enumerate() {
+            let (word, bit) = (vector / 64, 1u64 << (vector % 64));
+            if let Some(entry) = self.entries.get_mut(vector) {
+                // The two lowest address bits are zero, whatever was saved: messages are aligned words.
+                *entry = Entry { address: state.address & !3, data: state.data };
+            }
+            if let (Some(masked), false) = (self.masked.get_mut(word), state.masked) {
+                *masked &= !bit;
+            }
+            if let (Some(pending), true) = (self.pending.get_mut(word), state.pending) {
+                *pending |= bit;
+            }
+        }
+        true
     }
 
     /// Bytes of the table.

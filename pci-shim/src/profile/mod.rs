@@ -10,8 +10,13 @@ pub mod nvme;
 pub mod passthrough;
 
 use std::fmt;
+use std::sync::Arc;
 
-use farbus_remote_dma::{BarAddress, DeviceDescription, ResetKind, Width};
+use farbus_remote_dma::{BarAddress, DeviceDescription, Iova, ResetKind, Width};
+use farbus_transport::Memory;
+use thiserror::Error;
+
+use crate::state::{ProfileState, StateError};
 
 /// What to do with a BAR write.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -57,8 +62,8 @@ pub trait Profile: Send {
     /// What people call the register at `at`; `None` where the class does not say.
     fn register(&self, at: BarAddress) -> Option<RegisterName>;
 
-    /// The guest writes: what to do.
-    fn write(&mut self, at: BarAddress, width: Width, value: u64) -> Verdict;
+    /// The guest writes: what to do. Guest memory may be looked at, as it was when the guest wrote.
+    fn write(&mut self, at: BarAddress, width: Width, value: u64, guest: &dyn Peek) -> Verdict;
 
     /// The guest reads: the value, where it is known and reading has no effect.
     fn read(&mut self, at: BarAddress, width: Width) -> Option<u64>;
@@ -68,6 +73,80 @@ pub trait Profile: Send {
 
     /// The device was reset.
     fn reset(&mut self, kind: ResetKind);
+
+    /// What is known, to be saved while the device is at rest.
+    fn save(&self, _guest: &dyn Peek) -> ProfileState {
+        ProfileState { kind: 0, bytes: Vec::new() }
+    }
+
+    /// Knows what another profile of the same class knew.
+    ///
+    /// # Errors
+    /// [`StateError`]: it is of another class, or cannot be; nothing is known then but what a new profile knows.
+    fn load(&mut self, state: &ProfileState) -> Result<(), StateError> {
+        if state.kind == 0 && state.bytes.is_empty() { Ok(()) } else { Err(StateError::Malformed("a profile of another class")) }
+    }
+
+    /// Brings a device that was reset to where the loaded state has it, before it sees any of the guest's memory.
+    ///
+    /// # Errors
+    /// [`ReviveError`]: the device is in an unknown state, and must be reset.
+    fn revive(&mut self, _device: &mut dyn Reviving) -> Result<(), ReviveError> {
+        Err(ReviveError::Unknown("its class has no profile that could bring it back".into()))
+    }
+
+    /// After a restore, when the device may go on: register writes that make it look at what the guest had told it and it had not begun, and the vectors of
+    /// what the guest has perhaps not heard of.
+    fn go_on(&mut self, _guest: &dyn Peek) -> GoOn {
+        GoOn::default()
+    }
+}
+
+/// Guest memory as a profile may look at it.
+pub trait Peek {
+    /// Fills `into` from `iova`; false where that cannot be looked at here, and `into` is undefined.
+    fn peek(&self, iova: Iova, into: &mut [u8]) -> bool;
+}
+
+/// A device that was reset, in the hands of its profile.
+pub trait Reviving {
+    /// Lets the device use fresh memory at these addresses, until it is revived.
+    ///
+    /// # Errors
+    /// [`ReviveError`].
+    fn lend_memory(&mut self, iova: Iova, len: u64) -> Result<Arc<Memory>, ReviveError>;
+
+    /// Posts a register write.
+    fn write(&mut self, at: BarAddress, width: Width, value: u64);
+
+    /// Reads a register.
+    fn read(&mut self, at: BarAddress, width: Width) -> u64;
+
+    /// Lets the device work; an error when it is gone.
+    ///
+    /// # Errors
+    /// [`ReviveError::Device`].
+    fn work(&mut self) -> Result<(), ReviveError>;
+}
+
+/// Why a device that was reset cannot be brought back.
+#[derive(Clone, Debug, Error, PartialEq, Eq)]
+pub enum ReviveError {
+    /// What it would have to be like is not known.
+    #[error("the device was reset, and cannot be brought back: {0}")]
+    Unknown(String),
+    /// It does not do what it is told.
+    #[error("the device was reset, and does not come back: {0}")]
+    Device(String),
+}
+
+/// What a restored device is told when it goes on.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct GoOn {
+    /// Register writes, in order.
+    pub writes: Vec<(BarAddress, Width, u64)>,
+    /// Vectors to raise once more: a guest that has heard of them finds nothing new, one that has not would wait for ever.
+    pub vectors: Vec<u16>,
 }
 
 /// The profile for a device, by its class code (PCI Code and ID Assignment 1.11, section 1.2).

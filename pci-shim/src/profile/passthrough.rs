@@ -4,7 +4,7 @@
 
 use farbus_remote_dma::{BarAddress, ResetKind, Width};
 
-use super::{Profile, RegisterName, Verdict};
+use super::{Peek, Profile, RegisterName, Verdict};
 
 /// Knows nothing, changes nothing.
 #[derive(Clone, Copy, Debug, Default)]
@@ -15,7 +15,7 @@ impl Profile for Passthrough {
         None
     }
 
-    fn write(&mut self, _at: BarAddress, _width: Width, _value: u64) -> Verdict {
+    fn write(&mut self, _at: BarAddress, _width: Width, _value: u64, _guest: &dyn Peek) -> Verdict {
         Verdict::Forward
     }
 

@@ -120,6 +120,7 @@ pub fn description() -> DeviceDescription {
         msix: Some(MsixLocation { vectors: 65, table_bar: 0, table_offset: 0x2000, pba_bar: 0, pba_offset: 0x3000 }),
         dma_bits: 64,
         constants: vec![],
+        serial: String::new(),
     }
 }
 

@@ -4,16 +4,18 @@
 
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
+use std::time::Duration;
 
 use farbus_transport::{CloseReason, Fabric, Memory, Nanos};
 
-use super::{Answer, BorrowerSession};
+use super::{Answer, BorrowerSession, RestState, refusal};
 use crate::address::{BarAddress, Iova, Width};
 use crate::attachment::{Activity, Attachment, AttachmentError, Host, MapError, MediationAnswer, Ticket, Window, WindowMemory};
 use crate::backend::{InterruptMode, ResetKind};
 use crate::device::DeviceDescription;
 use crate::dirty_log::DirtyLog;
-use crate::message::ToLender;
+use crate::message::{Outcome, ToLender};
+use crate::rest::{Rest, RestToken};
 
 impl<F: Fabric> Attachment for BorrowerSession<F> {
     fn description(&self) -> &DeviceDescription {
@@ -49,6 +51,7 @@ impl<F: Fabric> Attachment for BorrowerSession<F> {
             return;
         }
         self.counters.bar_writes += 1;
+        self.rest = RestState::Running;
         self.send(ToLender::BarWrite { at, width, value });
         self.unflushed = true;
     }
@@ -157,6 +160,7 @@ impl<F: Fabric> Attachment for BorrowerSession<F> {
     }
 
     fn reset(&mut self, kind: ResetKind, host: &mut dyn Host) -> Result<(), AttachmentError> {
+        self.rest = RestState::Running;
         let sequence = self.next_sequence();
         self.ask(sequence, ToLender::Reset { sequence, kind }, host).map_err(|error| match error {
             MapError::Attachment(error) => error,
@@ -188,6 +192,55 @@ impl<F: Fabric> Attachment for BorrowerSession<F> {
 
     fn gone(&self) -> Option<CloseReason> {
         self.gone
+    }
+
+    fn pause(&mut self, token: RestToken, _host: &mut dyn Host) -> Result<(), AttachmentError> {
+        if let Some(reason) = self.gone {
+            return Err(AttachmentError::Gone(reason));
+        }
+        let sequence = self.next_sequence();
+        self.rest = RestState::Asked(sequence, token);
+        self.send(ToLender::Pause { sequence, token });
+        self.flush();
+        Ok(())
+    }
+
+    fn rest(&mut self) -> Result<Option<Rest>, AttachmentError> {
+        match (self.gone, self.rest) {
+            (Some(reason), _) => Err(AttachmentError::Gone(reason)),
+            (None, RestState::Refused) => Err(AttachmentError::Refused(refusal(Outcome::Restless))),
+            (None, RestState::Resting(rest)) => Ok(Some(rest)),
+            (None, RestState::Asked(..) | RestState::Running) => Ok(None),
+        }
+    }
+
+    fn resume(&mut self, _host: &mut dyn Host) {
+        self.rest = RestState::Running;
+        self.continues = None;
+        if self.gone.is_none() {
+            self.send(ToLender::Resume);
+            self.flush();
+        }
+    }
+
+    fn keep(&mut self, lease: Duration, host: &mut dyn Host) -> Result<(), AttachmentError> {
+        if self.gone.is_none() && !matches!(self.rest, RestState::Resting(_)) {
+            return Err(AttachmentError::Refused(refusal(Outcome::Restless)));
+        }
+        let sequence = self.next_sequence();
+        let lease_ms = u32::try_from(lease.as_millis()).unwrap_or(u32::MAX);
+        let kept = self.ask(sequence, ToLender::Keep { sequence, lease_ms }, host);
+        kept.map_err(|error| match error {
+            MapError::Attachment(error) => error,
+            _ => AttachmentError::Refused("to keep the device"),
+        })?;
+        // The lender let go of the memory; this takes it back, so that no key of this session is good for anything.
+        self.close(CloseReason::Local);
+        if self.in_doubt { Err(AttachmentError::Refused("it does not let go of memory that was taken back")) } else { Ok(()) }
+    }
+
+    fn continues(&self) -> Option<RestToken> {
+        self.continues
     }
 
     fn dirty_log(&mut self, memory: &Arc<Memory>, host: &mut dyn Host) -> Option<&DirtyLog> {

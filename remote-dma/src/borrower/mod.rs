@@ -17,6 +17,7 @@ use crate::attachment::{AttachmentError, Host, MapError, Mediation};
 use crate::device::DeviceDescription;
 use crate::endpoint::Endpoint;
 use crate::message::{Outcome, Sequence, ToBorrower, ToLender};
+use crate::rest::{Rest, RestToken};
 use crate::wait::{Patience, SpinThenSleep, sleep_until_readable};
 
 /// How long a borrower waits.
@@ -77,7 +78,20 @@ pub struct BorrowerSession<F: Fabric> {
     unflushed: bool,
     /// The link was given up, and the lender may nevertheless be in the guest's memory: it did not come out in time.
     in_doubt: bool,
+    rest: RestState,
+    /// An earlier function left the device under this name.
+    continues: Option<RestToken>,
     counters: Counters,
+}
+
+/// How far the device is from its rest.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+enum RestState {
+    #[default]
+    Running,
+    Asked(Sequence, RestToken),
+    Refused,
+    Resting(Rest),
 }
 
 impl<F: Fabric> BorrowerSession<F> {
@@ -114,11 +128,20 @@ impl<F: Fabric> BorrowerSession<F> {
             gone: None,
             unflushed: false,
             in_doubt: false,
+            rest: RestState::default(),
+            continues: None,
             counters: Counters::default(),
         };
         session.send(ToLender::Staging(session.staging.store_grant()));
         session.link.flush();
         Ok(session)
+    }
+
+    /// Says that the lender goes on with a device that an earlier function left under `token`, as the two agreed before they were linked.
+    #[must_use]
+    pub fn continuing(mut self, token: RestToken) -> Self {
+        self.continues = Some(token);
+        self
     }
 
     /// What happened so far.
@@ -267,7 +290,14 @@ impl<F: Fabric> BorrowerSession<F> {
     fn obey(&mut self, message: ToBorrower, host: &mut dyn Host) {
         match message {
             ToBorrower::BarValue { sequence, value } => self.answer = Some((sequence, Answer::Value(value))),
-            ToBorrower::Ack { sequence, outcome } => self.answer = Some((sequence, Answer::Outcome(outcome))),
+            ToBorrower::Ack { sequence, outcome } => match self.rest {
+                RestState::Asked(asked, _) if asked == sequence => self.rest = RestState::Refused,
+                _ => self.answer = Some((sequence, Answer::Outcome(outcome))),
+            },
+            ToBorrower::Rested { sequence, mark } => match self.rest {
+                RestState::Asked(asked, token) if asked == sequence => self.rest = RestState::Resting(Rest { token, mark }),
+                _ => tracing::debug!("the device came to a rest that nobody waits for"),
+            },
             ToBorrower::Interrupt { vector } => {
                 self.counters.interrupts += 1;
                 host.interrupt(vector);
@@ -349,5 +379,6 @@ fn refusal(outcome: Outcome) -> &'static str {
         Outcome::Grant => "the memory cannot be used there: it must be sealed against shrinking, or the lender told to accept it",
         Outcome::UnknownKey => "the memory was not offered",
         Outcome::Unreachable => "the device's IOMMU does not map that range: see what the lender says",
+        Outcome::Restless => "the device cannot be brought to rest, or is not at rest",
     }
 }

@@ -163,6 +163,12 @@ impl<F: Fabric> LenderBus<F> {
         self.windows.for_device(&self.link.fabric, iova, len)
     }
 
+    /// Ends every window and every offer; false where something is still in one.
+    pub(super) fn let_go_of_all(&mut self) -> bool {
+        self.bus_master = false;
+        !self.has_pending() && self.windows.let_go_of_all(&mut self.link.fabric)
+    }
+
     pub(super) fn set_store_staging(&mut self, grant: &Grant) {
         if let Err(error) = self.mediator.set_store_staging(&mut self.link.fabric, grant) {
             tracing::error!(%error, "the borrower's staging memory cannot be used");

@@ -9,6 +9,7 @@ mod bus;
 mod dma;
 mod ending;
 mod mediation;
+mod rest;
 mod windows;
 
 use std::collections::VecDeque;
@@ -23,12 +24,14 @@ use crate::address::Iova;
 use crate::attachment::Activity;
 use crate::backend::{AttachError, Backend, DmaFault, ResetKind};
 use crate::message::{Outcome, Sequence, ToBorrower, ToLender};
+use crate::rest::{Lease, RestToken};
 use crate::wait::{Waker, relax, sleep_until_readable};
 
 pub use self::bus::Counters;
 pub use self::ending::Wedged;
 pub use self::mediation::MAX_MEDIATIONS;
 pub(crate) use self::mediation::{FIRST_STORE, MAX_STORES, SLOT_BYTES, SLOTS, STAGING_BYTES};
+pub use self::rest::{LONGEST_LEASE, StillKept};
 
 /// Questions that may wait for DMA to end; a borrower waits for each answer before it asks the next.
 const MAX_WAITING: usize = 16;
@@ -50,6 +53,7 @@ impl Default for PollOptions {
 enum Waiting {
     Unmap { sequence: Sequence, in_use: Weak<()> },
     Reset { sequence: Sequence, kind: ResetKind },
+    Rest { sequence: Sequence, token: RestToken },
 }
 
 /// One borrower's use of one device.
@@ -60,6 +64,11 @@ pub struct LenderSession<F: Fabric> {
     events: Events,
     waiting: VecDeque<Waiting>,
     closed: Option<CloseReason>,
+    /// The device is at rest under this name.
+    rest: Option<RestToken>,
+    /// The borrower left, and was promised this.
+    lease: Option<Lease>,
+    keep_at_most: Duration,
 }
 
 /// A device that could not be attached comes back with the reason.
@@ -82,7 +91,12 @@ impl<F: Fabric> LenderSession<F> {
         if let Err(error) = backend.attach(&mut bus) {
             return Err((error, backend));
         }
-        Ok(Self { bus, backend, events: Events::new(), waiting: VecDeque::new(), closed: None })
+        Ok(Self::over(bus, backend))
+    }
+
+    fn over(bus: LenderBus<F>, backend: Box<dyn Backend>) -> Self {
+        let (events, waiting) = (Events::new(), VecDeque::new());
+        Self { bus, backend, events, waiting, closed: None, rest: None, lease: None, keep_at_most: LONGEST_LEASE }
     }
 
     /// Does what there is to do, without blocking.
@@ -244,12 +258,17 @@ impl<F: Fabric> LenderSession<F> {
 
     #[inline]
     fn obey(&mut self, message: ToLender) {
+        if self.lease.is_some() {
+            return self.close(CloseReason::Protocol("a message after the last"));
+        }
         match message {
             ToLender::BarWrite { at, width, value } => {
                 if !self.inside(at.bar, at.offset, width.bytes()) {
                     return self.close(CloseReason::Protocol("a register write outside the device"));
                 }
                 self.bus.counters.bar_writes += 1;
+                // Whatever it does, the device is not any more what was saved.
+                self.rest = None;
                 if !self.resetting() {
                     self.backend.bar_write(at, width, value, &mut self.bus);
                 }
@@ -294,6 +313,7 @@ impl<F: Fabric> LenderSession<F> {
             }
             ToLender::Prove { key } => self.prove(key),
             ToLender::Reset { sequence, kind } => {
+                self.rest = None;
                 self.backend.fence();
                 self.bus.fail_pending(false);
                 self.wait_for_dma(Waiting::Reset { sequence, kind });
@@ -303,6 +323,9 @@ impl<F: Fabric> LenderSession<F> {
             ToLender::Stored { ticket, ok } => self.bus.stored(ticket, ok),
             ToLender::Staging(grant) => self.bus.set_store_staging(&grant),
             ToLender::Taken { ticket } => self.bus.taken(ticket),
+            ToLender::Pause { sequence, token } => self.pause(sequence, token),
+            ToLender::Resume => self.resume(),
+            ToLender::Keep { sequence, lease_ms } => self.keep(sequence, lease_ms),
         }
     }
 
@@ -381,6 +404,16 @@ impl<F: Fabric> LenderSession<F> {
                     self.backend.reset(kind, &mut self.bus);
                     self.waiting.pop_front();
                     self.acknowledge(sequence, Outcome::Done);
+                }
+                Waiting::Rest { sequence, token } => {
+                    let busy = !self.backend.is_at_rest() || self.backend.in_flight() > 0 || self.bus.has_pending();
+                    let paused = self.backend.pause();
+                    if busy && paused {
+                        return;
+                    }
+                    let (sequence, token) = (*sequence, *token);
+                    self.waiting.pop_front();
+                    if paused { self.rested(sequence, token) } else { self.acknowledge(sequence, Outcome::Restless) }
                 }
             }
         }

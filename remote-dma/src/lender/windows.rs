@@ -173,6 +173,16 @@ impl Windows {
         self.map.ranges(|target| target.key == Some(key))
     }
 
+    /// Forgets everything; false where a window is still in use, and nothing changed.
+    pub(super) fn let_go_of_all<F: Fabric>(&mut self, fabric: &mut F) -> bool {
+        if Arc::strong_count(&self.in_use) > 1 {
+            return false;
+        }
+        self.map = IovaMap::default();
+        std::mem::take(&mut self.offered).into_values().for_each(|offered| offered.release(fabric));
+        true
+    }
+
     pub(super) fn withdraw<F: Fabric>(&mut self, fabric: &mut F, key: u64) -> Outcome {
         if self.map.targets().any(|target| target.key == Some(key)) {
             return Outcome::Overlap;

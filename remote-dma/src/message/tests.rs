@@ -2,7 +2,6 @@
 //!
 //! `Store { ticket: 20, slot: 4, … }` encodes to 19 bytes, comes back as it was, and is refused with one byte less or one more.
 
-use super::outcome::OUTCOMES;
 use super::*;
 use proptest::prelude::*;
 
@@ -61,6 +60,9 @@ fn to_lender() -> impl Strategy<Value = ToLender> {
         (any::<u32>(), any::<bool>()).prop_map(|(ticket, ok)| ToLender::Stored { ticket: Ticket(ticket), ok }),
         grant().prop_map(ToLender::Staging),
         any::<u32>().prop_map(|ticket| ToLender::Taken { ticket: Ticket(ticket) }),
+        (any::<u32>(), any::<[u8; 16]>()).prop_map(|(sequence, token)| ToLender::Pause { sequence, token: RestToken(token) }),
+        Just(ToLender::Resume),
+        (any::<u32>(), any::<u32>()).prop_map(|(sequence, lease_ms)| ToLender::Keep { sequence, lease_ms }),
     ]
 }
 
@@ -84,6 +86,10 @@ fn to_borrower() -> impl Strategy<Value = ToBorrower> {
             ToBorrower::Store { ticket: Ticket(ticket), slot, iova: Iova(iova), len, polled }
         }),
         grant().prop_map(ToBorrower::Staging),
+        (any::<u32>(), any::<Option<(u64, u64, u64)>>()).prop_map(|(sequence, mark)| {
+            let mark = mark.map(|(life, begun, acknowledged)| Mark { life, begun, acknowledged });
+            ToBorrower::Rested { sequence, mark }
+        }),
     ]
 }
 
@@ -92,13 +98,13 @@ proptest! {
     fn every_message_comes_back_as_sent_and_no_cut_one_does(a in to_lender(), b in to_borrower()) {
         let bytes = a.encode();
         prop_assert_eq!(ToLender::parse(bytes.as_slice()), Ok((a, &[][..])));
-        prop_assert_eq!(ToLender::parse(&bytes.as_slice()[..bytes.len - 1]), Err(MessageError::Length));
+        prop_assert_eq!(ToLender::parse(&bytes.as_slice()[..bytes.as_slice().len() - 1]), Err(MessageError::Length));
         let bytes = b.encode();
         prop_assert_eq!(ToBorrower::parse(bytes.as_slice()), Ok((b, &[][..])));
         // What follows is the next message, untouched.
         let two = [bytes.as_slice(), &[0, 7]].concat();
         prop_assert_eq!(ToBorrower::parse(&two), Ok((b, &[0, 7][..])));
-        prop_assert_eq!(ToBorrower::parse(&bytes.as_slice()[..bytes.len - 1]), Err(MessageError::Length));
+        prop_assert_eq!(ToBorrower::parse(&bytes.as_slice()[..bytes.as_slice().len() - 1]), Err(MessageError::Length));
     }
 
     #[test]

@@ -309,6 +309,7 @@ fn description() -> DeviceDescription {
         msix: None,
         dma_bits: DMA_BITS,
         constants: Vec::new(),
+        serial: String::new(),
     }
 }
 

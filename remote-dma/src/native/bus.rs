@@ -81,6 +81,13 @@ impl DirectBus {
         Ok(())
     }
 
+    /// Ends every window. Only with nothing in flight.
+    pub(super) fn let_go_of_all(&mut self) {
+        self.windows = IovaMap::default();
+        self.bus_master = false;
+        self.raised.clear();
+    }
+
     /// Forgets logs from which nothing will be taken. Only with nothing in flight, which could still mark.
     pub(super) fn prune_logs(&mut self) {
         let windows = &self.windows;

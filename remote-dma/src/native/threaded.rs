@@ -4,41 +4,26 @@
 //! 4 KiB in, stores the completion. Maps and resets, which nobody times, go through a channel that the ring points to.
 
 use std::os::fd::BorrowedFd;
-use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::mpsc::{Sender, channel};
 use std::sync::{Arc, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
 use farbus_transport::{CloseReason, Memory, Nanos};
 
-use super::QUIESCE_LIMIT;
-use super::bus::{DirectBus, Logs, Raised};
+use super::Home;
+use super::bus::{DirectBus, Logs};
+use super::device_thread::{Control, Device, kind};
 use crate::address::{BarAddress, Iova, Width};
-use crate::attachment::{Activity, Attachment, AttachmentError, Host, MapError, MediationAnswer, Ticket, Window};
+use crate::attachment::{Activity, Attachment, AttachmentError, CANNOT_REST, Host, MapError, MediationAnswer, Ticket, Window};
 use crate::backend::{AttachError, Backend, InterruptMode, ResetKind};
 use crate::device::DeviceDescription;
 use crate::dirty_log::DirtyLog;
 use crate::lender::PollOptions;
 use crate::message::{ToBorrower, ToLender};
-use crate::wait::{Patience, SpinThenSleep, relax, sleep_until_readable};
+use crate::rest::{Continued, Lease, Rest, RestToken};
+use crate::wait::{Patience, SpinThenSleep, sleep_until_readable};
 use crate::wire::{Tap, Wire, wire};
-
-/// How often a device with nothing else to do looks for room for interrupts that nobody takes.
-const ROOM_CHECK: Duration = Duration::from_millis(1);
-
-/// What a ring's slot means here.
-mod kind {
-    pub(super) const MESSAGE: u8 = 1;
-    /// Something is in the channel.
-    pub(super) const CONTROL: u8 = 2;
-}
-
-enum Control {
-    Map(Window, Sender<Result<(), MapError>>),
-    Unmap(Iova, u64, Sender<Result<(), MapError>>),
-    Reset(ResetKind, Sender<Result<(), AttachmentError>>),
-    End,
-}
 
 /// A device in this process on a thread of its own.
 pub struct ThreadedNative {
@@ -53,23 +38,67 @@ pub struct ThreadedNative {
     thread: Option<JoinHandle<()>>,
     /// The device's thread was found dead with a full ring.
     died: bool,
+    rest: Option<Rest>,
+    /// What the device is asked for: `Err` where it said that it cannot.
+    asked: Option<Result<RestToken, ()>>,
+    continues: Option<RestToken>,
+    home: Option<Home>,
 }
 
 impl ThreadedNative {
     pub(super) fn start(mut backend: Box<dyn Backend>, options: PollOptions) -> Result<Self, AttachError> {
+        super::can_be_native(&*backend)?;
+        let mut bus = DirectBus::default();
+        backend.attach(&mut bus)?;
+        Self::run(backend, bus, options)
+    }
+
+    /// As [`super::Native::threaded`], with a device that an earlier function left.
+    ///
+    /// # Errors
+    /// [`AttachError`]; the device is lost, and with it its lease.
+    pub fn continued(device: Continued, options: PollOptions) -> Result<Self, AttachError> {
+        let Continued { mut backend, token } = device;
+        let mut bus = DirectBus::default();
+        backend.unpark(&mut bus)?;
+        let mut native = Self::run(backend, bus, options)?;
+        native.continues = Some(token);
+        Ok(native)
+    }
+
+    /// Where the device goes when its function leaves it; without a home it cannot be kept.
+    #[must_use]
+    pub fn at_home(mut self, home: &Home) -> Self {
+        self.home = Some(home.clone());
+        self
+    }
+
+    fn run(backend: Box<dyn Backend>, bus: DirectBus, options: PollOptions) -> Result<Self, AttachError> {
         let failed = |error: std::io::Error| AttachError::Device(error.to_string());
         let (out, device_in) = wire().map_err(failed)?;
         let (device_out, back) = wire().map_err(failed)?;
         let (control, commands) = channel();
         let logs = Logs::default();
-        super::can_be_native(&*backend)?;
-        let mut bus = DirectBus::default();
-        backend.attach(&mut bus)?;
         let description = backend.description().clone();
-        let device = Device { backend, bus, taken: device_in, out: device_out, commands, logs: Arc::clone(&logs) };
+        let device = Device { backend, bus, taken: device_in, out: device_out, commands, logs: Arc::clone(&logs), asked: None };
         let thread = std::thread::Builder::new().name("farbus-device".into()).spawn(move || device.run(options)).map_err(failed)?;
         let patience = SpinThenSleep::new(Duration::from_micros(200));
-        Ok(Self { description, out, back, control, logs, log: None, patience, sequence: 0, thread: Some(thread), died: false })
+        Ok(Self {
+            description,
+            out,
+            back,
+            control,
+            logs,
+            log: None,
+            patience,
+            sequence: 0,
+            thread: Some(thread),
+            died: false,
+            rest: None,
+            asked: None,
+            continues: None,
+            home: None,
+        })
     }
 
     /// The device's thread, to pin it to a core.
@@ -114,6 +143,11 @@ impl ThreadedNative {
             Ok((ToBorrower::BarValue { sequence, value }, [])) => return Some(Some((sequence, value))),
             Ok((ToBorrower::Interrupt { vector }, [])) => host.interrupt(vector),
             Ok((ToBorrower::Pin { asserted }, [])) => host.pin(asserted),
+            Ok((ToBorrower::Rested { sequence, mark }, [])) if sequence == self.sequence => {
+                self.rest = self.asked.and_then(Result::ok).map(|token| Rest { token, mark });
+            }
+            Ok((ToBorrower::Rested { .. }, [])) => tracing::debug!("the device came to a rest that nobody waits for"),
+            Ok((ToBorrower::Ack { .. }, [])) => self.asked = Some(Err(())),
             other => tracing::error!(?other, "a device in this process said what it never says"),
         }
         Some(None)
@@ -154,6 +188,7 @@ impl Attachment for ThreadedNative {
     }
 
     fn bar_write(&mut self, at: BarAddress, width: Width, value: u64, _host: &mut dyn Host) {
+        (self.rest, self.asked) = (None, None);
         self.send(ToLender::BarWrite { at, width, value });
     }
 
@@ -181,6 +216,7 @@ impl Attachment for ThreadedNative {
     }
 
     fn reset(&mut self, kind: ResetKind, _host: &mut dyn Host) -> Result<(), AttachmentError> {
+        (self.rest, self.asked) = (None, None);
         self.ask(|answer| Control::Reset(kind, answer))
     }
 
@@ -204,6 +240,42 @@ impl Attachment for ThreadedNative {
         (!self.is_alive()).then_some(CloseReason::PeerGone)
     }
 
+    fn pause(&mut self, token: RestToken, _host: &mut dyn Host) -> Result<(), AttachmentError> {
+        self.sequence = self.sequence.wrapping_add(1);
+        (self.rest, self.asked) = (None, Some(Ok(token)));
+        self.send(ToLender::Pause { sequence: self.sequence, token });
+        Ok(())
+    }
+
+    fn rest(&mut self) -> Result<Option<Rest>, AttachmentError> {
+        match (self.gone(), self.asked) {
+            (Some(reason), _) => Err(AttachmentError::Gone(reason)),
+            (None, Some(Err(()))) => Err(AttachmentError::Refused(CANNOT_REST)),
+            (None, _) => Ok(self.rest),
+        }
+    }
+
+    fn resume(&mut self, _host: &mut dyn Host) {
+        (self.rest, self.asked, self.continues) = (None, None, None);
+        self.send(ToLender::Resume);
+    }
+
+    fn keep(&mut self, lease: Duration, _host: &mut dyn Host) -> Result<(), AttachmentError> {
+        let rest = self.rest()?.ok_or(AttachmentError::Refused("the device is not at rest"))?;
+        let home = self.home.clone().ok_or(AttachmentError::Refused("the device has no home here"))?;
+        let (answer, kept) = channel();
+        let lease = Lease { token: rest.token, time: lease };
+        let gone = AttachmentError::Gone(CloseReason::PeerGone);
+        self.control.send(Control::Keep(lease, answer)).map_err(|_| gone)?;
+        self.push(kind::CONTROL, &[]);
+        home.put(kept.recv().map_err(|_| gone)?);
+        Ok(())
+    }
+
+    fn continues(&self) -> Option<RestToken> {
+        self.continues
+    }
+
     fn dirty_log(&mut self, memory: &Arc<Memory>, _host: &mut dyn Host) -> Option<&DirtyLog> {
         let logs = self.logs.lock().unwrap_or_else(PoisonError::into_inner);
         self.log = logs.of(memory).cloned();
@@ -222,153 +294,5 @@ impl Drop for ThreadedNative {
         {
             tracing::error!("the thread of a device ended badly");
         }
-    }
-}
-
-/// The device's side: everything its thread owns.
-struct Device {
-    backend: Box<dyn Backend>,
-    bus: DirectBus,
-    taken: Tap,
-    out: Wire,
-    commands: Receiver<Control>,
-    logs: Logs,
-}
-
-impl Device {
-    fn run(mut self, options: PollOptions) {
-        let mut idle_since = Nanos::now();
-        let (mut polls, mut empty_polls) = (0_u32, 0_u32);
-        loop {
-            let mut activity = Activity::Idle(None);
-            while let Some((kind, message)) = self.taken.take() {
-                activity = Activity::Busy;
-                if kind == kind::CONTROL {
-                    match self.commands.try_recv() {
-                        Ok(Control::End) | Err(_) => return self.end(),
-                        Ok(control) => self.control(control),
-                    }
-                } else if let Ok((message, [])) = ToLender::parse(message.bytes()) {
-                    self.obey(message);
-                }
-                self.send_raised();
-            }
-            let activity = activity.and(self.backend.poll(&mut self.bus));
-            self.send_raised();
-            let Activity::Idle(mut limit) = activity else {
-                polls = 63;
-                empty_polls = 0;
-                idle_since = Nanos::now();
-                self.bus.set_now(idle_since);
-                continue;
-            };
-            polls = polls.wrapping_add(1);
-            empty_polls = empty_polls.saturating_add(1);
-            if !polls.is_multiple_of(64) {
-                relax(empty_polls);
-                continue;
-            }
-            let now = Nanos::now();
-            self.bus.set_now(now);
-            if now.since(idle_since) >= options.spin {
-                if self.bus.has_raised() {
-                    // Nothing says when there is room for them.
-                    limit = Some(limit.map_or(ROOM_CHECK, |limit| limit.min(ROOM_CHECK)));
-                }
-                if self.backend.arm() && self.taken.arm() {
-                    sleep_until_readable(&[Some(self.taken.fd()), self.backend.wake_fd()], limit);
-                }
-                idle_since = Nanos::now();
-                self.bus.set_now(idle_since);
-            }
-        }
-    }
-
-    fn obey(&mut self, message: ToLender) {
-        match message {
-            ToLender::BarWrite { at, width, value } => self.backend.bar_write(at, width, value, &mut self.bus),
-            ToLender::BarRead { sequence, at, width } => {
-                let value = self.backend.bar_read(at, width, &mut self.bus);
-                // The function waits for the value and takes what comes before it, so there will be room.
-                while self.bus.has_raised() {
-                    self.send_raised();
-                    std::hint::spin_loop();
-                }
-                let encoded = ToBorrower::BarValue { sequence, value }.encode();
-                self.out.push(kind::MESSAGE, encoded.as_slice());
-                self.out.flush();
-            }
-            ToLender::InterruptMode(mode) => self.backend.set_interrupt_mode(mode, &mut self.bus),
-            ToLender::BusMaster(enabled) => self.bus.set_bus_master(enabled),
-            other => tracing::error!(?other, "a function in this process said what it never says"),
-        }
-    }
-
-    fn control(&mut self, control: Control) {
-        // Whoever asked may be gone; then nobody wants the answer.
-        let unheard = |_| tracing::debug!("an answer that nobody waits for");
-        match control {
-            Control::Map(window, answer) => {
-                let mapped = self.bus.map(&window);
-                self.bus.share_logs(&self.logs);
-                answer.send(mapped).unwrap_or_else(|error| unheard(error.0.is_ok()));
-            }
-            Control::Unmap(iova, len, answer) => {
-                let unmapped = self.bus.unmap(iova, len).and_then(|()| Ok(self.quiesce()?));
-                if unmapped.is_ok() {
-                    self.bus.prune_logs();
-                }
-                self.bus.share_logs(&self.logs);
-                answer.send(unmapped).unwrap_or_else(|error| unheard(error.0.is_ok()));
-            }
-            Control::Reset(kind, answer) => {
-                self.backend.fence();
-                let quiet = self.quiesce();
-                if quiet.is_ok() {
-                    self.backend.reset(kind, &mut self.bus);
-                }
-                answer.send(quiet).unwrap_or_else(|error| unheard(error.0.is_ok()));
-            }
-            Control::End => {}
-        }
-    }
-
-    fn quiesce(&mut self) -> Result<(), AttachmentError> {
-        let started = Nanos::now();
-        while self.backend.in_flight() > 0 {
-            self.bus.set_now(Nanos::now());
-            self.backend.poll(&mut self.bus);
-            if Nanos::now().since(started) > QUIESCE_LIMIT {
-                return Err(AttachmentError::Deadline { deadline_ms: 10_000 });
-            }
-        }
-        Ok(())
-    }
-
-    /// Sends what was raised, as far as there is room. Never waits for it: the function may be waiting for this thread.
-    fn send_raised(&mut self) {
-        let mut any = false;
-        while let Some(raised) = self.bus.first_raised() {
-            let message = match raised {
-                Raised::Vector(vector) => ToBorrower::Interrupt { vector },
-                Raised::Pin(asserted) => ToBorrower::Pin { asserted },
-            };
-            if !self.out.try_push(kind::MESSAGE, message.encode().as_slice()) {
-                break;
-            }
-            self.bus.next_raised();
-            any = true;
-        }
-        if any {
-            self.out.flush();
-        }
-    }
-
-    fn end(mut self) {
-        self.backend.fence();
-        if let Err(error) = self.quiesce() {
-            tracing::error!(%error, "a device was dropped with work in flight");
-        }
-        self.backend.detach();
     }
 }

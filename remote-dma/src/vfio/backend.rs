@@ -72,10 +72,11 @@ pub enum OpenError {
 
 /// The device.
 pub struct Vfio {
+    /// Dropped before the device: a mapping keeps its file open, and with it the group.
+    bars: [Option<Bar>; BAR_COUNT],
     address: PciAddress,
     description: DeviceDescription,
     device: VfioDevice,
-    bars: [Option<Bar>; BAR_COUNT],
     interrupts: Interrupts,
     faults: Option<FaultLog>,
     windows: Windows,

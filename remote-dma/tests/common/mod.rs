@@ -58,6 +58,7 @@ pub fn description() -> DeviceDescription {
         msix: None,
         dma_bits: 64,
         constants: Vec::new(),
+        serial: String::new(),
     }
 }
 

@@ -83,5 +83,6 @@ fn description(choice: u8) -> DeviceDescription {
         msix: (choice & 4 != 0).then_some(msix),
         dma_bits: 64,
         constants: vec![],
+        serial: String::new(),
     }
 }

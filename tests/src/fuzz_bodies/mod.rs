@@ -6,11 +6,14 @@
 
 mod bank_archive;
 mod bank_formats;
+mod bank_layers;
+mod bank_link;
 mod bank_store;
 mod cloud_hypervisor_save;
 mod config_writes;
 mod control_frames;
 mod firecracker_regions;
+mod function_state;
 mod input;
 mod link_hello;
 mod nvme_registers;
@@ -23,11 +26,14 @@ mod vfio_user_messages;
 
 pub use bank_archive::bank_archive;
 pub use bank_formats::bank_formats;
+pub use bank_layers::bank_layers;
+pub use bank_link::bank_link;
 pub use bank_store::bank_store;
 pub use cloud_hypervisor_save::cloud_hypervisor_save;
 pub use config_writes::config_writes;
 pub use control_frames::control_frames;
 pub use firecracker_regions::firecracker_regions;
+pub use function_state::function_state;
 pub use link_hello::link_hello;
 pub use nvme_registers::nvme_registers;
 pub use pci_config::pci_config;
@@ -41,14 +47,17 @@ pub use vfio_user_messages::vfio_user_messages;
 pub type Target = (&'static str, fn(&[u8]));
 
 /// All targets.
-pub const TARGETS: [Target; 15] = [
+pub const TARGETS: [Target; 18] = [
     ("bank_archive", bank_archive),
     ("bank_formats", bank_formats),
+    ("bank_layers", bank_layers),
+    ("bank_link", bank_link),
     ("bank_store", bank_store),
     ("cloud_hypervisor_save", cloud_hypervisor_save),
     ("config_writes", config_writes),
     ("control_frames", control_frames),
     ("firecracker_regions", firecracker_regions),
+    ("function_state", function_state),
     ("link_hello", link_hello),
     ("nvme_registers", nvme_registers),
     ("pci_config", pci_config),

@@ -14,6 +14,9 @@ const MAGIC: [u8; 7] = *b"verdict";
 const WELCOME: u8 = 0;
 const LENT: u8 = 1;
 const WEDGED: u8 = 2;
+const KEPT: u8 = 3;
+const NOT_KEPT: u8 = 4;
+const CROWDED: u8 = 5;
 
 /// Why a borrower whose hello was good gets no link.
 #[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
@@ -24,6 +27,15 @@ pub enum Refusal {
     /// The device has not ended what it did for somebody who has left.
     #[error("the device does not end what it was doing for its last borrower")]
     Wedged,
+    /// It serves as many as it may.
+    #[error("as many are served there as may be at a time")]
+    Crowded,
+    /// The device is kept for a function that left it and is restored elsewhere, and this is not the one.
+    #[error("the device is kept for a function that has left it, and this borrower does not have that function's state")]
+    Kept,
+    /// The device is not kept for this function any more: it was reset, and can be had as it is by who does not ask for its rest.
+    #[error("the device is not kept for this function any more: it was reset")]
+    NotKept,
     /// A reason of a later version of farbus.
     #[error("the lender refuses for reason {0}, which this version does not know")]
     Unknown(u8),
@@ -34,6 +46,9 @@ impl Refusal {
         match self {
             Self::Lent => LENT,
             Self::Wedged => WEDGED,
+            Self::Crowded => CROWDED,
+            Self::Kept => KEPT,
+            Self::NotKept => NOT_KEPT,
             Self::Unknown(code) => code,
         }
     }
@@ -67,6 +82,9 @@ pub fn hear<S: HelloStream>(stream: &mut S, allowed: Duration) -> Result<Verdict
         WELCOME => Ok(Ok(())),
         LENT => Ok(Err(Refusal::Lent)),
         WEDGED => Ok(Err(Refusal::Wedged)),
+        CROWDED => Ok(Err(Refusal::Crowded)),
+        KEPT => Ok(Err(Refusal::Kept)),
+        NOT_KEPT => Ok(Err(Refusal::NotKept)),
         other => Ok(Err(Refusal::Unknown(other))),
     }
 }
@@ -83,7 +101,15 @@ mod tests {
     #[test]
     fn what_is_told_is_heard() {
         let (mut lender, mut borrower) = UnixStream::pair().unwrap();
-        for verdict in [Ok(()), Err(Refusal::Lent), Err(Refusal::Wedged), Err(Refusal::Unknown(200))] {
+        for verdict in [
+            Ok(()),
+            Err(Refusal::Lent),
+            Err(Refusal::Wedged),
+            Err(Refusal::Kept),
+            Err(Refusal::NotKept),
+            Err(Refusal::Crowded),
+            Err(Refusal::Unknown(200)),
+        ] {
             tell(&mut lender, verdict, SOON).unwrap();
             assert_eq!(hear(&mut borrower, SOON).unwrap(), verdict);
         }

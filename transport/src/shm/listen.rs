@@ -125,6 +125,15 @@ impl Listener {
         Ok(own)
     }
 
+    /// Lets processes of all users connect; whoever greets them looks at who they are ([`Greeted::greet_if`]).
+    ///
+    /// # Errors
+    /// [`ListenError::Host`].
+    pub fn open_to_all_users(&self) -> Result<(), ListenError> {
+        let opened = std::fs::set_permissions(&self.path, std::fs::Permissions::from_mode(0o666));
+        opened.map_err(|source| ListenError::Host { what: "open", path: self.path.clone(), source })
+    }
+
     /// Waits for a connection; its hello is not read yet.
     ///
     /// # Errors
@@ -180,6 +189,7 @@ fn identity(file: &std::fs::Metadata) -> (u64, u64) {
 pub struct Greeted {
     stream: UnixStream,
     agreed: Agreed,
+    uid: u32,
     path: PathBuf,
 }
 
@@ -189,7 +199,20 @@ impl Greeted {
     ///
     /// # Errors
     /// [`ListenError::Stranger`], [`ListenError::Hello`], [`ListenError::Host`].
-    pub fn greet(mut stream: UnixStream, hello: &Hello, path: impl Into<PathBuf>) -> Result<Self, ListenError> {
+    pub fn greet(stream: UnixStream, hello: &Hello, path: impl Into<PathBuf>) -> Result<Self, ListenError> {
+        Self::greet_if(stream, hello, path, &|_| false)
+    }
+
+    /// The same, where processes of users for whom `also` holds may come too.
+    ///
+    /// # Errors
+    /// As [`Greeted::greet`].
+    pub fn greet_if(
+        mut stream: UnixStream,
+        hello: &Hello,
+        path: impl Into<PathBuf>,
+        also: &dyn Fn(u32) -> bool,
+    ) -> Result<Self, ListenError> {
         let path = path.into();
         let host = |what| {
             let path = path.clone();
@@ -199,16 +222,21 @@ impl Greeted {
         let credentials =
             rustix::net::sockopt::socket_peercred(&stream).map_err(io::Error::from).map_err(host("identify the peer at"))?;
         let (peer, ours) = (credentials.uid.as_raw(), rustix::process::geteuid().as_raw());
-        if peer != ours && peer != 0 {
+        if peer != ours && peer != 0 && !also(peer) {
             return Err(ListenError::Stranger { peer, ours });
         }
         let agreed = exchange(&mut stream, hello, HELLO_LIMIT)?;
-        Ok(Self { stream, agreed, path })
+        Ok(Self { stream, agreed, uid: peer, path })
     }
 
     /// What it said.
     pub fn agreed(&self) -> &Agreed {
         &self.agreed
+    }
+
+    /// The user whose process it is.
+    pub fn uid(&self) -> u32 {
+        self.uid
     }
 
     /// Welcomes it and shares the rings. Blocks for at most a few seconds.
@@ -232,7 +260,7 @@ impl Greeted {
     }
 
     fn share(self, side: Side, options: ShmOptions) -> Result<Connection, ListenError> {
-        let Self { stream, agreed, path } = self;
+        let Self { stream, agreed, path, .. } = self;
         match ShmFabric::establish(stream, side, options) {
             Ok(fabric) => Ok(Connection { fabric, agreed }),
             Err(error) if is_the_end(&error) => Err(ListenError::Dropped { path }),
@@ -246,6 +274,19 @@ impl Greeted {
 /// # Errors
 /// [`ListenError`].
 pub fn connect(path: impl AsRef<Path>, hello: &Hello, options: ShmOptions) -> Result<Connection, ListenError> {
+    connect_if(path, hello, options, &|_| false)
+}
+
+/// The same, where the lender may also be a process of a user for whom `also` holds.
+///
+/// # Errors
+/// [`ListenError`].
+pub fn connect_if(
+    path: impl AsRef<Path>,
+    hello: &Hello,
+    options: ShmOptions,
+    also: &dyn Fn(u32) -> bool,
+) -> Result<Connection, ListenError> {
     let path = path.as_ref();
     let stream = UnixStream::connect(path).map_err(|source| match source.kind() {
         // The kernel refuses a connection to a file as it does to a socket that nobody serves.
@@ -256,7 +297,7 @@ pub fn connect(path: impl AsRef<Path>, hello: &Hello, options: ShmOptions) -> Re
         _ => ListenError::Host { what: "connect to", path: path.to_path_buf(), source },
     })?;
     // Seen from here the lender is the one to be greeted: the same checks and the same hello, and then its verdict.
-    let mut lender = Greeted::greet(stream, hello, path)?;
+    let mut lender = Greeted::greet_if(stream, hello, path, also)?;
     match hear(&mut lender.stream, HELLO_LIMIT) {
         Ok(Ok(())) => lender.share(Side::Borrower, options),
         Ok(Err(refusal)) => Err(ListenError::Refused { path: lender.path, refusal }),

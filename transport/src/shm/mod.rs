@@ -12,7 +12,7 @@ mod socket;
 #[cfg(test)]
 mod tests;
 
-pub use listen::{Connection, Greeted, HELLO_LIMIT, ListenError, Listener, connect};
+pub use listen::{Connection, Greeted, HELLO_LIMIT, ListenError, Listener, connect, connect_if};
 
 use std::collections::VecDeque;
 use std::io;

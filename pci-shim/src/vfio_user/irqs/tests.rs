@@ -22,6 +22,7 @@ fn interrupts() -> ClientInterrupts {
         msix: Some(MsixLocation { vectors: 65, table_bar: 0, table_offset: 0, pba_bar: 0, pba_offset: 4096 }),
         dma_bits: 64,
         constants: vec![],
+        serial: String::new(),
     })
 }
 

@@ -66,6 +66,9 @@ impl Nvme {
         let raised = completion.vector.map_or(0, |vector| 1_u128 << vector);
         let failed = !slot.status.is_success();
         self.counters.completed += 1;
+        if let Some(number) = slot.journaled.take().filter(|_| !failed) {
+            self.journal.acknowledge(number);
+        }
         match bus.dma_write_polled(Purpose::Completion.tag(self.epoch), place, &entry.encode(phase)) {
             Ok(Progress::Done) => {}
             Ok(Progress::Pending) => self.dmas += 1,

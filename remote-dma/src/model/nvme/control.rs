@@ -129,6 +129,7 @@ impl Nvme {
         self.registers = Registers::default();
         self.errors.clear();
         self.mode = InterruptMode::Pin;
+        self.paused = false;
     }
 
     /// Forgets every command, queue and setting; starts a new life.

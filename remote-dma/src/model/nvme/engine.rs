@@ -314,8 +314,8 @@ impl Nvme {
         self.running()
             && (self.shutdown_flush && !self.jobs.is_empty()
                 || self.released && !self.waiting.is_empty()
-                || self.ready & 1 != 0
-                || self.ready != 0 && self.slots.available().saturating_sub(self.slots_reserved) > ADMIN_RESERVE)
+                || self.ready & 1 != 0 && !self.paused
+                || self.ready != 0 && !self.paused && self.slots.available().saturating_sub(self.slots_reserved) > ADMIN_RESERVE)
     }
 
     /// All that goes on without a register access or an ended DMA; true where something was done.

@@ -14,7 +14,7 @@ impl Nvme {
     /// Fetches and begins what queues hold, fairly, as far as this call may.
     pub(super) fn pump(&mut self, bus: &mut dyn Bus) {
         let mut left = COMMANDS_PER_CALL;
-        while left > 0 && self.call_bytes < BYTES_PER_CALL && self.running() {
+        while left > 0 && self.call_bytes < BYTES_PER_CALL && self.running() && !self.paused {
             let Some(queue) = self.next_queue() else { return };
             let fetched = self.fetch(queue, left, bus);
             if fetched == 0 {

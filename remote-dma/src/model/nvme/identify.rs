@@ -43,6 +43,11 @@ impl Identity {
         Self { serial: bytes, uuid }
     }
 
+    /// Without the blanks behind it.
+    pub(super) fn serial(&self) -> String {
+        String::from_utf8_lossy(&self.serial).trim_end().to_owned()
+    }
+
     fn subsystem_name(&self) -> String {
         let hex: String = self.uuid.iter().map(|byte| format!("{byte:02x}")).collect();
         let part = |from: usize, to: usize| hex.get(from..to).unwrap_or_default();

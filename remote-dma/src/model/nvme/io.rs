@@ -70,6 +70,11 @@ impl Nvme {
             _ => slot.refuse(Status::INVALID_OPCODE),
         };
         if flow != Flow::Lacking {
+            if matches!(command.opcode, io::WRITE | io::WRITE_ZEROES)
+                && let Some(slot) = self.slots.get_mut(index)
+            {
+                slot.journaled = Some(self.journal.begin(command.first_lba(), command.block_count() as u32));
+            }
             match command.opcode {
                 io::READ => self.counters.reads += 1,
                 io::WRITE => self.counters.writes += 1,
@@ -207,6 +212,10 @@ impl Nvme {
             }
             slot.ranges_done += 1;
             if len > 0 {
+                // Each range is a write of its own in the journal; that this one begins says that the one before is done.
+                if let Some(before) = slot.journaled.replace(self.journal.begin(first, len as u32)) {
+                    self.journal.acknowledge(before);
+                }
                 slot.offset = first * BLOCK_BYTES;
                 slot.then = Then::Ranges;
                 slot.phase = Phase::Submit;

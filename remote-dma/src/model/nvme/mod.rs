@@ -25,6 +25,7 @@ pub mod media;
 pub mod prp;
 mod queues;
 pub mod registers;
+mod rest;
 mod scratch;
 mod slots;
 
@@ -41,6 +42,7 @@ use crate::address::{BarAddress, Width};
 use crate::attachment::Activity;
 use crate::backend::{AttachError, Backend, Bus, DmaFault, DmaTag, InterruptMode, ResetKind};
 use crate::device::{BarDescription, BarKind, Constant, DeviceDescription, MsixLocation};
+use crate::journal::Journal;
 
 pub use counters::Counters;
 use events::Events;
@@ -100,6 +102,9 @@ pub struct Nvme {
 
     life: Life,
     fenced: bool,
+    /// Nothing more is fetched.
+    paused: bool,
+    journal: Journal,
     /// Counts lives, so that nothing of an earlier one is taken for one of this.
     epoch: u32,
     registers: Registers,
@@ -179,15 +184,18 @@ impl Nvme {
     /// [`MediaError::Memory`] where the controller's own memory cannot be made.
     pub fn over(name: &str, media: Box<dyn Media>, options: NvmeOptions) -> Result<Self, MediaError> {
         let short: String = name.chars().filter(|c| !c.is_control()).take(60).collect();
+        let identity = identify::Identity::new(media.identity(), options.serial.as_deref());
         Ok(Self {
-            description: description(format!("nvme {short}")),
-            identity: identify::Identity::new(media.identity(), options.serial.as_deref()),
+            description: description(format!("nvme {short}"), identity.serial()),
+            identity,
             features: Features::new(media.volatile_cache() && !options.read_only),
             options,
             media,
             counters: Counters::default(),
             life: Life::Disabled,
             fenced: false,
+            paused: false,
+            journal: Journal::new(),
             epoch: 0,
             registers: Registers::default(),
             events: Events::default(),
@@ -229,12 +237,24 @@ impl Nvme {
         self.life == Life::Ready && !self.fenced
     }
 
+    fn register_memory(&mut self, bus: &mut dyn Bus) -> Result<(), AttachError> {
+        let region = bus.register(Arc::clone(self.scratch.memory()), Access::READ_WRITE)?;
+        let image = match self.media.memory() {
+            Some(image) if self.options.read_only => Some(bus.register(Arc::clone(image), Access::READ)?),
+            Some(image) => Some(bus.register(Arc::clone(image), Access::READ_WRITE)?),
+            None => None,
+        };
+        self.scratch.set_region(Some(region));
+        self.image = image;
+        Ok(())
+    }
+
     fn page_bytes(&self) -> u32 {
         1 << self.registers.configuration.page_shift()
     }
 }
 
-fn description(name: String) -> DeviceDescription {
+fn description(name: String, serial: String) -> DeviceDescription {
     let mut constants = registers::CAP.to_le_bytes().to_vec();
     constants.extend_from_slice(&registers::VS.to_le_bytes());
     DeviceDescription {
@@ -264,6 +284,7 @@ fn description(name: String) -> DeviceDescription {
         }),
         dma_bits: 64,
         constants: vec![Constant { bar: 0, offset: registers::offset::CAP, bytes: constants }],
+        serial,
     }
 }
 
@@ -273,14 +294,7 @@ impl Backend for Nvme {
     }
 
     fn attach(&mut self, bus: &mut dyn Bus) -> Result<(), AttachError> {
-        let region = bus.register(Arc::clone(self.scratch.memory()), Access::READ_WRITE)?;
-        let image = match self.media.memory() {
-            Some(image) if self.options.read_only => Some(bus.register(Arc::clone(image), Access::READ)?),
-            Some(image) => Some(bus.register(Arc::clone(image), Access::READ_WRITE)?),
-            None => None,
-        };
-        self.scratch.set_region(Some(region));
-        self.image = image;
+        self.register_memory(bus)?;
         self.fenced = false;
         self.power_on();
         Ok(())
@@ -376,5 +390,35 @@ impl Backend for Nvme {
             self.pin = false;
             bus.set_pin(false);
         }
+    }
+
+    fn pause(&mut self) -> bool {
+        self.paused = true;
+        true
+    }
+
+    fn is_at_rest(&self) -> bool {
+        self.has_come_to_rest()
+    }
+
+    fn resume(&mut self, bus: &mut dyn Bus) {
+        self.paused = false;
+        self.call_bytes = 0;
+        self.pump(bus);
+        self.announce(bus);
+    }
+
+    fn park(&mut self) {
+        debug_assert!(self.has_come_to_rest(), "parked in the middle of something");
+        self.scratch.set_region(None);
+        self.image = None;
+    }
+
+    fn unpark(&mut self, bus: &mut dyn Bus) -> Result<(), AttachError> {
+        self.register_memory(bus)
+    }
+
+    fn journal(&self) -> Option<&Journal> {
+        Some(&self.journal)
     }
 }

@@ -97,6 +97,8 @@ pub(super) struct Slot {
     pub(super) buffer: Option<Buffer>,
     pub(super) job: Option<Box<Job>>,
     pub(super) due: Nanos,
+    /// Its number in the journal, where it is a write.
+    pub(super) journaled: Option<u64>,
     pub(super) next: Option<u32>,
 }
 
@@ -135,6 +137,7 @@ impl Slot {
             buffer: None,
             job: None,
             due: Nanos(0),
+            journaled: None,
             next: None,
         }
     }
@@ -174,6 +177,7 @@ impl Slots {
         slot.moved = 0;
         slot.ranges_done = 0;
         slot.due = Nanos(0);
+        slot.journaled = None;
         slot.next = None;
         Some(index)
     }

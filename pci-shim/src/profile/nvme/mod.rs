@@ -2,18 +2,30 @@
 //!
 //! A store of 17 to BAR0 + 0x1018 is submission queue 3's tail when CAP.DSTRD is 0. CAP and VS are asked for once between two resets;
 //! nothing else is answered here, because CSTS changes by itself and the rest is the controller's to say. I/O queues are created by admin
-//! commands in guest memory, which registers alone do not show: what is known of them is that their doorbells rang.
+//! commands, which are looked at in guest memory when their doorbell rings ([`queues`]): so a controller that was reset can be brought back ([`revive`]).
+
+mod queues;
+mod revive;
+mod saved;
+#[cfg(test)]
+mod tests;
 
 use farbus_remote_dma::{BarAddress, DeviceDescription, Iova, ResetKind, Width};
 
-use super::{Profile, RegisterName, Verdict};
+use self::queues::Queues;
+use self::saved::SavedQueues;
+use super::{GoOn, Peek, Profile, RegisterName, ReviveError, Reviving, Verdict};
+use crate::state::{ProfileState, StateError};
 
 /// Mass storage, non-volatile memory, NVM Express.
 pub const CLASS_CODE: u32 = 0x01_0802;
 
 const CAP: u64 = 0x00;
 const VS: u64 = 0x08;
+const INTMS: u64 = 0x0c;
+const INTMC: u64 = 0x10;
 const CC: u64 = 0x14;
+const CSTS: u64 = 0x1c;
 const AQA: u64 = 0x24;
 const ASQ: u64 = 0x28;
 const ACQ: u64 = 0x30;
@@ -91,6 +103,13 @@ pub struct Nvme {
     /// What the driver wrote to CC up to and with ACQ (0x14 to 0x37), byte for byte.
     written: [u8; 0x38],
     admin: Option<AdminQueues>,
+    /// INTMS as the driver made it.
+    masked: u32,
+    queues: Queues,
+    /// As loaded from a saved state, until it goes on.
+    loaded: Option<SavedQueues>,
+    /// The device was reset after that state was saved, and is to be told what waits.
+    revived: bool,
     /// The highest number of a completion queue that can have a vector of its own: what lies behind may be no doorbell.
     last_queue: u16,
 }
@@ -107,6 +126,10 @@ impl Nvme {
             fixed: described,
             written: [0; 0x38],
             admin: None,
+            masked: 0,
+            queues: Queues::default(),
+            loaded: None,
+            revived: false,
             last_queue: description.msix.map_or(0, |msix| msix.vectors),
         }
     }
@@ -146,6 +169,7 @@ impl Nvme {
             (true, None) => {
                 let queues = self.enabled_with();
                 tracing::debug!(?queues, "the driver enables the nvme controller");
+                self.queues = Queues::new(&queues, self.last_queue);
                 self.admin = Some(queues);
             }
             (false, Some(_)) => {
@@ -160,6 +184,33 @@ impl Nvme {
     fn controller_reset(&mut self) {
         self.admin = None;
         self.fixed = self.described;
+        self.masked = 0;
+        self.queues = Queues::default();
+        self.loaded = None;
+    }
+
+    fn doorbell(&mut self, at: BarAddress, width: Width, value: u64, guest: &dyn Peek) -> Verdict {
+        if self.admin.is_none() {
+            tracing::debug!(%at, value, "a doorbell of a controller that is not enabled");
+            return Verdict::Forward;
+        }
+        match self.register(at) {
+            // Only dwords are doorbells (NVM Express 1.4, section 3.1.24).
+            _ if width != Width::B4 => Verdict::Forward,
+            Some(RegisterName::SubmissionTail { queue }) => {
+                self.queues.submitted(queue, value as u32, guest);
+                Verdict::Forward
+            }
+            Some(RegisterName::CompletionHead { queue }) => {
+                self.queues.taken(queue, value as u32, guest);
+                // A head only makes room (NVM Express 1.4, section 4.1): a controller looks for that when it has more to say.
+                if queue <= self.last_queue { Verdict::ForwardWithNext } else { Verdict::Forward }
+            }
+            _ => {
+                self.queues.unknown.get_or_insert("a doorbell rang before its controller said how far they are apart");
+                Verdict::Forward
+            }
+        }
     }
 }
 
@@ -183,23 +234,17 @@ impl Profile for Nvme {
         }
     }
 
-    fn write(&mut self, at: BarAddress, width: Width, value: u64) -> Verdict {
+    fn write(&mut self, at: BarAddress, width: Width, value: u64, guest: &dyn Peek) -> Verdict {
         if at.bar != 0 {
             return Verdict::Forward;
         }
         if at.offset >= DOORBELLS {
-            if self.admin.is_none() {
-                tracing::debug!(%at, value, "a doorbell of a controller that is not enabled");
-            }
-            // A head only makes room (NVM Express 1.4, section 4.1): a controller looks for that when it has more to say.
-            return match self.register(at) {
-                Some(RegisterName::CompletionHead { queue })
-                    if width == Width::B4 && self.admin.is_some() && queue <= self.last_queue =>
-                {
-                    Verdict::ForwardWithNext
-                }
-                _ => Verdict::Forward,
-            };
+            return self.doorbell(at, width, value, guest);
+        }
+        match (at.offset, width) {
+            (INTMS, Width::B4) => self.masked |= value as u32,
+            (INTMC, Width::B4) => self.masked &= !(value as u32),
+            _ => {}
         }
         let bytes = value.to_le_bytes();
         let places = self.written.iter_mut().skip(at.offset as usize);
@@ -232,122 +277,38 @@ impl Profile for Nvme {
         self.controller_reset();
         self.written = [0; 0x38];
     }
-}
 
-#[cfg(test)]
-mod tests {
-    use farbus_remote_dma::Constant;
-    use proptest::prelude::*;
-
-    use super::*;
-    use crate::scripted::description;
-
-    fn at(offset: u64) -> BarAddress {
-        BarAddress { bar: 0, offset }
+    fn save(&self, guest: &dyn Peek) -> ProfileState {
+        ProfileState { kind: PROFILE_KIND, bytes: self.encode(guest) }
     }
 
-    /// A controller whose CAP is `cap`, or is not known from the start.
-    fn nvme(cap: Option<u64>) -> Nvme {
-        let mut described = description();
-        described.constants.clear();
-        described.constants.extend(cap.map(|cap| Constant { bar: 0, offset: CAP, bytes: cap.to_le_bytes().to_vec() }));
-        Nvme::new(&described)
-    }
-
-    #[test]
-    fn a_doorbell_is_never_taken_for_another_queues() {
-        for dstrd in 0..16u64 {
-            let nvme = nvme(Some(dstrd << 32 | 0x3ff));
-            for queue in [0u16, 1, 3, 64, u16::MAX] {
-                let tail = DOORBELLS + 2 * u64::from(queue) * (4 << dstrd);
-                let name = |offset| nvme.register(at(offset));
-                assert_eq!(name(tail), Some(RegisterName::SubmissionTail { queue }));
-                assert_eq!(name(tail + (4 << dstrd)), Some(RegisterName::CompletionHead { queue }));
-                assert_eq!(name(tail + 2), None, "between two doorbells");
-            }
+    fn load(&mut self, state: &ProfileState) -> Result<(), StateError> {
+        if state.kind != PROFILE_KIND {
+            return Err(StateError::Malformed("a profile of another class"));
         }
-        let three = nvme(Some(0)).register(at(0x1018)).unwrap();
-        assert_eq!(three.to_string(), "submission queue 3's tail");
-        assert_eq!(nvme(Some(0)).register(BarAddress { bar: 2, offset: 0x1018 }), None);
-        assert_eq!(nvme(Some(0)).register(at(0x1c)), Some(RegisterName::Register("CSTS")));
-        assert_eq!(nvme(Some(0)).register(at(0xfff)), None);
-        assert_eq!(nvme(Some(0)).register(at(u64::MAX)), None);
+        self.decode(&state.bytes)
     }
 
-    #[test]
-    fn a_doorbell_has_no_name_while_the_stride_is_not_known() {
-        let mut nvme = nvme(None);
-        assert_eq!(nvme.register(at(0x1018)), None);
-        nvme.answered(at(4), Width::B4, 0x21);
-        assert_eq!(nvme.register(at(0x1018)), Some(RegisterName::CompletionHead { queue: 1 }));
+    fn revive(&mut self, device: &mut dyn Reviving) -> Result<(), ReviveError> {
+        self.bring_back(device)?;
+        self.revived = true;
+        Ok(())
     }
 
-    #[test]
-    fn what_the_device_said_is_forgotten_with_its_reset_and_all_ones_is_not_believed() {
-        let mut nvme = nvme(None);
-        nvme.answered(at(VS), Width::B4, u64::from(u32::MAX));
-        assert_eq!(nvme.read(at(VS), Width::B4), None);
-        nvme.answered(at(VS), Width::B4, 0x1_0400);
-        nvme.answered(at(CAP), Width::B8, 0x20_1e01_03ff);
-        assert_eq!(nvme.read(at(VS), Width::B4), Some(0x1_0400));
-        assert_eq!(nvme.read(at(CAP + 4), Width::B4), Some(0x20));
-        assert_eq!(nvme.read(at(VS), Width::B8), None, "INTMS is beside VS");
-        nvme.write(at(CC), Width::B4, 0x46_0001);
-        nvme.write(at(CC), Width::B4, 0x46_0000);
-        assert_eq!((nvme.read(at(VS), Width::B4), nvme.read(at(CAP), Width::B8)), (None, None));
-        let mut described = super::Nvme::new(&description());
-        described.reset(ResetKind::Function);
-        assert_eq!(described.read(at(CAP), Width::B8), Some(crate::scripted::CAP));
-    }
-
-    #[test]
-    fn the_admin_queues_are_those_the_driver_wrote_in_halves_or_at_once() {
-        let mut nvme = nvme(Some(0));
-        nvme.write(at(AQA), Width::B4, 0x003f_001f);
-        nvme.write(at(ASQ), Width::B4, 0x0450_0000);
-        nvme.write(at(ASQ + 4), Width::B4, 1);
-        nvme.write(at(ACQ), Width::B8, 0x1_0451_0000);
-        assert_eq!(nvme.admin_queues(), None);
-        nvme.write(at(CC), Width::B4, 0x46_0001);
-        let queues = AdminQueues {
-            submission: Iova(0x1_0450_0000),
-            submission_entries: 32,
-            completion: Iova(0x1_0451_0000),
-            completion_entries: 64,
-        };
-        assert_eq!(nvme.admin_queues(), Some(queues));
-        // Changed while enabled: without effect until the next time.
-        nvme.write(at(ASQ), Width::B8, 0);
-        nvme.write(at(CC), Width::B4, 0x46_4001);
-        assert_eq!(nvme.admin_queues(), Some(queues));
-        nvme.reset(ResetKind::Function);
-        assert_eq!(nvme.admin_queues(), None);
-    }
-
-    proptest! {
-        /// Whatever the guest writes is forwarded, heads with what comes next; whatever it reads, only CAP and VS are ever answered without the device.
-        #[test]
-        fn no_register_with_a_life_of_its_own_is_answered_from_memory(
-            accesses in prop::collection::vec((0..3u8, prop_oneof![0..0x60u64, 0xff8..0x1040u64, any::<u64>()], 0..4u32, any::<u64>()), 0..80),
-        ) {
-            let mut nvme = nvme(None);
-            for (bar, offset, log2, value) in accesses {
-                let width = Width::from_bytes(1 << log2).unwrap();
-                let at = BarAddress { bar, offset: offset & !(width.bytes() - 1) };
-                let _ = nvme.register(at);
-                match nvme.write(at, width, value) {
-                    Verdict::Forward => {}
-                    Verdict::ForwardWithNext => {
-                        let head = matches!(nvme.register(at), Some(RegisterName::CompletionHead { .. }));
-                        prop_assert!(head, "{}", at);
-                    }
-                }
-                if nvme.read(at, width).is_some() {
-                    prop_assert!(bar == 0 && at.offset + width.bytes() <= 12);
-                } else {
-                    nvme.answered(at, width, width.truncate(value));
-                }
-            }
+    fn go_on(&mut self, guest: &dyn Peek) -> GoOn {
+        let revived = std::mem::take(&mut self.revived);
+        let (Some(saved), Some(stride)) = (self.loaded.take(), self.stride()) else { return GoOn::default() };
+        if let Some(admin) = saved.submissions.iter().find(|queue| queue.id == 0) {
+            self.queues.restore_pending(admin.head, guest);
+        }
+        let waiting = saved.submissions.iter().filter(|queue| revived && queue.head != queue.tail);
+        let doorbell = |id: u16| BarAddress { bar: 0, offset: DOORBELLS + 2 * u64::from(id) * stride };
+        GoOn {
+            writes: waiting.map(|queue| (doorbell(queue.id), Width::B4, u64::from(queue.tail))).collect(),
+            vectors: saved.completions.iter().filter(|queue| queue.unread() > 0).filter_map(|queue| queue.vector).collect(),
         }
     }
 }
+
+/// This profile's number in a saved state.
+const PROFILE_KIND: u16 = 1;

@@ -1,0 +1,199 @@
+//! A small VMM on /dev/kvm: a bare guest that uses a borrowed NVMe drive, kept in a bank while it runs, and taken out of it anywhere.
+//!
+//! `mini-vmm home disk.img --lend-at /run/drive --bank /var/lib/bank --machine vm7` is the host with the drive; `mini-vmm run --from /run/drive --bank
+//! /var/lib/bank --deposit vm7` the one with the machine. Kill that one, and the first says what was written since, and runs the machine itself.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use clap::{Args, Parser, Subcommand};
+use farbus_machine_bank::Bank;
+use farbus_machine_bank::lazy::Area;
+use farbus_machine_bank::store::Directory;
+use farbus_mini_vmm::kvm::guest;
+use farbus_mini_vmm::kvm::machine::Machine;
+use farbus_mini_vmm::link::{borrow, borrow_again};
+use farbus_mini_vmm::{Depositor, Device, Home, Withdrawn, meanwhile, say};
+use farbus_remote_dma::model::{Nvme, NvmeOptions};
+use farbus_remote_dma::wait::Waker;
+
+/// A small VMM whose bare guest reads, verifies and writes 256 blocks of 4 KiB of a borrowed NVMe drive, for ever.
+#[derive(Parser)]
+#[command(version)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// The host with the drive: lends it, keeps it for a machine that moves, and runs the machine when its borrower died.
+    Home(HomeArgs),
+    /// A new machine with the drive of a lender.
+    Run(RunArgs),
+    /// A machine out of a bank, with the drive that is kept for it.
+    GoOn(GoOnArgs),
+}
+
+#[derive(Args)]
+struct HomeArgs {
+    /// The image of the drive: at least 1 MiB. The guest overwrites its first MiB.
+    image: PathBuf,
+    /// Where to lend it: a unix socket.
+    #[arg(long, value_name = "SOCKET")]
+    lend_at: PathBuf,
+    #[command(flatten)]
+    bank: BankArgs,
+    /// The machine that is restarted here when its borrower died.
+    #[arg(long, value_name = "NAME", requires = "bank")]
+    machine: Option<String>,
+    /// How long a machine that was restarted runs.
+    #[arg(long, value_name = "SECONDS", default_value_t = 10)]
+    seconds: u64,
+}
+
+#[derive(Args)]
+struct BankArgs {
+    /// A bank's folder, as `farbus bank init` makes it.
+    #[arg(long, value_name = "FOLDER")]
+    bank: Option<PathBuf>,
+}
+
+#[derive(Args)]
+struct RunArgs {
+    /// The lender's socket.
+    #[arg(long, value_name = "SOCKET")]
+    from: PathBuf,
+    #[command(flatten)]
+    bank: BankArgs,
+    /// Deposit the machine under this name, once a second and at the end.
+    #[arg(long, value_name = "NAME", requires = "bank")]
+    deposit: Option<String>,
+    /// How long it runs here; then it leaves, and the drive is kept for it for a minute.
+    #[arg(long, value_name = "SECONDS", default_value_t = 10)]
+    seconds: u64,
+}
+
+#[derive(Args)]
+struct GoOnArgs {
+    /// Which machine.
+    machine: String,
+    #[command(flatten)]
+    run: RunArgs,
+}
+
+const LEASE: Duration = Duration::from_secs(60);
+const BETWEEN_DEPOSITS: Duration = Duration::from_secs(1);
+
+fn main() -> ExitCode {
+    let done = match Cli::parse().command {
+        Command::Home(args) => home(&args),
+        Command::Run(args) => run(&args),
+        Command::GoOn(args) => go_on(&args),
+    };
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn open(bank: &BankArgs) -> Result<Option<Bank>> {
+    let open = |folder: &PathBuf| -> Result<Bank> { Ok(Bank::open(Box::new(Directory::open(folder)?), None)?) };
+    bank.bank.as_ref().map(|folder| open(folder).with_context(|| format!("no bank in {}", folder.display()))).transpose()
+}
+
+fn home(args: &HomeArgs) -> Result<()> {
+    let bank = open(&args.bank)?;
+    let nvme = Nvme::open(&args.image, NvmeOptions::default())?;
+    let least = guest::BLOCKS * guest::BLOCK_BYTES / 512;
+    if nvme.blocks() < least {
+        bail!("{} has {} blocks of 512 bytes, and the guest needs {least}: make it longer", args.image.display(), nvme.blocks());
+    }
+    let home = Home::open(&args.lend_at)?;
+    let never = Waker::new()?;
+    let mut device = Device::Reset(Box::new(nvme));
+    loop {
+        println!("lending {} at {}", args.image.display(), args.lend_at.display());
+        let left = home.serve(device, &never)?;
+        device = left.device;
+        if let Device::Kept(_) = device {
+            println!("the machine left, and the drive is kept for it");
+            continue;
+        }
+        println!("the borrower is gone: {}", left.reason);
+        if let (Some(bank), Some(machine)) = (&bank, &args.machine) {
+            return restart(bank, machine, device, Duration::from_secs(args.seconds));
+        }
+    }
+}
+
+/// The machine at home, from its last deposit.
+fn restart(bank: &Bank, machine: &str, device: Device, time: Duration) -> Result<()> {
+    let withdrawn = Withdrawn::from_bank(bank, machine)?;
+    let state = withdrawn.state()?;
+    println!("{}", say(meanwhile(device.get(), &state).as_ref(), state.saved_at()));
+    guest::went_back(withdrawn.area.memory())?;
+    let (mut machine, _) = Machine::again(&withdrawn, device.attach_here(&state.rest().token)?)?;
+    machine.run_for(time)?;
+    report(&machine);
+    Ok(())
+}
+
+fn run(args: &RunArgs) -> Result<()> {
+    let area = Area::shared(guest::MEMORY_BYTES)?;
+    let machine = Machine::begin(&area, borrow(&args.from, None)?)?;
+    let depositor = Depositor::new(&area)?;
+    keep_running(machine, depositor, args)
+}
+
+fn go_on(args: &GoOnArgs) -> Result<()> {
+    let bank = open(&args.run.bank)?.context("say where the machine is: --bank FOLDER")?;
+    let withdrawn = Withdrawn::from_bank(&bank, &args.machine)?;
+    let device = borrow_again(&args.run.from, withdrawn.state()?.rest().token)?;
+    let (machine, restored) = Machine::again(&withdrawn, device)?;
+    if restored.revived {
+        println!("the drive was reset since, and was brought back: what it wrote after the deposit is not known here");
+        guest::went_back(withdrawn.area.memory())?;
+    }
+    let mut depositor = Depositor::new(&withdrawn.area)?;
+    depositor.follow(&withdrawn.entry);
+    keep_running(machine, depositor, &args.run)
+}
+
+fn keep_running(mut machine: Machine, mut depositor: Depositor<'_>, args: &RunArgs) -> Result<()> {
+    let bank = open(&args.bank)?;
+    let until = Instant::now() + Duration::from_secs(args.seconds);
+    let (Some(bank), Some(name)) = (bank, &args.deposit) else {
+        machine.run_for(until.saturating_duration_since(Instant::now()))?;
+        report(&machine);
+        return Ok(());
+    };
+    loop {
+        let left = until.saturating_duration_since(Instant::now());
+        machine.run_for(left.min(BETWEEN_DEPOSITS))?;
+        if left <= BETWEEN_DEPOSITS {
+            break;
+        }
+        let frozen = machine.freeze(&mut depositor)?;
+        let report = machine.run_while(|| frozen.put(&bank, name))??;
+        depositor.done(&report);
+        println!("{}: {} pages, a pause of {:?}", report.machine, frozen.pages(), frozen.pause.total());
+    }
+    let frozen = machine.freeze_and_leave(&mut depositor, LEASE)?;
+    println!("{}: left, and the drive is kept for a minute", frozen.put(&bank, name)?.machine);
+    report(&machine);
+    Ok(())
+}
+
+fn report(machine: &Machine) {
+    let (counts, exits) = (machine.vm.counts(), machine.vm.exits);
+    println!(
+        "{} blocks verified, {} written, {} interrupts, {} reads and {} writes of registers",
+        counts.verified, counts.written, counts.interrupts, exits.reads, exits.writes
+    );
+}
