@@ -72,6 +72,8 @@ pub fn describe(name: &str, config: &[u8; CONFIG_BYTES], regions: &Regions) -> R
     }
     let description = DeviceDescription {
         name: name.to_owned(),
+        // What tells two of a kind apart lies beyond conventional configuration space.
+        serial: String::new(),
         vendor_id: config.word(register::VENDOR_ID),
         device_id: config.word(register::DEVICE_ID),
         subsystem_vendor_id: config.word(register::SUBSYSTEM_VENDOR_ID),
