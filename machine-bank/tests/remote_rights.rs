@@ -12,8 +12,9 @@ use farbus_machine_bank::bank::FindError;
 use farbus_machine_bank::deposit::{DepositError, Parent};
 use farbus_machine_bank::keep::{copy, stats, verify};
 use farbus_machine_bank::manifest::ManifestError;
+use farbus_machine_bank::pack::{GROUP, GroupDecoder};
 use farbus_machine_bank::page::KEY;
-use farbus_machine_bank::remote::Rights;
+use farbus_machine_bank::remote::{Fetched, Rights};
 use farbus_machine_bank::store::{Hold, Kind, StoreError};
 use farbus_machine_bank::{Bank, BankError, Changes, DepositOptions, PAGE, SectionKind};
 use served::{Serving, rights};
@@ -52,6 +53,40 @@ fn a_client_sees_its_own_machines_and_has_never_heard_of_others() {
     assert!(matches!(ann.store().hold(Hold::Sweep, std::time::Duration::ZERO), Err(StoreError::Refused(_))));
     assert!(matches!(ann.store().remove(Kind::Manifest, "web@1"), Err(StoreError::Refused(_))));
     assert!(matches!(ann.store().read(Kind::Pack, "x", 0, &mut [0]), Err(StoreError::Refused(_))));
+}
+
+#[test]
+fn a_page_that_two_machines_share_is_sent_without_its_neighbours() {
+    let (_, bank) = memory_bank();
+    let db = machine(5, 64);
+    deposit(&bank, "db", &db, Changes::HashAll);
+    // One page of each four is the same, so that each lies in a group of `db`.
+    let mut web = machine(6, 64);
+    (0..64).step_by(4).for_each(|page| web[page * PAGE..][..PAGE].copy_from_slice(&db[page * PAGE..][..PAGE]));
+    deposit(&bank, "web", &web, Changes::HashAll);
+    let serving = Serving::new(bank);
+    let sent = |client: &Bank| {
+        let entry = client.find("web").unwrap();
+        let ids = client.manifest(&entry).unwrap().leaf(client.store(), client.identity(), 0, 0).unwrap();
+        let wanted: Vec<u16> = (0..64).filter(|page| !ids[usize::from(*page)].is_zero()).collect();
+        let (mut decoder, mut out, mut pages) = (GroupDecoder::new().unwrap(), Box::new([0; GROUP]), Vec::new());
+        let service = client.store().service().unwrap();
+        let take = &mut |fetched: Fetched<'_>| match fetched {
+            Fetched::Missing(page) => panic!("page {page} is missing"),
+            Fetched::Group(group, _) => {
+                let len = decoder.decode(group, &mut out).unwrap();
+                pages.extend(out[..len].as_chunks::<PAGE>().0.iter().copied());
+            }
+        };
+        service.fetch(&entry.root, 0, 0, &wanted, &mut Vec::new(), take).unwrap();
+        pages
+    };
+    let known = |page: &[u8; PAGE]| web.as_chunks::<PAGE>().0.contains(page);
+    let ann = serving.connect("ann", rights(&["web"], &[]));
+    assert!(sent(&ann).iter().all(known), "a page of nobody's but db was sent");
+    assert!(withdraw(&ann, "web", "memory").unwrap() == web);
+    // The twin: who may read everything gets groups as they are stored, with others' pages in them.
+    assert!(!sent(&serving.connect("root", Rights::all())).iter().all(known), "no group has pages of both");
 }
 
 #[test]

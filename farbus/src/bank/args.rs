@@ -9,9 +9,8 @@ use clap::{Args, Subcommand};
 
 use super::address::BankAddress;
 use super::archive_args::{ExportArgs, ImportArgs};
-use super::serve_args::ServeArgs;
+use super::serve_args::{BankLinkArgs, ServeArgs};
 use super::vmm_help;
-use crate::security::{PeerArgs, SecurityArgs};
 use crate::values::{parse_duration, parse_size, parse_wait};
 
 /// `farbus bank`
@@ -122,24 +121,6 @@ pub struct Place {
     /// How the other side is known, where it is at a link.
     #[command(flatten)]
     pub link: BankLinkArgs,
-}
-
-/// How the two sides of a link to a bank know each other.
-#[derive(Debug, Args)]
-pub struct BankLinkArgs {
-    /// What this side shows.
-    #[command(flatten)]
-    pub security: SecurityArgs,
-    /// Which server is wanted.
-    #[command(flatten)]
-    pub peer: PeerArgs,
-}
-
-impl BankLinkArgs {
-    /// Whether anything was said.
-    pub fn is_given(&self) -> bool {
-        self.security.is_given() || self.peer.peer.is_some()
-    }
 }
 
 /// `farbus bank init`

@@ -10,7 +10,25 @@ use farbus_machine_bank::remote::Pattern;
 
 use super::args::Place;
 use crate::link_address::LinkAddress;
-use crate::security::AllowArgs;
+use crate::security::{AllowArgs, PeerArgs, SecurityArgs};
+
+/// How the two sides of a link to a bank know each other.
+#[derive(Debug, Args)]
+pub struct BankLinkArgs {
+    /// What this side shows.
+    #[command(flatten)]
+    pub security: SecurityArgs,
+    /// Which server is wanted.
+    #[command(flatten)]
+    pub peer: PeerArgs,
+}
+
+impl BankLinkArgs {
+    /// Whether anything was said.
+    pub fn is_given(&self) -> bool {
+        self.security.is_given() || self.peer.peer.is_some()
+    }
+}
 
 /// `farbus bank serve`
 #[derive(Debug, Args)]

@@ -55,7 +55,7 @@
 //! it could as well delete.
 //!
 //! The server believes nothing. A client reads the machines that its [`Rights`] name and asks for pages by their place in one of them, so there is no name by
-//! which it could ask for others'. *Have* would be a way to ask whether somebody has a page of known contents; so it is answered for pages that the client
+//! which it could ask for others'; and to who may not read every machine a group is sent without the pages beside the wanted ones. *Have* would be a way to ask whether somebody has a page of known contents; so it is answered for pages that the client
 //! could read anyhow, because they are in a machine that it may read or because it brought them, and for all others as if they were not there: they
 //! are sent, and stored a second time. A client that may read every machine is told about every page. A manifest may name only what *have* would
 //! affirm, and rest only on a machine that the client may read: otherwise depositing the names of somebody's pages would be a way to read them.

@@ -133,6 +133,7 @@ impl BankServer {
             next_handle: 0,
             streams: HashMap::new(),
             known: None,
+            cutter: None,
             clock: &mut clock,
         };
         let reason = session.run(grant, stop);

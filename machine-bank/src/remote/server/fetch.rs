@@ -7,6 +7,7 @@ use std::sync::PoisonError;
 use farbus_transport::Fabric;
 
 use super::super::wire::{BITMAP, PART, Request, Status, put_table, table_len};
+use super::cut::Cutter;
 use super::{Failure, Session, lanes, refused};
 use crate::index::Location;
 use crate::manifest::LEAF;
@@ -78,8 +79,10 @@ impl<F: Fabric> Session<'_, F> {
         let (mut table, mut bytes) = (Vec::new(), Vec::new());
         while let Some(lane) = lent.next() {
             let mut room = PART - COUNTS - 2 * missing.len();
+            let whole = self.client.rights.reads_all();
             let fitting = rest.iter().take_while(|group| {
-                let needs = group.len as usize + table_len(group.pages.len());
+                let bytes = if whole { group.len as usize } else { Cutter::most(group.pages.len()).max(group.len as usize) };
+                let needs = bytes + table_len(group.pages.len());
                 let fits = needs <= room;
                 room -= if fits { needs } else { 0 };
                 fits
@@ -98,8 +101,9 @@ impl<F: Fabric> Session<'_, F> {
         Err(refused("no lane was lent"))
     }
 
-    /// A part with these groups. One whose pack is gone has its pages among the missing ones.
-    fn fill(&self, table: &mut Vec<u8>, bytes: &mut Vec<u8>, groups: &[Group], mut missing: Vec<u16>) -> Result<(), Failure> {
+    /// A part with these groups, for who may not read every machine without the pages beside the wanted ones. A group whose pack is gone has its pages among
+    /// the missing ones.
+    fn fill(&mut self, table: &mut Vec<u8>, bytes: &mut Vec<u8>, groups: &[Group], mut missing: Vec<u16>) -> Result<(), Failure> {
         let store = self.server.bank.store();
         // Not cleared first: what is read over need not be zeroed.
         bytes.resize(groups.iter().map(|group| group.len as usize).sum(), 0);
@@ -125,8 +129,37 @@ impl<F: Fabric> Session<'_, F> {
             }
         }
         bytes.truncate(at);
+        if !self.client.rights.reads_all() {
+            self.cut(bytes, &mut there, &mut missing)?;
+        }
         table.clear();
         put_table(table, &missing, &there);
+        Ok(())
+    }
+
+    /// Leaves of the groups in `bytes` what is wanted of them.
+    fn cut(&mut self, bytes: &mut Vec<u8>, there: &mut Vec<(u32, Vec<(u16, u8)>)>, missing: &mut Vec<u16>) -> Result<(), Failure> {
+        let cutter = match &mut self.cutter {
+            Some(cutter) => cutter,
+            none => none.insert(Cutter::new().map_err(|error| Failure(Status::Failed, error.to_string()))?),
+        };
+        let (mut cut, mut at) = (Vec::with_capacity(bytes.len()), 0);
+        there.retain_mut(|(len, pages)| {
+            let stored = bytes.get(at..at + *len as usize).unwrap_or_default();
+            at += *len as usize;
+            match cutter.cut(stored, pages) {
+                Some(group) => {
+                    *len = group.len() as u32;
+                    cut.extend_from_slice(group);
+                    true
+                }
+                None => {
+                    missing.extend(pages.iter().map(|(page, _)| *page));
+                    false
+                }
+            }
+        });
+        *bytes = cut;
         Ok(())
     }
 }

@@ -4,6 +4,7 @@
 //! client that stalls keeps its own thread waiting, one that floods fills its own eight lanes, and neither is anybody else's trouble.
 
 mod bank_server;
+mod cut;
 mod deposit;
 mod fetch;
 mod rights;
@@ -73,6 +74,8 @@ struct Session<'s, F> {
     streams: HashMap<u32, Vec<u8>>,
     /// What a client that may not read everything knows, from the machines that it may read.
     known: Option<HashSet<Half>>,
+    /// For a client that may not read everything.
+    cutter: Option<cut::Cutter>,
     clock: &'s mut dyn FnMut() -> Nanos,
 }
 
