@@ -9,7 +9,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use farbus_control::identity::Name;
 
 use crate::bank::args::BankArgs;
-use crate::device_spec::DeviceSpec;
+use crate::device_spec::{DeviceSpec, HELP};
 use crate::link_address::{LinkAddress, lender_address, socket_path};
 use crate::security::{AllowArgs, PeerArgs, SecurityArgs};
 use crate::values::{parse_duration, parse_mode, parse_pairs, parse_seconds, parse_wait};
@@ -88,17 +88,7 @@ impl Command {
 
 /// `farbus lend`
 #[derive(Debug, Args)]
-#[command(after_help = "Devices:
-  nvme:FILE[,ro][,latency=80us][,serial=TEXT]
-                an NVMe 1.4 controller over an image file or a block device
-  edu           the register file and DMA engine of QEMU's edu device
-  vfio:ADDRESS  a PCI device of this host that vfio-pci has, as it is: vfio:0000:03:00.0. It reaches its borrower's memory through this host's
-                IOMMU, so its borrower is on this host (shm:); `farbus devices` lists what can be lent, and what is missing for the rest
-
-Examples:
-  farbus lend --device nvme:disk.img --listen shm:/tmp/farbus.link
-  farbus lend --device vfio:0000:03:00.0 --listen shm:/tmp/farbus.link
-  farbus lend --device nvme:disk.img --listen rdma:0.0.0.0:7000,dev=mlx5_0 --tls lab/lender/nas --allow vm7")]
+#[command(after_help = HELP)]
 pub struct LendArgs {
     /// What to lend
     #[arg(long, value_name = "SPEC")]

@@ -20,6 +20,19 @@ use crate::values::parse_duration;
 #[cfg(feature = "vfio")]
 use crate::vfio;
 
+/// What `farbus lend --help` says of devices.
+pub const HELP: &str = "Devices:
+  nvme:FILE[,ro][,latency=80us][,serial=TEXT]
+                an NVMe 1.4 controller over an image file or a block device
+  edu           the register file and DMA engine of QEMU's edu device
+  vfio:ADDRESS  a PCI device of this host that vfio-pci has, as it is: vfio:0000:03:00.0. It reaches its borrower's memory through this host's
+                IOMMU, so its borrower is on this host (shm:); `farbus devices` lists what can be lent, and what is missing for the rest
+
+Examples:
+  farbus lend --device nvme:disk.img --listen shm:/tmp/farbus.link
+  farbus lend --device vfio:0000:03:00.0 --listen shm:/tmp/farbus.link
+  farbus lend --device nvme:disk.img --listen rdma:0.0.0.0:7000,dev=mlx5_0 --tls lab/lender/nas --allow vm7";
+
 /// A device that can be lent.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum DeviceSpec {
