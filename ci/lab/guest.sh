@@ -102,11 +102,13 @@ start_guest() {
         readers+=($!)
         console="pipe,id=console,path=$folder/shell"
     }
+    pci_args=()
+    [[ -z $pci ]] || pci_devices "$folder"
     start_qemu "$folder" \
         -object "memory-backend-file,id=mem,size=$memory,mem-path=$state/ram,share=off,readonly=on,rom=off" \
         -chardev "$console" \
         -chardev "file,id=out,path=$folder/out" -chardev "file,id=err,path=$folder/err" -chardev "file,id=files,path=$folder/files" \
-        -drive "if=none,id=job,format=raw,readonly=on,file=$folder/job" "${link[@]}" \
+        -drive "if=none,id=job,format=raw,readonly=on,file=$folder/job" "${link[@]}" "${pci_args[@]}" \
         -incoming "file:$state/devices"
     pids[$name]=$qemu
     qemu=''

@@ -32,6 +32,7 @@ pack_job() {
         printf 'export PATH=/usr/bin:/usr/sbin HOME=/root USER=root LANG=C.UTF-8 TERM=%s\n' "$(quoted "${shell:+${TERM:-linux}}")"
         printf 'export FARBUS_RDMA_DEV=rxe0 FARBUS_LAB_HOST=%s FARBUS_LAB_ADDRESS=%s FARBUS_LAB_PEER=%s\n' "${role/one/a}" $address $peer
         [[ -z $library_path ]] || printf 'export LD_LIBRARY_PATH=%s\n' "$(quoted "$library_path")"
+        [[ -z $pci ]] || printf 'export %s\n' "${pci_environment[@]}"
         ((${#environment[@]} == 0)) || printf 'export %s\n' "$(quoted_environment)"
         printf 'mkdir -p %s\ncd %s\n' "$(quoted "$PWD")" "$(quoted "$PWD")"
     } >"$stage/run/farbus/environment"

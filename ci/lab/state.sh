@@ -3,17 +3,18 @@
 # run. For example `ready_state bookworm 1 1G ''` boots for 5 s the first time, and sets `state` to a folder with `ram`, the guest's
 # memory, and `devices`, all else; restoring takes a tenth of a second, because pages of `ram` are only copied when touched.
 
-# Sets `state` (a folder), and machine_args, for kernel $1, $2 hosts, $3 of memory and $4 on the kernel's command line.
+# Sets `state` (a folder), and machine_args, for kernel $1, $2 hosts, $3 of memory, $4 on the kernel's command line, and a machine for PCI
+# devices if $5 is not empty.
 # Expects $work, a folder to be removed at the end. The key has all that the state depends on, so one that is there is right; it appears whole or not at all.
 ready_state() {
     local cache key paths lock
     cache=$(lab_cache)
     paths=$("$lab_dir/fetch" "$1") || die "cannot prepare the guest; see the lines above"
     eval "$paths"
-    machine "$2" "$3"
+    machine "$2" "$3" "${5:-}"
     # The processor too: the guest has measured the time stamp counter of the one that it booted on.
     key=$({
-        printf '%s\n' "${machine_args[@]}" "$job_disk_bytes" "$1" "$2" "$3" "$4"
+        printf '%s\n' "${machine_args[@]}" "$job_disk_bytes" "$1" "$2" "$3" "$4${5:+ $pci_words}"
         stat -c '%s %Y' "$FARBUS_LAB_ROOT/usr/bin/qemu-system-x86_64" "$FARBUS_LAB_KERNEL" "$FARBUS_LAB_INITRAMFS"
         grep -m1 '^model name' /proc/cpuinfo
         cat "$lab_dir"/{init,lab-link,state.sh,machine.sh}
@@ -55,7 +56,7 @@ save_state() {
             -chardev null,id=out -chardev null,id=err -chardev null,id=files \
             -drive "if=none,id=job,format=raw,readonly=on,file=$new/job" "${link[@]}" \
             -kernel "$FARBUS_LAB_KERNEL" -initrd "$new/initramfs" \
-            -append "console=ttyS0 quiet panic=-1 mitigations=off nokaslr tsc=reliable farbus.hosts=$2 $4"
+            -append "console=ttyS0 quiet panic=-1 mitigations=off nokaslr tsc=reliable farbus.hosts=$2 $4${5:+ $pci_words}"
         exec {control}<>"$new/control.out"
         until hear "$control"; do
             kill -0 "$qemu" 2>/dev/null || guest_failed "$new" "QEMU ended"

@@ -9,7 +9,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use farbus_control::identity::Name;
 
 use crate::bank::args::BankArgs;
-use crate::device_spec::DeviceSpec;
+use crate::device_spec::{DeviceSpec, HELP};
 use crate::link_address::{LinkAddress, lender_address, socket_path};
 use crate::security::{AllowArgs, PeerArgs, SecurityArgs};
 use crate::values::{parse_duration, parse_mode, parse_pairs, parse_seconds, parse_wait};
@@ -88,20 +88,7 @@ impl Command {
 
 /// `farbus lend`
 #[derive(Debug, Args)]
-#[command(after_help = "Devices:
-  nvme:FILE[,ro][,latency=80us][,serial=TEXT]
-                an NVMe 1.4 controller over an image file or a block device
-  edu           the register file and DMA engine of QEMU's edu device
-  vfio-user:SOCKET[,messages][,map-unsealed]
-                the device of the vfio-user server at that socket. If the server goes, its borrower sees a dead device, and it is lent again
-                when the server is back. Over shared memory the server is given the guest's memory where that is known to be shared;
-                messages: never, so that each DMA is a message, and the dirty log is exact. map-unsealed: use registers that the server
-                shares in a file that it could shorten, which would end this process
-
-Examples:
-  farbus lend --device nvme:disk.img --listen shm:/tmp/farbus.link
-  farbus lend --device vfio-user:/run/dev.sock --listen shm:/tmp/farbus.link
-  farbus lend --device nvme:disk.img --listen rdma:0.0.0.0:7000,dev=mlx5_0 --tls lab/lender/nas --allow vm7")]
+#[command(after_help = HELP)]
 pub struct LendArgs {
     /// What to lend
     #[arg(long, value_name = "SPEC")]

@@ -13,10 +13,33 @@ use farbus_remote_dma::Backend;
 use farbus_remote_dma::model::edu::Edu;
 use farbus_remote_dma::model::nvme::media::MediaError;
 use farbus_remote_dma::model::nvme::{Nvme, NvmeOptions};
+#[cfg(feature = "vfio")]
+use farbus_remote_dma::vfio::{NoAddress, PciAddress};
 use thiserror::Error;
 
 use crate::failure::Advise;
 use crate::values::parse_duration;
+#[cfg(feature = "vfio")]
+use crate::vfio;
+
+/// What `farbus lend --help` says of devices.
+pub const HELP: &str = "Devices:
+  nvme:FILE[,ro][,latency=80us][,serial=TEXT]
+                an NVMe 1.4 controller over an image file or a block device
+  edu           the register file and DMA engine of QEMU's edu device
+  vfio:ADDRESS  a PCI device of this host that vfio-pci has, as it is: vfio:0000:03:00.0. It reaches its borrower's memory through this host's
+                IOMMU, so its borrower is on this host (shm:); `farbus devices` lists what can be lent, and what is missing for the rest
+  vfio-user:SOCKET[,messages][,map-unsealed]
+                the device of the vfio-user server at that socket. If the server goes, its borrower sees a dead device, and it is lent again
+                when the server is back. Over shared memory the server is given the guest's memory where that is known to be shared;
+                messages: never, so that each DMA is a message, and the dirty log is exact. map-unsealed: use registers that the server
+                shares in a file that it could shorten, which would end this process
+
+Examples:
+  farbus lend --device nvme:disk.img --listen shm:/tmp/farbus.link
+  farbus lend --device vfio:0000:03:00.0 --listen shm:/tmp/farbus.link
+  farbus lend --device vfio-user:/run/dev.sock --listen shm:/tmp/farbus.link
+  farbus lend --device nvme:disk.img --listen rdma:0.0.0.0:7000,dev=mlx5_0 --tls lab/lender/nas --allow vm7";
 
 /// A device that can be lent.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -37,17 +60,24 @@ pub enum DeviceSpec {
         /// How it is treated.
         options: BackendOptions,
     },
+    /// A PCI device of this host.
+    #[cfg(feature = "vfio")]
+    Vfio(PciAddress),
 }
 
 /// Why a text names no device.
 #[derive(Clone, Debug, Error, PartialEq, Eq)]
 pub enum SpecError {
     /// No such kind.
-    #[error("{0:?} is no device: use nvme:FILE[,ro][,latency=80us][,serial=TEXT], edu or vfio-user:SOCKET")]
+    #[error("{0:?} is no device: use nvme:FILE[,ro][,latency=80us][,serial=TEXT], edu, vfio:ADDRESS or vfio-user:SOCKET")]
     Kind(String),
     /// The socket is missing.
     #[error("vfio-user: needs a server's socket, as in vfio-user:/run/dev.sock")]
     NoSocket,
+    /// No address of a PCI device.
+    #[cfg(feature = "vfio")]
+    #[error("vfio: {0}")]
+    Address(#[from] NoAddress),
     /// The image is missing.
     #[error("nvme: needs an image, as in nvme:disk.img")]
     NoImage,
@@ -73,6 +103,10 @@ impl FromStr for DeviceSpec {
     fn from_str(text: &str) -> Result<Self, SpecError> {
         if text == "edu" {
             return Ok(Self::Edu);
+        }
+        #[cfg(feature = "vfio")]
+        if let Some(address) = text.strip_prefix("vfio:") {
+            return Ok(Self::Vfio(address.parse()?));
         }
         let rest = match text.split_once(':') {
             Some(("nvme", rest)) => rest,
@@ -145,6 +179,8 @@ impl DeviceSpec {
                 })?;
                 Ok(Box::new(nvme))
             }
+            #[cfg(feature = "vfio")]
+            Self::Vfio(address) => Ok(Box::new(vfio::open(*address)?)),
         }
     }
 }
@@ -197,7 +233,9 @@ mod tests {
         assert_eq!("vfio-user:/a,map-unsealed".parse(), Ok(DeviceSpec::VfioUser { path: "/a".into(), options }));
         assert_eq!("vfio-user:".parse::<DeviceSpec>(), Err(SpecError::NoSocket));
         assert_eq!("vfio-user:/a,ro".parse::<DeviceSpec>(), Err(SpecError::ServerOption("ro".into())));
-        for wrong in ["", "floppy:a", "nvme", "nvme:a,rw", "nvme:a,latency=80", "nvme:a,serial=", "edu:x"] {
+        #[cfg(feature = "vfio")]
+        assert_eq!("vfio:03:00.0".parse(), Ok(DeviceSpec::Vfio("0000:03:00.0".parse().unwrap())));
+        for wrong in ["", "floppy:a", "nvme", "nvme:a,rw", "nvme:a,latency=80", "nvme:a,serial=", "edu:x", "vfio:", "vfio:nvme0"] {
             let parsed = wrong.parse::<DeviceSpec>();
             assert!(parsed.is_err(), "{wrong}: {parsed:?}");
         }

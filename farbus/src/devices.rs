@@ -22,7 +22,7 @@ pub fn run(args: &DevicesArgs) -> anyhow::Result<()> {
     let lendable = [
         Line { name: "nvme:FILE", works: true, what: "an NVMe 1.4 controller over an image file or a block device".into() },
         Line { name: "edu", works: true, what: "the register file and DMA engine of QEMU's edu device".into() },
-        Line { name: "vfio:ADDRESS", works: false, what: "not in this version: real PCIe devices".into() },
+        vfio_line(),
         Line { name: "vfio-user:SOCKET", works: true, what: "the device of a vfio-user server that is named with --device".into() },
     ];
     let fabrics = [
@@ -36,18 +36,33 @@ pub fn run(args: &DevicesArgs) -> anyhow::Result<()> {
         },
     ];
     let rdma = rdma.unwrap_or_default();
+    let pci = pci_devices();
     if args.json {
         let list = |lines: &[Line]| -> Vec<_> {
             lines.iter().map(|line| json!({ "name": line.name, "works": line.works, "what": line.what })).collect()
         };
         let rdma: Vec<_> = rdma.iter().map(described).collect();
-        print_line(&json!({ "devices": list(&lendable), "fabrics": list(&fabrics), "rdma": rdma }).to_string());
+        print_line(
+            &json!({ "devices": list(&lendable), "fabrics": list(&fabrics), "rdma": rdma, "pci": pci_json(&pci) }).to_string(),
+        );
         return Ok(());
     }
     for (title, lines) in [("devices", &lendable[..]), ("fabrics", &fabrics[..])] {
         print_line(&format!("{title}:"));
         for Line { name, works, what } in lines {
             print_line(&format!("  {name:<18} {:<4} {what}", if *works { "yes" } else { "no" }));
+        }
+    }
+    if !pci.is_empty() {
+        print_line("PCI devices:");
+    }
+    for PciDevice { spec, what, missing, remedy } in &pci {
+        print_line(&format!("  {spec:<18} {:<4} {what}", if missing.is_empty() { "yes" } else { "no" }));
+        for (missing, remedy) in missing.iter().zip(remedy) {
+            print_line(&format!("      {missing}; to change that:"));
+            for line in remedy.lines() {
+                print_line(&format!("        {line}"));
+            }
         }
     }
     if !rdma.is_empty() {
@@ -78,6 +93,63 @@ pub fn run(args: &DevicesArgs) -> anyhow::Result<()> {
         }
     }
     Ok(())
+}
+
+/// A PCI device of this host, as it is told.
+struct PciDevice {
+    /// As `--device` takes it.
+    spec: String,
+    what: String,
+    missing: Vec<String>,
+    /// For each of these, what to do about it.
+    remedy: Vec<String>,
+}
+
+fn pci_json(pci: &[PciDevice]) -> Vec<Value> {
+    let told = pci.iter().map(|device| {
+        json!({
+            "name": device.spec,
+            "works": device.missing.is_empty(),
+            "what": device.what,
+            "missing": device.missing,
+            "remedy": device.remedy,
+        })
+    });
+    told.collect()
+}
+
+#[cfg(feature = "vfio")]
+fn vfio_line() -> Line {
+    let (works, what) = match crate::vfio::candidates() {
+        Ok(found) => {
+            let ready = found.iter().filter(|candidate| candidate.obstacles.is_empty()).count();
+            (ready > 0, format!("a PCI device of this host: {} of {} can be lent as they are", ready, found.len()))
+        }
+        Err(error) => (false, error.to_string()),
+    };
+    Line { name: "vfio:ADDRESS", works, what }
+}
+
+#[cfg(not(feature = "vfio"))]
+fn vfio_line() -> Line {
+    Line { name: "vfio:ADDRESS", works: false, what: "not in this build: PCI devices of this host".into() }
+}
+
+#[cfg(feature = "vfio")]
+fn pci_devices() -> Vec<PciDevice> {
+    let found = crate::vfio::candidates().unwrap_or_default();
+    let told = found.iter().map(|candidate| PciDevice {
+        spec: format!("vfio:{}", candidate.address),
+        what: format!("{:04x}:{:04x}, class {:06x}", candidate.vendor_id, candidate.device_id, candidate.class_code),
+        missing: candidate.obstacles.iter().map(ToString::to_string).collect(),
+        remedy: candidate.obstacles.iter().map(farbus_remote_dma::vfio::Obstacle::remedy).collect(),
+    });
+    told.collect()
+}
+
+#[cfg(not(feature = "vfio"))]
+fn pci_devices() -> Vec<PciDevice> {
+    Vec::new()
 }
 
 /// Whether a link could be made over it.

@@ -26,7 +26,9 @@ use self::quota::Quota;
 use self::visit::{Claimed, Device, News, Terms, Visit, Visitor};
 use crate::cli::LendArgs;
 use crate::cores::check_core;
+use crate::failure::misuse;
 use crate::link::{Arrival, Door, Purpose};
+use crate::link_address::LinkAddress;
 use crate::output::Events;
 use crate::signals::EndSignals;
 
@@ -45,6 +47,12 @@ pub fn run(args: LendArgs) -> anyhow::Result<()> {
     }
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().context("cannot start the control plane")?;
     let device = args.device.open()?;
+    if device.takes_windows() && !matches!(args.listen, LinkAddress::Shm(_)) {
+        return Err(misuse(
+            format!("{} reaches memory by itself, so its borrower's memory must be on this host", device.description().name),
+            "lend it at an address of shared memory, as in --listen shm:/tmp/farbus.link",
+        ));
+    }
     runtime.block_on(lend(args, device, QUIESCE_LIMIT))
 }
 

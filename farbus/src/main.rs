@@ -25,6 +25,8 @@ mod signals;
 mod socket_access;
 mod usage;
 mod values;
+#[cfg(feature = "vfio")]
+mod vfio;
 
 use std::process::ExitCode;
 

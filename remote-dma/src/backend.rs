@@ -107,6 +107,50 @@ pub enum AttachError {
     Device(String),
 }
 
+/// A window of guest memory for a device that reaches memory by itself.
+#[derive(Debug)]
+pub struct DeviceWindow {
+    /// First address.
+    pub iova: Iova,
+    /// What the device may do.
+    pub access: Access,
+    /// The memory, piece after piece, each at most 1 GiB. The device is out of a piece before it is dropped.
+    pub pieces: Vec<DmaBuffer>,
+}
+
+/// Why a device cannot have a window.
+#[derive(Debug, Error)]
+pub enum WindowError {
+    /// The IOMMU does not map these addresses, or the device cannot use them.
+    #[error("{iova} + {len:#x} is outside of the addresses that the device's IOMMU maps")]
+    Range {
+        /// First address.
+        iova: Iova,
+        /// Bytes.
+        len: u64,
+    },
+    /// The IOMMU maps whole pages.
+    #[error("{iova} + {len:#x}, or its memory, is no multiple of the IOMMU's pages of {page} bytes")]
+    Unaligned {
+        /// First address.
+        iova: Iova,
+        /// Bytes.
+        len: u64,
+        /// Bytes of a page.
+        page: u64,
+    },
+    /// The kernel refused.
+    #[error("cannot map {iova} + {len:#x} for the device: {source} (may this process lock that much memory? see `ulimit -l`)")]
+    Host {
+        /// First address.
+        iova: Iova,
+        /// Bytes.
+        len: u64,
+        /// What it answered.
+        source: std::io::Error,
+    },
+}
+
 /// What a device may do to the guest and to its session. All effects of one device reach the guest in call order, except that the bytes of
 /// several `dma_write`s may arrive in any order until the next polled write, interrupt, or answered BAR read.
 pub trait Bus {
@@ -208,10 +252,6 @@ pub trait Backend: Send {
         None
     }
 
-    /// The guest turns bus mastering on or off. The bus refuses DMA without it by itself; this is for a device that has a command register of
-    /// its own.
-    fn set_bus_master(&mut self, _enabled: bool) {}
-
     /// The device may use `len` bytes from `iova` from now on. For a device that must be told; others ask the bus. With `shared` it may map the memory
     /// itself until it is told that the window is gone; then the bus does not see what it does there, bus mastering included.
     fn window_mapped(&mut self, _iova: Iova, _len: u64, _access: Access, _shared: Option<SharedWindow>, _bus: &mut dyn Bus) {}
@@ -236,6 +276,27 @@ pub trait Backend: Send {
     fn revive(&mut self) -> Result<(), AttachError> {
         Ok(())
     }
+
+    /// Whether the device may begin DMA. Who asks the bus for its DMA need not know: the bus refuses it.
+    fn set_bus_master(&mut self, _enabled: bool) {}
+
+    /// Whether the device reaches guest memory by itself, without asking the bus, so that it must be given each window. Only a
+    /// [`crate::lender::LenderSession`] over a link whose memory can be mapped does that; nobody else attaches such a device.
+    fn takes_windows(&self) -> bool {
+        false
+    }
+
+    /// The device may reach a window, which meets none that it has.
+    ///
+    /// # Errors
+    /// [`WindowError`]: it reaches nothing of it.
+    fn map_window(&mut self, window: DeviceWindow) -> Result<(), WindowError> {
+        Err(WindowError::Range { iova: window.iova, len: window.pieces.iter().map(DmaBuffer::len).sum() })
+    }
+
+    /// The device is out of all windows inside the range when this returns; one that it cannot be brought out of counts as
+    /// [`Backend::in_flight`] from then on.
+    fn unmap_windows(&mut self, _iova: Iova, _len: u64) {}
 
     /// Begins nothing more and, other than by [`Backend::fence`], loses nothing: what was begun ends with all its effects, and what was not waits. Until
     /// [`Backend::resume`] or a reset. False where the device cannot, and nothing changed.

@@ -11,6 +11,13 @@ use std::sync::{Arc, Weak};
 
 use farbus_transport::{Memory, MemoryError};
 
+/// Nothing was written.
+const CLEAN: u8 = 0;
+/// Written since the mark was taken last.
+const MARKED: u8 = 1;
+/// May be written at any time.
+const HELD: u8 = 2;
+
 /// Bytes that one mark stands for.
 pub const PAGE_BYTES: u64 = 4096;
 
@@ -60,7 +67,7 @@ impl DirtyLog {
         // Most DMA is inside one page, and its mark is one store.
         if len.wrapping_sub(1) < PAGE_BYTES - offset % PAGE_BYTES && offset / PAGE_BYTES < self.pages {
             if let Some([mark]) = self.marks.atomic_bytes(offset / PAGE_BYTES, 1) {
-                mark.store(1, Ordering::Release);
+                mark.store(MARKED, Ordering::Release);
             }
             return;
         }
@@ -69,6 +76,24 @@ impl DirtyLog {
 
     #[inline(never)]
     fn mark_pages(&self, offset: u64, len: u64) {
+        self.set(offset, len, MARKED);
+    }
+
+    /// Counts every page that `len` bytes from `offset` touch as written, however often it is taken, until [`DirtyLog::mark`] marks it once
+    /// more: for memory that hardware writes whenever it likes. Only whoever marks the log holds in it.
+    pub fn hold(&self, offset: u64, len: u64) {
+        self.set(offset, len, HELD);
+    }
+
+    /// Lets go of every page that is held: nobody writes them any more, but all of them may have been written.
+    pub fn let_go(&self) {
+        for mark in self.all() {
+            // One that was marked meanwhile has been let go of.
+            let _was = mark.compare_exchange(HELD, MARKED, Ordering::AcqRel, Ordering::Relaxed);
+        }
+    }
+
+    fn set(&self, offset: u64, len: u64, value: u8) {
         let (first, end) = (offset / PAGE_BYTES, offset.saturating_add(len).div_ceil(PAGE_BYTES).min(self.pages));
         if len == 0 || first >= end {
             return;
@@ -76,14 +101,22 @@ impl DirtyLog {
         // Inside the log, because `end` is not over its pages; always the store, never a look first: a reader may take the mark between the
         // look and our return.
         for mark in self.marks.atomic_bytes(first, end - first).unwrap_or_default() {
-            mark.store(1, Ordering::Release);
+            mark.store(value, Ordering::Release);
         }
     }
 
-    /// Takes all marks and clears them; `visit` gets each page's number once.
+    /// Takes all marks and clears them, but not those of held pages; `visit` gets each page's number once.
     pub fn take(&self, mut visit: impl FnMut(u64)) {
         for (page, mark) in (0..).zip(self.all()) {
-            if mark.load(Ordering::Relaxed) != 0 && mark.swap(0, Ordering::AcqRel) != 0 {
+            let seen = mark.load(Ordering::Acquire);
+            if seen == CLEAN {
+                continue;
+            }
+            // What is held stays held, also where that begins between the look and the taking.
+            let taken = seen == HELD
+                || mark.compare_exchange(seen, CLEAN, Ordering::AcqRel, Ordering::Acquire).is_ok()
+                || mark.load(Ordering::Acquire) != CLEAN;
+            if taken {
                 visit(page);
             }
         }
@@ -156,6 +189,21 @@ mod tests {
         log.mark(2 * PAGE_BYTES, u64::MAX);
         log.mark(u64::MAX, 5);
         assert_eq!(taken(&log), [2]);
+    }
+
+    #[test]
+    fn what_is_held_is_taken_again_and_again_until_it_is_let_go() {
+        let log = DirtyLog::new(8 * PAGE_BYTES).unwrap();
+        log.hold(2 * PAGE_BYTES, 3 * PAGE_BYTES);
+        log.mark(6 * PAGE_BYTES, 1);
+        assert_eq!(taken(&log), [2, 3, 4, 6]);
+        assert_eq!(taken(&log), [2, 3, 4]);
+        log.mark(2 * PAGE_BYTES, PAGE_BYTES);
+        assert_eq!(taken(&log), [2, 3, 4]);
+        assert_eq!(taken(&log), [3, 4]);
+        log.let_go();
+        assert_eq!(taken(&log), [3, 4]);
+        assert!(log.is_clean());
     }
 
     #[test]

@@ -26,6 +26,20 @@ impl DmaBuffer {
         Self { mapped, log: Some((log, offset)), _in_use: in_use }
     }
 
+    /// Guest memory that hardware writes whenever it likes, without anybody being told: all of it counts as written until it is dropped.
+    pub fn held(mapped: Mapped, log: DirtyLog, offset: u64) -> Self {
+        let buffer = Self::written(mapped, log, offset, None);
+        buffer.hold();
+        buffer
+    }
+
+    /// Says once more that hardware writes it, after a buffer that shared pages with it was dropped.
+    pub fn hold(&self) {
+        if let Some((log, offset)) = &self.log {
+            log.hold(*offset, self.mapped.len());
+        }
+    }
+
     /// Guest memory that the device reads.
     pub fn read(mapped: Mapped, in_use: Option<Arc<()>>) -> Self {
         Self { mapped, log: None, _in_use: in_use }

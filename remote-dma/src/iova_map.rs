@@ -93,6 +93,17 @@ impl<T> IovaMap<T> {
         Ok(self.entries.drain(range).map(|entry| entry.target).collect())
     }
 
+    /// What the window at `iova` allows; `None` where there is none.
+    pub fn access(&self, iova: Iova) -> Option<Access> {
+        self.entry_at(iova.0).map(|entry| entry.access)
+    }
+
+    /// First address and length of each window whose target is `wanted`. A window of the whole address space counts as one byte less.
+    pub fn ranges(&self, wanted: impl Fn(&T) -> bool) -> Vec<(Iova, u64)> {
+        let chosen = self.entries.iter().filter(|entry| wanted(&entry.target));
+        chosen.map(|entry| (Iova(entry.start), (entry.last - entry.start).saturating_add(1))).collect()
+    }
+
     /// The part of `iova + len` that lies in the window at `iova`: all of it, or up to that window's end.
     ///
     /// # Errors

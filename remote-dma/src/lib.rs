@@ -20,6 +20,8 @@ pub mod model;
 pub mod native;
 pub mod rest;
 pub mod shared_window;
+#[cfg(feature = "vfio")]
+pub mod vfio;
 pub mod wait;
 pub mod wire;
 
@@ -27,7 +29,9 @@ pub use address::{BarAddress, GuestAddress, Iova, Width};
 pub use attachment::{
     Activity, Attachment, AttachmentError, Host, MapError, Mediation, MediationAnswer, Ticket, Window, WindowMemory,
 };
-pub use backend::{AttachError, Backend, Bus, DmaFault, DmaTag, InterruptMode, Progress, ReadTicket, ResetKind};
+pub use backend::{
+    AttachError, Backend, Bus, DeviceWindow, DmaFault, DmaTag, InterruptMode, Progress, ReadTicket, ResetKind, WindowError,
+};
 pub use device::{BarDescription, BarKind, Constant, DeviceDescription, MsixLocation};
 pub use dma_buffer::DmaBuffer;
 pub use guest_memory::{GuestMemory, GuestMemoryError, GuestRegion};

@@ -238,10 +238,14 @@ pub enum Outcome {
     UnknownKey,
     /// The device cannot be brought to rest, or is not at rest.
     Restless,
+    /// The device, or its IOMMU, does not reach the range.
+    Unreachable,
 }
 
-const OUTCOMES: [Outcome; 7] =
-    [Outcome::Done, Outcome::Overlap, Outcome::Range, Outcome::TooMany, Outcome::Grant, Outcome::UnknownKey, Outcome::Restless];
+const OUTCOMES: [Outcome; 8] = {
+    use Outcome::{Done, Grant, Overlap, Range, Restless, TooMany, UnknownKey, Unreachable};
+    [Done, Overlap, Range, TooMany, Grant, UnknownKey, Restless, Unreachable]
+};
 
 /// How a journal that is none is written.
 const NO_MARK: Mark = Mark { life: 0, begun: 0, acknowledged: 0 };

@@ -86,6 +86,11 @@ fn nvme_registers() {
 }
 
 #[test]
+fn pci_config() {
+    replay("pci_config");
+}
+
+#[test]
 fn prp_lists() {
     replay("prp_lists");
 }

@@ -148,11 +148,16 @@ impl Memories {
     /// [`RevokeError`]: the lender may still be in one of them.
     pub(super) fn revoke_all<F: Fabric>(&mut self, fabric: &mut F) -> Result<(), RevokeError> {
         let mut revoked = Ok(());
-        for Offered { region, log_region, .. } in self.offered.drain(..) {
-            revoked = revoked.and(fabric.deregister(region));
+        for Offered { region, log_region, log, .. } in self.offered.drain(..) {
+            let out = fabric.deregister(region);
             if let Some(log_region) = log_region {
                 take_back(fabric, log_region);
             }
+            // A lender that was killed lets go of nothing. Where it may still be in the memory, it holds for good.
+            if out.is_ok() {
+                log.let_go();
+            }
+            revoked = revoked.and(out);
         }
         revoked
     }

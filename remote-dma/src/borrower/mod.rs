@@ -378,6 +378,7 @@ fn refusal(outcome: Outcome) -> &'static str {
         Outcome::TooMany => "too many windows",
         Outcome::Grant => "the memory cannot be used there: it must be sealed against shrinking, or the lender told to accept it",
         Outcome::UnknownKey => "the memory was not offered",
+        Outcome::Unreachable => "the device's IOMMU does not map that range: see what the lender says",
         Outcome::Restless => "the device cannot be brought to rest, or is not at rest",
     }
 }

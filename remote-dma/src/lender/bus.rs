@@ -14,7 +14,7 @@ use super::mediation::Mediator;
 use super::windows::Windows;
 use crate::address::Iova;
 use crate::attachment::Ticket;
-use crate::backend::{AttachError, DmaFault, DmaTag};
+use crate::backend::{AttachError, DeviceWindow, DmaFault, DmaTag};
 use crate::endpoint::Endpoint;
 use crate::message::{Outcome, ToBorrower};
 use crate::shared_window::SharedWindow;
@@ -164,8 +164,14 @@ impl<F: Fabric> LenderBus<F> {
         self.windows.withdraw(&mut self.link.fabric, key)
     }
 
-    pub(super) fn prove(&mut self, key: u64) {
-        self.windows.prove(key);
+    /// The windows that may be accessed directly from now on.
+    pub(super) fn prove(&mut self, key: u64) -> Vec<(Iova, u64)> {
+        self.windows.prove(key)
+    }
+
+    /// A window for a device that reaches memory by itself.
+    pub(super) fn device_window(&self, iova: Iova, len: u64) -> Option<DeviceWindow> {
+        self.windows.for_device(&self.link.fabric, iova, len)
     }
 
     /// Ends every window and every offer; false where something is still in one.

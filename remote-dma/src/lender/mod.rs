@@ -20,6 +20,7 @@ use std::time::Duration;
 use farbus_transport::{CloseReason, Event, Events, Fabric, Nanos, OpError};
 
 use self::bus::LenderBus;
+use crate::address::Iova;
 use crate::attachment::Activity;
 use crate::backend::{AttachError, Backend, DmaFault, ReadTicket, ResetKind};
 use crate::message::{Outcome, Sequence, ToBorrower, ToLender};
@@ -81,6 +82,10 @@ impl<F: Fabric> LenderSession<F> {
     /// # Errors
     /// [`AttachError`], with the backend.
     pub fn new(fabric: F, mut backend: Box<dyn Backend>) -> Result<Self, Refused> {
+        if backend.takes_windows() && !fabric.limits().peer_mappable {
+            let why = "it reaches memory by itself, and this link's memory cannot be mapped here: lend it over shared memory";
+            return Err((AttachError::Device(why.to_owned()), backend));
+        }
         let mut bus = match LenderBus::new(fabric) {
             Ok(bus) => bus,
             Err(error) => return Err((error, backend)),
@@ -293,14 +298,19 @@ impl<F: Fabric> LenderSession<F> {
             ToLender::InterruptMode(mode) => self.backend.set_interrupt_mode(mode, &mut self.bus),
             ToLender::BusMaster(enabled) => {
                 self.bus.set_bus_master(enabled);
-                self.backend.set_bus_master(enabled);
+                if !self.resetting() {
+                    self.backend.set_bus_master(enabled);
+                }
             }
             ToLender::Offer { sequence, memory, dirty, proven } => {
                 let outcome = self.bus.offer(memory, dirty, proven);
                 self.acknowledge(sequence, outcome);
             }
             ToLender::Map { sequence, iova, len, memory, offset, access } => {
-                let outcome = self.bus.map_window(iova, len, memory, offset, access);
+                let outcome = match self.bus.map_window(iova, len, memory, offset, access) {
+                    Outcome::Done => self.give_window(iova, len),
+                    refused => refused,
+                };
                 if outcome == Outcome::Done {
                     let shared = self.bus.shared_window(iova, len, access);
                     self.backend.window_mapped(iova, len, access, shared, &mut self.bus);
@@ -310,6 +320,7 @@ impl<F: Fabric> LenderSession<F> {
             ToLender::Unmap { sequence, iova, len } => match self.bus.unmap_windows(iova, len) {
                 Ok(in_use) => {
                     self.backend.window_unmapped(iova, len, &mut self.bus);
+                    self.backend.unmap_windows(iova, len);
                     self.wait_for_dma(Waiting::Unmap { sequence, in_use });
                 }
                 Err(outcome) => self.acknowledge(sequence, outcome),
@@ -318,7 +329,7 @@ impl<F: Fabric> LenderSession<F> {
                 let outcome = self.bus.withdraw(key);
                 self.acknowledge(sequence, outcome);
             }
-            ToLender::Prove { key } => self.bus.prove(key),
+            ToLender::Prove { key } => self.prove(key),
             ToLender::Reset { sequence, kind } => {
                 self.rest = None;
                 self.backend.fence();
@@ -349,6 +360,39 @@ impl<F: Fabric> LenderSession<F> {
         }
     }
 
+    /// Gives a device that reaches memory by itself the window that was just mapped. Memory that is not proven, or must be mediated, is out of
+    /// its reach: such DMA ends in a fault of the IOMMU, and in no wrong byte.
+    fn give_window(&mut self, iova: Iova, len: u64) -> Outcome {
+        if !self.backend.takes_windows() {
+            return Outcome::Done;
+        }
+        let Some(window) = self.bus.device_window(iova, len) else {
+            tracing::warn!(
+                "the device does not reach {iova} + {len:#x}: it is not proven to be the guest's memory, or cannot be mapped"
+            );
+            return Outcome::Done;
+        };
+        match self.backend.map_window(window) {
+            Ok(()) => Outcome::Done,
+            Err(error) => {
+                tracing::warn!(%error, "the device cannot have a window of its borrower's memory");
+                if self.bus.unmap_windows(iova, len).is_err() {
+                    self.close(CloseReason::Protocol("a window that the device cannot have and that does not go"));
+                }
+                Outcome::Unreachable
+            }
+        }
+    }
+
+    fn prove(&mut self, key: u64) {
+        for (iova, len) in self.bus.prove(key) {
+            if self.give_window(iova, len) != Outcome::Done {
+                // Nobody awaits an answer, and a window that the borrower believes in may not go without one.
+                self.close(CloseReason::Protocol("memory that the device cannot reach"));
+            }
+        }
+    }
+
     fn inside(&self, bar: u8, offset: u64, len: u64) -> bool {
         self.backend.description().contains(bar, offset, len) && offset.is_multiple_of(len)
     }
@@ -375,7 +419,9 @@ impl<F: Fabric> LenderSession<F> {
         while let Some(waiting) = self.waiting.front() {
             match waiting {
                 Waiting::Unmap { sequence, in_use } => {
-                    if in_use.strong_count() > 0 || self.backend.is_unmapping() {
+                    // Also where a device that reaches memory by itself is still in it.
+                    let in_it = self.backend.takes_windows() && self.backend.in_flight() > 0;
+                    if in_use.strong_count() > 0 || self.backend.is_unmapping() || in_it {
                         return;
                     }
                     let sequence = *sequence;

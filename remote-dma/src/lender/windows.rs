@@ -11,10 +11,14 @@ use farbus_transport::{Access, Fabric, Grant, GrantError, RemoteRegion};
 use super::InUse;
 use crate::address::Iova;
 use crate::attachment::MapError;
+use crate::backend::DeviceWindow;
 use crate::dirty_log::DirtyLog;
+use crate::dma_buffer::DmaBuffer;
 use crate::iova_map::IovaMap;
 use crate::message::Outcome;
 
+/// Bytes of a piece of a device's window: a span is at most 4 GiB.
+const DEVICE_PIECE: u64 = 1 << 30;
 /// Memories that one borrower may offer.
 const MAX_OFFERED: usize = 1024;
 
@@ -139,12 +143,34 @@ impl Windows {
         }
     }
 
-    pub(super) fn prove(&mut self, key: u64) {
-        let Some(offered) = self.offered.get_mut(&key) else { return };
-        offered.proven = true;
+    /// A window for a device that reaches memory by itself, in pieces; `None` where its memory is not to be accessed directly, or not any more.
+    pub(super) fn for_device<F: Fabric>(&self, fabric: &F, iova: Iova, len: u64) -> Option<DeviceWindow> {
+        let piece = self.map.piece(iova, len, Access::NONE).ok()?;
+        let direct = piece.target.direct.as_ref().filter(|_| piece.len == len)?;
+        let log = direct.dirty.as_ref()?;
+        let access = self.map.access(iova)?;
+        let mut pieces = Vec::new();
+        let mut done = 0;
+        while done < len {
+            let part = (len - done).min(DEVICE_PIECE);
+            let offset = piece.target.offset + piece.offset + done;
+            let mapped = fabric.map_remote(direct.region.span(offset, part as u32, access).ok()?)?;
+            pieces.push(if access.write { DmaBuffer::held(mapped, log.clone(), offset) } else { DmaBuffer::read(mapped, None) });
+            done += part;
+        }
+        Some(DeviceWindow { iova, access, pieces })
+    }
+
+    /// Memory may be accessed directly from now on; the windows for which that is new.
+    pub(super) fn prove(&mut self, key: u64) -> Vec<(Iova, u64)> {
+        let Some(offered) = self.offered.get_mut(&key) else { return Vec::new() };
+        if std::mem::replace(&mut offered.proven, true) {
+            return Vec::new();
+        }
         for target in self.map.targets_mut().filter(|target| target.key == Some(key)) {
             target.direct = Some(offered.direct.clone());
         }
+        self.map.ranges(|target| target.key == Some(key))
     }
 
     /// Forgets everything; false where a window is still in use, and nothing changed.

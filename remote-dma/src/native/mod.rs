@@ -45,6 +45,7 @@ impl Native {
     /// # Errors
     /// [`AttachError`].
     pub fn inline(mut backend: Box<dyn Backend>) -> Result<Self, AttachError> {
+        can_be_native(&*backend)?;
         let mut bus = DirectBus::default();
         backend.attach(&mut bus)?;
         Ok(Self::over(backend, bus, None))
@@ -230,6 +231,17 @@ impl Attachment for Native {
     fn dirty_log(&mut self, memory: &Arc<Memory>, _host: &mut dyn Host) -> Option<&DirtyLog> {
         self.bus.log_of(memory)
     }
+}
+
+/// Nothing here maps windows for hardware.
+///
+/// # Errors
+/// [`AttachError::Device`] for a device that needs that.
+fn can_be_native(backend: &dyn Backend) -> Result<(), AttachError> {
+    if backend.takes_windows() {
+        return Err(AttachError::Device("it reaches memory by itself, and only a lender gives it the windows for that".to_owned()));
+    }
+    Ok(())
 }
 
 impl Drop for Native {

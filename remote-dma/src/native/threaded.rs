@@ -47,6 +47,7 @@ pub struct ThreadedNative {
 
 impl ThreadedNative {
     pub(super) fn start(mut backend: Box<dyn Backend>, options: PollOptions) -> Result<Self, AttachError> {
+        super::can_be_native(&*backend)?;
         let mut bus = DirectBus::default();
         backend.attach(&mut bus)?;
         Self::run(backend, bus, options)

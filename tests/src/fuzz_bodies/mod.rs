@@ -17,6 +17,7 @@ mod function_state;
 mod input;
 mod link_hello;
 mod nvme_registers;
+mod pci_config;
 mod prp_lists;
 mod qemu_mapped_ram;
 mod session_messages;
@@ -36,6 +37,7 @@ pub use firecracker_regions::firecracker_regions;
 pub use function_state::function_state;
 pub use link_hello::link_hello;
 pub use nvme_registers::nvme_registers;
+pub use pci_config::pci_config;
 pub use prp_lists::prp_lists;
 pub use qemu_mapped_ram::qemu_mapped_ram;
 pub use session_messages::session_messages;
@@ -60,6 +62,7 @@ pub const TARGETS: [Target; 18] = [
     ("function_state", function_state),
     ("link_hello", link_hello),
     ("nvme_registers", nvme_registers),
+    ("pci_config", pci_config),
     ("prp_lists", prp_lists),
     ("qemu_mapped_ram", qemu_mapped_ram),
     ("session_messages", session_messages),
