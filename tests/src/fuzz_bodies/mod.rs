@@ -49,7 +49,7 @@ pub use vfio_user_server::vfio_user_server;
 pub type Target = (&'static str, fn(&[u8]));
 
 /// All targets.
-pub const TARGETS: [Target; 18] = [
+pub const TARGETS: [Target; 19] = [
     ("bank_archive", bank_archive),
     ("bank_formats", bank_formats),
     ("bank_layers", bank_layers),
