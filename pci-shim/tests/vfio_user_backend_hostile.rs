@@ -1,8 +1,6 @@
 //! The backend over a vfio-user server that lies, breaks the protocol, floods or falls silent: it is refused or gone, with a reason, and nothing else comes of it.
 //!
 //! A server that answers a read of 4 bytes with 17 bytes is gone: the read is all ones, and so is every other, and the session can end.
-#![expect(clippy::unwrap_used, reason = "a panic is how a test fails")]
-
 mod vfio_user_backend_support;
 
 use std::os::fd::AsFd;
@@ -62,10 +60,13 @@ fn a_storm_of_signals_is_one_interrupt_a_look_and_none_of_a_vector_that_is_off()
     assert_eq!(bus.seen, [Seen::Interrupt(1)]);
 }
 
+/// What a server does where it should answer a register read.
+type Play = Box<dyn Fn(&mut Server)>;
+
 #[test]
 fn a_server_that_does_not_answer_or_breaks_the_protocol_is_gone_and_reads_are_all_ones() {
     let question = |server: &mut Server| server.expect(Command::RegionRead).header;
-    let play: Vec<(&str, Box<dyn Fn(&mut Server)>)> = vec![
+    let play: Vec<(&str, Play)> = vec![
         ("it does not answer", Box::new(|_| {})),
         ("it hangs up", Box::new(|server| drop(server.stream.shutdown(std::net::Shutdown::Both)))),
         (
@@ -156,7 +157,7 @@ fn descriptors_that_nobody_asked_for_are_closed() {
     let open = before();
     for _ in 0..50 {
         let header = Header::command(1, Command::DmaRead, 16);
-        server.send(&[header.as_bytes(), [BASE, 4].as_bytes()].concat(), &vec![null.as_fd(); 16]);
+        server.send(&[header.as_bytes(), [BASE, 4].as_bytes()].concat(), &[null.as_fd(); 16]);
         backend.poll(&mut bus);
     }
     assert_eq!(before(), open);
