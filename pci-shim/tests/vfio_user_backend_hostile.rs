@@ -1,7 +1,6 @@
 //! The backend over a vfio-user server that lies, breaks the protocol, floods or falls silent: it is refused or gone, with a reason, and nothing else comes of it.
 //!
 //! A server that answers a read of 4 bytes with 17 bytes is gone: the read is all ones, and so is every other, and the session can end.
-
 mod vfio_user_backend_support;
 
 use std::os::fd::AsFd;
@@ -61,11 +60,13 @@ fn a_storm_of_signals_is_one_interrupt_a_look_and_none_of_a_vector_that_is_off()
     assert_eq!(bus.seen, [Seen::Interrupt(1)]);
 }
 
+/// What a server does where it should answer a register read.
+type Play = Box<dyn Fn(&mut Server)>;
+
 #[test]
 fn a_server_that_does_not_answer_or_breaks_the_protocol_is_gone_and_reads_are_all_ones() {
     let question = |server: &mut Server| server.expect(Command::RegionRead).header;
-    type Play<'a> = (&'a str, Box<dyn Fn(&mut Server)>);
-    let play: Vec<Play<'_>> = vec![
+    let play: Vec<(&str, Play)> = vec![
         ("it does not answer", Box::new(|_| {})),
         ("it hangs up", Box::new(|server| drop(server.stream.shutdown(std::net::Shutdown::Both)))),
         (
