@@ -11,7 +11,7 @@ use thiserror::Error;
 use crate::codec::{Input, Malformed};
 use crate::manifest::{Entry, Listing, Manifest, ManifestError};
 use crate::page::{Identity, KEY};
-use crate::store::{Durability, Guard, Kind, SealedStore, Store, StoreError};
+use crate::store::{Durability, Guard, Hold, Kind, SealedStore, Store, StoreError};
 
 pub(crate) const CONFIG: &str = "bank";
 const MAGIC: &[u8; 8] = b"FBBANK1\n";
@@ -178,7 +178,8 @@ impl Bank {
     /// # Errors
     /// The store's fault.
     pub fn pin(&self, entry: &Entry) -> Result<Option<Box<dyn Guard>>, StoreError> {
-        match self.store().pin(entry.root) {
+        // Who removes machines looks for pins under the same lock.
+        match self.store().hold(Hold::Commit, self.wait).and_then(|_commit| self.store().pin(entry.root)) {
             Ok(pin) => Ok(Some(pin)),
             Err(StoreError::ReadOnly(error)) => {
                 tracing::debug!(%error, "the bank cannot be written, so nothing keeps the machine from being removed");

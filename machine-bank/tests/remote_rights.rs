@@ -15,7 +15,7 @@ use farbus_machine_bank::manifest::ManifestError;
 use farbus_machine_bank::pack::{GROUP, GroupDecoder};
 use farbus_machine_bank::page::KEY;
 use farbus_machine_bank::remote::{Fetched, Rights};
-use farbus_machine_bank::store::{Hold, Kind, StoreError};
+use farbus_machine_bank::store::{Hold, Kind, Store, StoreError};
 use farbus_machine_bank::{Bank, BankError, Changes, DepositOptions, PAGE, SectionKind};
 use served::{Serving, rights};
 
@@ -209,6 +209,23 @@ fn a_keyed_bank_is_used_by_who_has_its_key() {
     let stranger = farbus_machine_bank::remote::RemoteStore::connect(fabric, "shm:test", farbus_transport::Nanos::now).unwrap();
     assert!(matches!(Bank::open(Box::new(stranger), None), Err(BankError::KeyNeeded)));
     assert_eq!(served::reason(&ended), "the other side closed the link");
+}
+
+#[test]
+fn a_sealed_bank_is_served_to_who_has_its_key() {
+    let store = farbus_machine_bank::store::MemoryStore::new();
+    let mut serving = Serving::new(Bank::init_sealed(Box::new(store.clone()), &[7; KEY]).unwrap());
+    serving.key = Some([7; KEY]);
+    let (all, some) = (serving.connect("root", Rights::all()), serving.connect("ann", rights(&["vm*"], &["vm*"])));
+    let memory = machine(8, 500);
+    deposit(&some, "vm7", &memory, Changes::HashAll);
+    assert!(withdraw(&all, "vm7", "memory").unwrap() == memory && withdraw(&some, "vm7", "memory").unwrap() == memory);
+    // What lies there is sealed.
+    let page = memory.chunks(PAGE).find(|page| page.starts_with(b"0") || page[0] != 0).unwrap();
+    for object in store.list(Kind::Pack).unwrap() {
+        let bytes = store.read_all(Kind::Pack, &object.name, 1 << 26).unwrap();
+        assert!(!bytes.windows(64).any(|window| window == &page[..64]));
+    }
 }
 
 #[test]

@@ -11,7 +11,10 @@ use std::cell::Cell;
 
 use common::{deposit, machine, withdraw};
 use farbus_machine_bank::bank::BankError;
-use farbus_machine_bank::store::{Directory, Durability, Kind, MemoryStore, SealedStore, Store, StoreError, conformance};
+use farbus_machine_bank::keep::{repair, verify};
+use farbus_machine_bank::store::{
+    CachedStore, Directory, Durability, Kind, MemoryStore, SealedStore, Store, StoreError, conformance,
+};
 use farbus_machine_bank::{Bank, Changes};
 use life::a_whole_life;
 use proptest::prelude::*;
@@ -217,4 +220,45 @@ proptest! {
         // A store that has read the trailer does not look at it again.
         prop_assert!(wrong > 0 || (known && !cut && at >= total - 64), "nothing was noticed");
     }
+}
+
+#[test]
+fn a_changed_bit_in_a_sealed_pack_costs_what_its_block_held_and_a_deposit_heals_it() {
+    let store = MemoryStore::new();
+    let bank = Bank::init_sealed(Box::new(store.clone()), &KEY).unwrap();
+    let memory = machine(71, 1500);
+    deposit(&bank, "vm", &memory, Changes::HashAll);
+    let pack = store.list(Kind::Pack).unwrap().into_iter().max_by_key(|pack| pack.len).unwrap();
+    assert!(store.flip(Kind::Pack, &pack.name, pack.len as usize / 3, 2));
+    let bank = Bank::open(Box::new(store.clone()), Some(&KEY)).unwrap();
+    let report = repair(&bank, &|_| {}).unwrap();
+    assert_eq!((report.damaged.len(), report.put_aside.len()), (1, 1), "{report:?}");
+    // A block of 16 KiB lies in two or three groups of sixteen pages.
+    assert!(report.moved > 500 && (1..=48).contains(&report.lost), "{report:?}");
+    assert!(withdraw(&bank, "vm", "memory").is_err(), "a lost page came out");
+    deposit(&bank, "vm", &memory, Changes::HashAll);
+    assert!(withdraw(&bank, "vm@1", "memory").unwrap() == memory);
+    assert_eq!(verify(&bank, &|_| {}).unwrap().faults, []);
+}
+
+#[test]
+fn a_sealed_pack_that_was_written_anew_is_not_mixed_with_what_a_cache_has_of_it() {
+    let (store, folder) = (MemoryStore::new(), tempfile::tempdir().unwrap());
+    let cached = |store: &MemoryStore| CachedStore::new(Box::new(store.clone()), folder.path(), 64 << 20);
+    let here = Bank::init_sealed(Box::new(store.clone()), &KEY).unwrap();
+    let memory = machine(72, 600);
+    deposit(&here, "vm", &memory, Changes::HashAll);
+    // Half of it is in the cache.
+    let through = Bank::open(Box::new(cached(&store)), Some(&KEY)).unwrap();
+    assert!(withdraw(&through, "vm", "memory").unwrap() == memory);
+    drop(through);
+    for pack in store.list(Kind::Pack).unwrap() {
+        let bytes = here.store().read_all(Kind::Pack, &pack.name, 1 << 26).unwrap();
+        here.store().put(Kind::Pack, &pack.name, &bytes, Durability::Durable).unwrap();
+    }
+    let through = Bank::open(Box::new(cached(&store)), Some(&KEY)).unwrap();
+    let mut first = vec![0; 64];
+    let pack = &store.list(Kind::Pack).unwrap()[0].name;
+    through.store().read(Kind::Pack, pack, 0, &mut first).unwrap();
+    assert!(withdraw(&through, "vm", "memory").unwrap() == memory);
 }

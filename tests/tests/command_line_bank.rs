@@ -122,13 +122,17 @@ fn what_changed_can_be_told_and_only_that_is_read() {
     let lab = Lab::new();
     std::fs::write(lab.path("none.bitmap"), [0; 128]).unwrap();
     let dirty = format!("memory={}", lab.path("none.bitmap"));
-    let report = lab.deposit(&["--dirty", &dirty]);
+    let report = lab.deposit(&["--dirty", &dirty, "--parent", "vm7"]);
     assert_eq!((&report["counts"]["new"], &report["pack_bytes"]), (&0.into(), &0.into()), "{report}");
     let (bank, memory) = (lab.path("bank"), lab.path("vm7.ram"));
     std::fs::write(lab.path("odd.bitmap"), [0; 7]).unwrap();
     let odd = format!("memory={}", lab.path("odd.bitmap"));
-    lab.refused(&["deposit", &bank, "vm7", "--memory", &memory, "--dirty", &odd], &["no bitmap", "7 bytes"]);
-    lab.refused(&["deposit", &bank, "new", "--memory", &memory, "--dirty", &dirty], &["there is none", "first deposit"]);
+    lab.refused(&["deposit", &bank, "vm7", "--memory", &memory, "--parent", "vm7", "--dirty", &odd], &["no bitmap", "7 bytes"]);
+    lab.refused(
+        &["deposit", &bank, "new", "--memory", &memory, "--parent", "none", "--dirty", &dirty],
+        &["there is none", "first deposit"],
+    );
+    lab.refused(&["deposit", &bank, "vm7", "--memory", &memory, "--dirty", &dirty], &["none is named", "--parent"]);
     lab.refused(&["deposit", &bank, "vm7", "--memory", &memory, "--dirty", "ram=x"], &["no section", "memory"]);
 }
 

@@ -98,7 +98,7 @@ fn of_a_block_only_what_changed_is_read_where_that_is_told() {
     lab.ok(&["deposit", &bank, "vm7", "--qemu", &mig]);
     std::fs::write(&mig, saved("mapped-ram", 11)).unwrap();
     std::fs::write(&bitmap, [&[1_u8, 0, 0, 0, 0, 0, 0, 0][..], &[0; 56]].concat()).unwrap();
-    let report = lab.ok(&["deposit", &bank, "vm7", "--qemu", &mig, "--dirty", &format!("pc.ram={bitmap}")]);
+    let report = lab.ok(&["deposit", &bank, "vm7", "--qemu", &mig, "--parent", "vm7", "--dirty", &format!("pc.ram={bitmap}")]);
     assert_eq!((&report["counts"]["new"], &report["parent"]), (&1.into(), &"vm7@1".into()));
     lab.ok(&["withdraw", &bank, "vm7@2", "--qemu", &lab.path("out")]);
     assert!(std::fs::read(lab.path("out")).unwrap() == saved("mapped-ram", 11));

@@ -92,7 +92,7 @@ impl Place<'_> {
         }
         let (first_s, _) = self.keep(&store, "S0", &series.image("S0"), &[])?;
         let dirty = format!("memory={}", text(&series.idle_bitmap)?);
-        let (idle_s, idle_bytes) = self.keep(&store, "S1", &series.image("S1"), &["--dirty", &dirty])?;
+        let (idle_s, idle_bytes) = self.keep(&store, "S1", &series.image("S1"), &["--dirty", &dirty, "--parent", "vm@1"])?;
         // Both S1 and S2 are what S0 became.
         let (second_s, second_bytes) = self.keep(&store, "S2", &series.image("S2"), &["--parent", "vm@1"])?;
         let out = self.place.join("out");

@@ -35,6 +35,12 @@ pub fn run(args: &DepositArgs) -> anyhow::Result<()> {
             ));
         }
     }
+    if !args.dirty.is_empty() && args.parent.is_none() {
+        return Err(refusal(
+            "--dirty says what changed since a deposit, and none is named",
+            "name it: --parent MACHINE@NUMBER; the last one may be somebody else's",
+        ));
+    }
     let bank = open(&args.place)?;
     let parent = match args.parent.as_deref() {
         None => Parent::Last,

@@ -5,7 +5,7 @@
 /// Behind the options of `farbus bank deposit`.
 pub const DEPOSIT: &str = "The files must not change meanwhile: pause the machine, or deposit a snapshot of it.
 
-Without --dirty all of a section is read and hashed, and pages that are as at the last deposit are not stored again. With --dirty only pages whose
+Without --dirty all of a section is read and hashed, and pages that are as at the last deposit are not stored again. With --dirty and --parent only pages whose
 bit is set are read: the file holds 64-bit little-endian words, and bit j of word i is page 64 i + j (4 KiB). A bit that is wrongly clear is a
 page that is not saved.
 

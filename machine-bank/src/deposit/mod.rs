@@ -348,9 +348,8 @@ fn publish(
     for full in last {
         put_pack(bank, pack_bytes, full)?;
     }
-    if pack_bytes.load(Ordering::Relaxed) > 0 {
-        bank.store().sync(Kind::Pack)?;
-    }
+    // Also where this one put no pack: it may name pages of another that died, or is about to, before its pack's name was durable.
+    bank.store().sync(Kind::Pack)?;
     let created = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis() as u64);
     let root = parent.map(|entry| entry.root);
     // Two deposits of one machine that end together have two numbers.

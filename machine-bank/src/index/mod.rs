@@ -11,7 +11,7 @@
 
 mod run;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 use thiserror::Error;
 
@@ -25,6 +25,17 @@ pub use run::{Location, RunError};
 
 /// Pages in memory from which they become a run: 6 MiB.
 pub const LOOSE: usize = 100_000;
+
+/// What of a run is believed.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Trust {
+    /// All, once what is read of it at first is right.
+    Tails,
+    /// All, once all of it is right.
+    Records,
+    /// Nothing.
+    Nothing,
+}
 
 /// A run, and for each of its packs the number in the index's table; `None`: the pack is gone.
 type Mapped = (Run, Vec<Option<u32>>);
@@ -63,7 +74,7 @@ impl Index {
     /// # Errors
     /// The store's fault.
     pub fn open(store: &dyn Store) -> Result<Self, IndexError> {
-        Self::from_runs(store, true)
+        Self::from_runs(store, Trust::Tails)
     }
 
     /// The same from the packs' directories alone.
@@ -71,10 +82,18 @@ impl Index {
     /// # Errors
     /// The store's fault.
     pub fn rebuild(store: &dyn Store) -> Result<Self, IndexError> {
-        Self::from_runs(store, false)
+        Self::from_runs(store, Trust::Nothing)
     }
 
-    fn from_runs(store: &dyn Store, trusted: bool) -> Result<Self, IndexError> {
+    /// As [`Index::open`], but a run is believed only if every record is what it was when it was written: for whoever removes what no record leads to.
+    ///
+    /// # Errors
+    /// The store's fault.
+    pub fn open_checked(store: &dyn Store) -> Result<Self, IndexError> {
+        Self::from_runs(store, Trust::Records)
+    }
+
+    fn from_runs(store: &dyn Store, trust: Trust) -> Result<Self, IndexError> {
         // Runs before packs: a pack that is committed in between is read by its directory.
         let mut objects = store.list(Kind::Index)?;
         objects.sort_by_key(|object| object.len);
@@ -88,13 +107,19 @@ impl Index {
         }
         let mut covered = vec![false; index.packs.len()];
         for object in objects {
-            let mut opened = Run::open(store, &object.name, object.len);
+            let open = || {
+                if trust == Trust::Records {
+                    Run::check(store, &object.name, object.len)?;
+                }
+                Run::open(store, &object.name, object.len)
+            };
+            let mut opened = open();
             if let Err(RunError::Malformed(..)) = opened {
                 store.doubt(Kind::Index, &object.name);
-                opened = Run::open(store, &object.name, object.len);
+                opened = open();
             }
             let run = match opened {
-                Ok(run) if trusted => run,
+                Ok(run) if trust != Trust::Nothing => run,
                 // Superseded since it was listed.
                 Err(RunError::Store(StoreError::Missing { .. })) => continue,
                 Err(RunError::Store(error)) if error.is_of_store() => return Err(error.into()),
@@ -188,7 +213,19 @@ impl Index {
         }
         let merged = self.take_short();
         let written = self.write(store, &merged).and_then(|run| self.open_written(store, run));
-        self.replace(store, merged, written)
+        match self.replace(store, merged, written) {
+            // Another process merged that run into one of its own and removed it. It is gone from here too: its packs tell what was in it.
+            Err(StoreError::Missing { .. }) => self.forget_gone(store),
+            done => done,
+        }
+    }
+
+    /// Lets go of runs that are not there any more. What only they said is in the runs of those who removed them, and is not looked for by this one: at worst
+    /// a page is stored twice.
+    fn forget_gone(&mut self, store: &dyn Store) -> Result<(), StoreError> {
+        let there: HashSet<String> = store.list(Kind::Index)?.into_iter().map(|object| object.name).collect();
+        self.runs.retain(|(run, _)| there.contains(&run.name));
+        Ok(())
     }
 
     /// The same for the last time.

@@ -87,6 +87,24 @@ impl Run {
         Ok(Self { name: name.to_owned(), packs, prefixes, records: OnceLock::new() })
     }
 
+    /// Whether the run `name` of `len` bytes is what its name says, every record of it. [`Run::open`] reads the records only as they are asked for, and a run
+    /// that was not synced before a power cut may have lost some.
+    ///
+    /// # Errors
+    /// It is damaged, or the store's fault.
+    pub fn check(store: &dyn Store, name: &str, len: u64) -> Result<(), RunError> {
+        let malformed = |error| RunError::Malformed(name.to_owned(), error);
+        let end = len.checked_sub(TRAILER as u64).ok_or_else(|| malformed(Malformed::Ends))?;
+        let (mut hash, mut at, mut piece) = (blake3::Hasher::new(), MAGIC.len() as u64, vec![0; 1 << 20]);
+        while at < end {
+            let bytes = (end - at).min(piece.len() as u64) as usize;
+            store.read(Kind::Index, name, at, &mut piece[..bytes])?;
+            hash.update(&piece[..bytes]);
+            at += bytes as u64;
+        }
+        if name_of(&hash) == name { Ok(()) } else { Err(malformed(Malformed::Hash("an index"))) }
+    }
+
     /// Pages in it.
     pub fn len(&self) -> usize {
         self.prefixes.len()
@@ -140,6 +158,10 @@ impl Run {
     pub fn cursor(&self) -> Cursor<'_> {
         Cursor { run: self, at: 0, block: Vec::new(), block_at: 0 }
     }
+}
+
+fn name_of(hash: &blake3::Hasher) -> String {
+    format!("run-{}", &hash.finalize().to_hex()[..32])
 }
 
 fn parse_trailer(trailer: &[u8; TRAILER], len: u64) -> Result<(usize, usize, [u8; 32]), Malformed> {
@@ -257,7 +279,7 @@ impl RunWriter {
         let hash = blake3::hash(&tail);
         // Two runs of the same pages in different packs differ in their records only.
         self.hash.update(&tail);
-        let name = format!("run-{}", &self.hash.finalize().to_hex()[..32]);
+        let name = name_of(&self.hash);
         self.draft.append(&self.block)?;
         self.draft.append(&tail)?;
         let mut trailer = Vec::with_capacity(TRAILER);

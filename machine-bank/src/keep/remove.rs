@@ -121,6 +121,13 @@ pub fn remove(bank: &Bank, entries: &[Entry]) -> Result<RemoveReport, RemoveErro
         std::cmp::Reverse(depth)
     });
     for entry in going {
+        // Whoever pins a machine does so under this lock: either the pin is seen here, or the machine is gone before it.
+        let _commit = store.hold(Hold::Commit, bank.wait())?;
+        if let Some(pin) = store.pins()?.into_iter().find(|pin| !pins.contains(pin)) {
+            // It may have read how its machine rested on this one before that was written anew.
+            report.in_use.push((entry.to_string(), pin.pid));
+            continue;
+        }
         store.remove(Kind::Manifest, &entry.object())?;
         // A file system promises no order of removals.
         store.sync(Kind::Manifest)?;

@@ -12,7 +12,7 @@ use serde::Serialize;
 use thiserror::Error;
 
 use super::lost::Lost;
-use super::verify::{Fault, Packs, Reading, Unreadable, VerifyReport, machine, packs};
+use super::verify::{Fault, Packs, Reading, Unreadable, VerifyReport, machine, packs, read_what_opens};
 use crate::bank::Bank;
 use crate::deposit::Progress;
 use crate::index::{Index, IndexError};
@@ -23,8 +23,6 @@ use crate::store::{Durability, Hold, Kind, StoreError};
 
 /// What an object is called that was a pack and is damaged, before the pack's name.
 const ASIDE: &str = "damaged-";
-/// Bytes of a pack that are copied at once.
-const PIECE: usize = 1 << 20;
 
 /// Whether a pack object was put aside.
 pub(super) fn is_aside(name: &str) -> bool {
@@ -92,12 +90,17 @@ pub fn repair(bank: &Bank, progress: &dyn Fn(Progress)) -> Result<RepairReport, 
     report.lost = lost.len() as u64;
     report.machines = verified.faults;
     Lost::new(lost).write(store)?;
+    // One of which nothing can be read stays where it is, and nothing is looked for in it.
+    let mut copied = Vec::new();
     for pack in &damaged {
-        report.put_aside.push(put_aside(bank, *pack)?);
+        if let Some(name) = put_aside(bank, *pack)? {
+            report.put_aside.push(name);
+            copied.push(*pack);
+        }
     }
     store.sync(Kind::Pack)?;
     index.merge_all(store)?;
-    for pack in &damaged {
+    for pack in &copied {
         store.remove(Kind::Pack, &pack.name())?;
     }
     store.sync(Kind::Pack)?;
@@ -149,18 +152,10 @@ fn put(bank: &Bank, index: &mut Index, sealed: &Sealed, report: &mut RepairRepor
 }
 
 /// Copies a damaged pack to where nobody takes it for one; says what it is called there.
-fn put_aside(bank: &Bank, pack: PackId) -> Result<String, StoreError> {
+fn put_aside(bank: &Bank, pack: PackId) -> Result<Option<String>, StoreError> {
     let (store, from) = (bank.store(), pack.name());
     let to = format!("{ASIDE}{from}");
-    let len = store.len(Kind::Pack, &from)?;
-    let mut draft = store.create(Kind::Pack)?;
-    let (mut at, mut piece) = (0, vec![0; PIECE]);
-    while at < len {
-        let bytes = (len - at).min(PIECE as u64) as usize;
-        store.read(Kind::Pack, &from, at, &mut piece[..bytes])?;
-        draft.append(&piece[..bytes])?;
-        at += bytes as u64;
-    }
-    draft.commit(&to, Durability::Durable)?;
-    Ok(to)
+    let Some(bytes) = read_what_opens(store, &from)? else { return Ok(None) };
+    store.put(Kind::Pack, &to, &bytes, Durability::Durable)?;
+    Ok(Some(to))
 }

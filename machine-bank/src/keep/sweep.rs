@@ -94,7 +94,7 @@ pub fn sweep(bank: &Bank, options: &SweepOptions) -> Result<SweepReport, SweepEr
     if !options.dry_run {
         report.tidied_bytes = store.tidy()?;
     }
-    let mut index = Index::open(store)?;
+    let mut index = Index::open_checked(store)?;
     let needed = needed(bank, &index, &mut report)?;
     let mut unneeded: HashMap<PackId, u64> = HashMap::new();
     let mut moving: Vec<PageId> = Vec::new();

@@ -15,10 +15,12 @@ use crate::manifest::{Listing, Manifest, ManifestError};
 use crate::pack::{GROUP, GroupDecoder, PackId, Place, parse_pack};
 use crate::page::{PAGE, PageId};
 use crate::reader::ReadError;
-use crate::store::{Kind, StoreError};
+use crate::store::{Kind, Store, StoreError};
 
 /// Bytes of the largest pack that is read.
 const MOST_PACK: u64 = 32 << 20;
+/// Bytes of a damaged pack that are read at once: what a seal closes together.
+const PIECE: usize = 16 << 10;
 
 /// Something that is wrong.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -109,6 +111,26 @@ pub(super) enum Unreadable {
     Store(StoreError),
 }
 
+/// A pack with zeros in the place of what the seal says was changed; nothing where not even its length can be told.
+pub(super) fn read_what_opens(store: &dyn Store, name: &str) -> Result<Option<Vec<u8>>, StoreError> {
+    let len = match store.len(Kind::Pack, name) {
+        Ok(len) if len <= MOST_PACK => len,
+        Ok(_) | Err(StoreError::Unsealed { .. }) => return Ok(None),
+        Err(error) => return Err(error),
+    };
+    let mut bytes = vec![0; len as usize];
+    let mut at = 0;
+    for piece in bytes.chunks_mut(PIECE) {
+        match store.read(Kind::Pack, name, at, piece) {
+            Ok(()) => {}
+            Err(StoreError::Unsealed { .. }) => piece.fill(0),
+            Err(error) => return Err(error),
+        }
+        at += piece.len() as u64;
+    }
+    Ok(Some(bytes))
+}
+
 /// Buffers for reading packs.
 pub(super) struct Reading {
     decoder: GroupDecoder,
@@ -131,7 +153,13 @@ impl Reading {
         let bytes = match bank.store().read_all(Kind::Pack, &pack.name(), MOST_PACK) {
             Ok(bytes) => bytes,
             Err(StoreError::Missing { .. }) => return Ok(None),
-            Err(error @ (StoreError::TooLong { .. } | StoreError::Ends { .. } | StoreError::Unsealed { .. })) => {
+            // Where objects are sealed one changed bit is a block that does not open, and the others are what they were.
+            Err(error @ StoreError::Unsealed { .. }) => match read_what_opens(bank.store(), &pack.name()) {
+                Ok(Some(bytes)) => bytes,
+                Ok(None) => return Err(Unreadable::Pack(error.to_string())),
+                Err(error) => return Err(Unreadable::Store(error)),
+            },
+            Err(error @ (StoreError::TooLong { .. } | StoreError::Ends { .. })) => {
                 return Err(Unreadable::Pack(error.to_string()));
             }
             Err(error) => return Err(Unreadable::Store(error)),

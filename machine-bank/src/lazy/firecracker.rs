@@ -230,6 +230,10 @@ pub fn receive(stream: &UnixStream) -> Result<(Uffd, Vec<Region>), Refused> {
         if !take(stream, &mut bytes, &mut fds)? {
             return Err(Refused::Closed(bytes.len()));
         }
+        // At once: a client may send a few with every byte.
+        if fds.len() > 1 {
+            return Err(Refused::Descriptors(fds.len()));
+        }
         if let Some(regions) = parse(&bytes)? {
             break regions;
         }

@@ -128,6 +128,13 @@ fn folder(kind: Kind) -> &'static str {
     }
 }
 
+/// A name that nobody else has: containers that share a directory each have a process 1.
+fn unique() -> Result<String, StoreError> {
+    let mut random = [0; 8];
+    getrandom::fill(&mut random).map_err(|error| StoreError::io("cannot draw a name", io::Error::from(error)))?;
+    Ok(format!("{}-{}-{:016x}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed), u64::from_le_bytes(random)))
+}
+
 fn sync_folder(path: &Path) -> io::Result<()> {
     File::open(path)?.sync_all()
 }
@@ -171,10 +178,10 @@ impl Store for Directory {
     }
 
     fn create(&self, kind: Kind) -> Result<Box<dyn Draft>, StoreError> {
-        let name = format!("{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
+        let name = unique()?;
         let temporary = self.root.join("tmp").join(name);
         let fail = |error| StoreError::io(format!("cannot write {}", temporary.display()), error);
-        let file = OpenOptions::new().create(true).truncate(true).write(true).open(&temporary).map_err(fail)?;
+        let file = OpenOptions::new().create_new(true).write(true).open(&temporary).map_err(fail)?;
         flock(&file, FlockOperation::NonBlockingLockExclusive).map_err(|error| fail(error.into()))?;
         let open = self.open.clone();
         Ok(Box::new(FileDraft { folder: self.folder(kind), temporary, file, kind, open, committed: false }))
@@ -226,8 +233,8 @@ impl Store for Directory {
 
     fn pin(&self, root: Root) -> Result<Box<dyn Guard>, StoreError> {
         // Under its name only when it is locked: one that is not has a dead owner.
-        let number = NEXT.fetch_add(1, Ordering::Relaxed);
-        let (new, name) = (format!("new-{}-{number}", std::process::id()), format!("pin-{}-{number}", std::process::id()));
+        let unique = unique()?;
+        let (new, name) = (format!("new-{unique}"), format!("pin-{unique}"));
         let mut file = self.lock_file(&new)?;
         let (new, path) = (self.root.join("locks").join(new), self.root.join("locks").join(name));
         let fail = |error| StoreError::io(format!("cannot write {}", path.display()), error);

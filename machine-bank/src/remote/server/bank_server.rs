@@ -17,6 +17,7 @@ use super::super::wire::{BODY, PART};
 use super::{Half, Rights, Session};
 use crate::bank::Bank;
 use crate::index::{Index, IndexError};
+use crate::store::Store;
 
 /// What a server allows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -147,8 +148,14 @@ impl BankServer {
 
     /// Reads the index again: after a sweep, or where somebody else deposited.
     pub(super) fn renew(&self) -> Result<(), IndexError> {
-        let fresh = Index::open(self.bank.store())?;
-        *self.index.write().unwrap_or_else(PoisonError::into_inner) = fresh;
+        self.replace_index(Index::open)
+    }
+
+    /// Under the lock from the beginning: what another client brings meanwhile would be missing in what was read before.
+    fn replace_index(&self, read: impl FnOnce(&dyn Store) -> Result<Index, IndexError>) -> Result<(), IndexError> {
+        let mut index = self.index.write().unwrap_or_else(PoisonError::into_inner);
+        *index = read(self.bank.store())?;
+        drop(index);
         *self.renewed.lock().unwrap_or_else(PoisonError::into_inner) = Instant::now();
         Ok(())
     }
@@ -157,7 +164,8 @@ impl BankServer {
     pub(super) fn renew_after_miss(&self) -> Result<bool, IndexError> {
         let recent = self.renewed.lock().unwrap_or_else(PoisonError::into_inner).elapsed() < Duration::from_secs(1);
         if !recent {
-            self.renew()?;
+            // A run that is damaged says that nothing is where it was.
+            self.replace_index(Index::open_checked)?;
         }
         Ok(!recent)
     }

@@ -27,10 +27,18 @@ impl Cutter {
     }
 
     /// The group of those pages alone that `wanted` names (page of the leaf, page of the group), whose numbers in the group become the new ones; nothing where
-    /// the group is damaged, or has no such page.
-    pub fn cut<'a>(&'a mut self, stored: &'a [u8], wanted: &mut [(u16, u8)]) -> Option<&'a [u8]> {
+    /// the group is damaged, or has no such page: `is` says whether a page of the group is that page of the leaf, because an index may be damaged too.
+    pub fn cut<'a>(
+        &'a mut self,
+        stored: &'a [u8],
+        wanted: &mut [(u16, u8)],
+        is: impl Fn(u16, &[u8; PAGE]) -> bool,
+    ) -> Option<&'a [u8]> {
         let len = self.decoder.decode(stored, &mut self.pages).ok()?;
         let there = self.pages[..len].as_chunks::<PAGE>().0;
+        if !wanted.iter().all(|(page, slot)| there.get(usize::from(*slot)).is_some_and(|bytes| is(*page, bytes))) {
+            return None;
+        }
         let mut slots: Vec<u8> = wanted.iter().map(|(_, slot)| *slot).collect();
         slots.sort_unstable();
         slots.dedup();
@@ -58,15 +66,18 @@ mod tests {
         let (mut cutter, mut encoder, mut decoder) =
             (Cutter::new().unwrap(), GroupEncoder::new().unwrap(), GroupDecoder::new().unwrap());
         let stored = encoder.encode(&pages).to_vec();
+        let any = |_: u16, _: &[u8; PAGE]| true;
         let mut out = Box::new([0; GROUP]);
         let mut wanted = [(900, 3), (7, 1), (8, 3)];
-        let cut = cutter.cut(&stored, &mut wanted).unwrap().to_vec();
+        let cut = cutter.cut(&stored, &mut wanted, any).unwrap().to_vec();
         assert_eq!(decoder.decode(&cut, &mut out).unwrap(), 2 * PAGE);
         assert!(out[..PAGE] == [2; PAGE] && out[PAGE..2 * PAGE] == [4; PAGE]);
         assert_eq!(wanted, [(900, 1), (7, 0), (8, 1)]);
         // All of it: as it is stored.
         let mut all = [(0, 0), (1, 1), (2, 2), (3, 3), (4, 4)];
-        assert_eq!(cutter.cut(&stored, &mut all).unwrap(), stored);
-        assert!(cutter.cut(&stored, &mut [(0, 5)]).is_none() && cutter.cut(b"\x01damaged", &mut [(0, 0)]).is_none());
+        assert_eq!(cutter.cut(&stored, &mut all, any).unwrap(), stored);
+        assert!(cutter.cut(&stored, &mut [(0, 5)], any).is_none() && cutter.cut(b"\x01damaged", &mut [(0, 0)], any).is_none());
+        // An index that leads to somebody else's page.
+        assert!(cutter.cut(&stored, &mut [(0, 2)], |_, bytes| bytes[0] != 3).is_none());
     }
 }

@@ -47,7 +47,7 @@ impl<F: Fabric> Session<'_, F> {
         if !missing.is_empty() && self.server.renew_after_miss()? {
             (groups, missing) = self.locate(&pages)?;
         }
-        self.send_groups(request, &groups, missing)
+        self.send_groups(request, &ids, &groups, missing)
     }
 
     fn locate(&self, pages: &[(u16, PageId)]) -> Result<(Vec<Group>, Vec<u16>), Failure> {
@@ -73,7 +73,7 @@ impl<F: Fabric> Session<'_, F> {
         Ok((groups, missing))
     }
 
-    fn send_groups(&mut self, request: &Request, groups: &[Group], mut missing: Vec<u16>) -> Result<(), Failure> {
+    fn send_groups(&mut self, request: &Request, ids: &[PageId], groups: &[Group], mut missing: Vec<u16>) -> Result<(), Failure> {
         let mut rest = groups;
         let mut lent = lanes(request.lent, request.lane).peekable();
         let (mut table, mut bytes) = (Vec::new(), Vec::new());
@@ -89,7 +89,7 @@ impl<F: Fabric> Session<'_, F> {
             });
             let (now, later) = rest.split_at(fitting.count());
             rest = later;
-            self.fill(&mut table, &mut bytes, now, std::mem::take(&mut missing))?;
+            self.fill(&mut table, &mut bytes, ids, now, std::mem::take(&mut missing))?;
             let last = rest.is_empty() || lent.peek().is_none();
             self.part(request, Status::Done, [&table, &bytes], Some(lane), last);
             // The client reads while the next one is filled.
@@ -103,7 +103,14 @@ impl<F: Fabric> Session<'_, F> {
 
     /// A part with these groups, for who may not read every machine without the pages beside the wanted ones. A group whose pack is gone has its pages among
     /// the missing ones.
-    fn fill(&mut self, table: &mut Vec<u8>, bytes: &mut Vec<u8>, groups: &[Group], mut missing: Vec<u16>) -> Result<(), Failure> {
+    fn fill(
+        &mut self,
+        table: &mut Vec<u8>,
+        bytes: &mut Vec<u8>,
+        ids: &[PageId],
+        groups: &[Group],
+        mut missing: Vec<u16>,
+    ) -> Result<(), Failure> {
         let store = self.server.bank.store();
         // Not cleared first: what is read over need not be zeroed.
         bytes.resize(groups.iter().map(|group| group.len as usize).sum(), 0);
@@ -130,7 +137,7 @@ impl<F: Fabric> Session<'_, F> {
         }
         bytes.truncate(at);
         if !self.client.rights.reads_all() {
-            self.cut(bytes, &mut there, &mut missing)?;
+            self.cut(bytes, ids, &mut there, &mut missing)?;
         }
         table.clear();
         put_table(table, &missing, &there);
@@ -138,7 +145,14 @@ impl<F: Fabric> Session<'_, F> {
     }
 
     /// Leaves of the groups in `bytes` what is wanted of them.
-    fn cut(&mut self, bytes: &mut Vec<u8>, there: &mut Vec<(u32, Vec<(u16, u8)>)>, missing: &mut Vec<u16>) -> Result<(), Failure> {
+    fn cut(
+        &mut self,
+        bytes: &mut Vec<u8>,
+        ids: &[PageId],
+        there: &mut Vec<(u32, Vec<(u16, u8)>)>,
+        missing: &mut Vec<u16>,
+    ) -> Result<(), Failure> {
+        let identity = self.server.bank.identity();
         let cutter = match &mut self.cutter {
             Some(cutter) => cutter,
             none => none.insert(Cutter::new().map_err(|error| Failure(Status::Failed, error.to_string()))?),
@@ -147,7 +161,8 @@ impl<F: Fabric> Session<'_, F> {
         there.retain_mut(|(len, pages)| {
             let stored = bytes.get(at..at + *len as usize).unwrap_or_default();
             at += *len as usize;
-            match cutter.cut(stored, pages) {
+            match cutter.cut(stored, pages, |page, bytes| ids.get(usize::from(page)).is_some_and(|id| identity.page(bytes) == *id))
+            {
                 Some(group) => {
                     *len = group.len() as u32;
                     cut.extend_from_slice(group);

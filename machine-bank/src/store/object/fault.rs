@@ -75,8 +75,9 @@ pub fn sorted(what: &str, writing: bool, failure: Failure) -> StoreError {
         return host(what.to_owned(), ErrorKind::NotFound, error);
     }
     let network = chain(&error).find_map(|cause| cause.downcast_ref::<HttpError>()).is_some_and(|error| {
-        use HttpErrorKind::{Connect, Interrupted, Request, Timeout};
-        matches!(error.kind(), Connect | Request | Timeout | Interrupted)
+        use HttpErrorKind::{Connect, Interrupted, Request, Timeout, Unknown};
+        // Unknown: a connection that was reset while the request was being sent, for one.
+        matches!(error.kind(), Connect | Request | Timeout | Interrupted | Unknown)
     });
     if network || says(&["500 Internal", "502 Bad Gateway", "503 Service", "504 Gateway", "429 Too Many", "SlowDown"]) {
         return StoreError::Unreachable { what: what.to_owned(), source: io::Error::other(error) };
