@@ -62,6 +62,14 @@ impl Purpose {
             Self::Bank => "cannot serve the bank there",
         }
     }
+
+    /// What cannot be done where there is no RDMA device.
+    fn over_rdma(self) -> &'static str {
+        match self {
+            Self::Device => "cannot lend over RDMA",
+            Self::Bank => "cannot serve over RDMA",
+        }
+    }
 }
 
 /// Where borrowers come to.
@@ -104,7 +112,7 @@ impl Door {
                 let security: LenderSecurity = security.lender(allow, at)?;
                 let listener = farbus_control::Listener::bind(&address.meet, security).await;
                 let listener = listener.or_else(|error| advice::give(what, error))?;
-                check(&choice(address)).or_else(|error| advice::give(what, error))?;
+                check(&choice(address)).or_else(|error| advice::give(purpose.over_rdma(), error))?;
                 Ok(Self::Rdma { listener, address: address.clone() })
             }
         }

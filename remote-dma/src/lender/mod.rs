@@ -8,6 +8,7 @@
 mod bus;
 mod dma;
 mod ending;
+mod giving;
 mod mediation;
 mod rest;
 mod windows;
@@ -20,7 +21,6 @@ use std::time::Duration;
 use farbus_transport::{CloseReason, Event, Events, Fabric, Nanos, OpError};
 
 use self::bus::LenderBus;
-use crate::address::Iova;
 use crate::attachment::Activity;
 use crate::backend::{AttachError, Backend, DmaFault, ReadTicket, ResetKind};
 use crate::message::{Outcome, Sequence, ToBorrower, ToLender};
@@ -357,39 +357,6 @@ impl<F: Fabric> LenderSession<F> {
         while let Some((ReadTicket(sequence), value)) = self.backend.next_read() {
             self.reads_put_off = self.reads_put_off.saturating_sub(1);
             self.answer_read(sequence, value);
-        }
-    }
-
-    /// Gives a device that reaches memory by itself the window that was just mapped. Memory that is not proven, or must be mediated, is out of
-    /// its reach: such DMA ends in a fault of the IOMMU, and in no wrong byte.
-    fn give_window(&mut self, iova: Iova, len: u64) -> Outcome {
-        if !self.backend.takes_windows() {
-            return Outcome::Done;
-        }
-        let Some(window) = self.bus.device_window(iova, len) else {
-            tracing::warn!(
-                "the device does not reach {iova} + {len:#x}: it is not proven to be the guest's memory, or cannot be mapped"
-            );
-            return Outcome::Done;
-        };
-        match self.backend.map_window(window) {
-            Ok(()) => Outcome::Done,
-            Err(error) => {
-                tracing::warn!(%error, "the device cannot have a window of its borrower's memory");
-                if self.bus.unmap_windows(iova, len).is_err() {
-                    self.close(CloseReason::Protocol("a window that the device cannot have and that does not go"));
-                }
-                Outcome::Unreachable
-            }
-        }
-    }
-
-    fn prove(&mut self, key: u64) {
-        for (iova, len) in self.bus.prove(key) {
-            if self.give_window(iova, len) != Outcome::Done {
-                // Nobody awaits an answer, and a window that the borrower believes in may not go without one.
-                self.close(CloseReason::Protocol("memory that the device cannot reach"));
-            }
         }
     }
 
