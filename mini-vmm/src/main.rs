@@ -156,12 +156,13 @@ fn go_on(args: &GoOnArgs) -> Result<()> {
     let withdrawn = Withdrawn::from_bank(&bank, &args.machine)?;
     let device = borrow_again(&args.run.from, withdrawn.state()?.rest().token)?;
     let (machine, restored) = Machine::again(&withdrawn, device)?;
+    let mut depositor = Depositor::new(&withdrawn.area)?;
+    depositor.follow(&withdrawn.entry);
+    // After what it follows: this changes the machine's memory.
     if restored.revived {
         println!("the drive was reset since, and was brought back: what it wrote after the deposit is not known here");
         guest::went_back(withdrawn.area.memory())?;
     }
-    let mut depositor = Depositor::new(&withdrawn.area)?;
-    depositor.follow(&withdrawn.entry);
     keep_running(machine, depositor, &args.run)
 }
 
@@ -180,12 +181,31 @@ fn keep_running(mut machine: Machine, mut depositor: Depositor<'_>, args: &RunAr
             break;
         }
         let frozen = machine.freeze(&mut depositor)?;
-        let report = machine.run_while(|| frozen.put(&bank, name))??;
-        depositor.done(&report);
-        println!("{}: {} pages, a pause of {:?}", report.machine, frozen.pages(), frozen.pause.total());
+        match machine.run_while(|| frozen.put(&bank, name))? {
+            Ok(report) => {
+                depositor.done(&report);
+                println!("{}: {} pages, a pause of {:?}", report.machine, frozen.pages(), frozen.pause.total());
+            }
+            // The next one has its pages too.
+            Err(error) => {
+                depositor.failed(&frozen);
+                eprintln!("mini-vmm: a deposit failed, and the machine runs on: {error:#}");
+            }
+        }
     }
     let frozen = machine.freeze_and_leave(&mut depositor, LEASE)?;
-    println!("{}: left, and the drive is kept for a minute", frozen.put(&bank, name)?.machine);
+    // What is frozen is all that there is of the machine, for as long as the drive is kept for it.
+    let until = Instant::now() + LEASE;
+    let deposited = loop {
+        match frozen.put(&bank, name) {
+            Err(error) if Instant::now() < until => {
+                eprintln!("mini-vmm: the last deposit failed, and is tried again: {error:#}");
+                std::thread::sleep(Duration::from_secs(2));
+            }
+            done => break done?,
+        }
+    };
+    println!("{}: left, and the drive is kept for a minute", deposited.machine);
     report(&machine);
     Ok(())
 }
