@@ -180,7 +180,8 @@ fn bare(bytes: &[u8]) -> Result<f64> {
     })
 }
 
-/// Of the faults of a first withdrawal, how many percent are left in a second one that has its working set.
+/// Of the faults of a first withdrawal, how many percent are left in a second one that has its working set and then does the same: whether all of it is recorded,
+/// kept and fetched. A guest that does something else has other faults.
 fn faults_left() -> Result<f64> {
     let (bank, bytes) = machine()?;
     let run = |prefetch| -> Result<LazyMachine> {
