@@ -18,48 +18,48 @@ use crate::failure::{Advise, misuse, refusal};
 use crate::link_address::LinkAddress;
 use crate::values::parse_allowed;
 
+/// Above these arguments in the help; said of each, because a heading for all would stay for what follows them.
+const HEADING: &str = "Security of rdma: links";
+
 /// What a side shows the other.
 #[derive(Clone, Debug, Default, Args)]
-#[command(next_help_heading = "Security of rdma: links")]
 pub struct SecurityArgs {
     /// The folder that `farbus cert issue` made for this side: cert.pem, key.pem and authority.pem
-    #[arg(long, value_name = "DIR", conflicts_with_all = ["cert", "key", "authority", "plain"])]
+    #[arg(long, help_heading = HEADING, value_name = "DIR", conflicts_with_all = ["cert", "key", "authority", "plain"])]
     pub tls: Option<PathBuf>,
     /// This side's certificate, instead of --tls
-    #[arg(long, value_name = "FILE", requires_all = ["key", "authority"], conflicts_with = "plain")]
+    #[arg(long, help_heading = HEADING, value_name = "FILE", requires_all = ["key", "authority"], conflicts_with = "plain")]
     pub cert: Option<PathBuf>,
     /// Its key
-    #[arg(long, value_name = "FILE", requires = "cert")]
+    #[arg(long, help_heading = HEADING, value_name = "FILE", requires = "cert")]
     pub key: Option<PathBuf>,
     /// The certificate of the authority that the other side's must be signed by
-    #[arg(long, value_name = "FILE", requires = "cert")]
+    #[arg(long, help_heading = HEADING, value_name = "FILE", requires = "cert")]
     pub authority: Option<PathBuf>,
     /// No TLS: nobody is known, and everybody on the way can read and change what is said. On this host's loopback only
-    #[arg(long)]
+    #[arg(long, help_heading = HEADING)]
     pub plain: bool,
     /// With --plain: on other networks too
-    #[arg(long, requires = "plain")]
+    #[arg(long, help_heading = HEADING, requires = "plain")]
     pub plain_beyond_loopback: bool,
 }
 
 /// Who may borrow.
 #[derive(Clone, Debug, Default, Args)]
-#[command(next_help_heading = "Security of rdma: links")]
 pub struct AllowArgs {
     /// Borrowers that may have the device, by the names in their certificates; '*' for all that the authority knows
-    #[arg(long, value_name = "NAME", value_delimiter = ',', conflicts_with = "plain", value_parser = parse_allowed)]
+    #[arg(long, help_heading = HEADING, value_name = "NAME", value_delimiter = ',', conflicts_with = "plain", value_parser = parse_allowed)]
     pub allow: Vec<String>,
     /// A file of such names, one a line; read again for each borrower
-    #[arg(long, value_name = "FILE", conflicts_with = "plain")]
+    #[arg(long, help_heading = HEADING, value_name = "FILE", conflicts_with = "plain")]
     pub allow_file: Option<PathBuf>,
 }
 
 /// Which lender is wanted.
 #[derive(Clone, Debug, Default, Args)]
-#[command(next_help_heading = "Security of rdma: links")]
 pub struct PeerArgs {
     /// The lender of this name, wherever it is; without it, the one whose certificate is for the HOST that is connected to
-    #[arg(long, value_name = "NAME", conflicts_with = "plain")]
+    #[arg(long, help_heading = HEADING, value_name = "NAME", conflicts_with = "plain")]
     pub peer: Option<Name>,
 }
 

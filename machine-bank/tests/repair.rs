@@ -109,6 +109,35 @@ fn an_import_and_a_copy_heal_too() {
 }
 
 #[test]
+fn the_same_machine_brought_back_heals_what_it_lost_here() {
+    for by_archive in [false, true] {
+        let (store, bank) = memory_bank();
+        let (_, other) = memory_bank();
+        let memory = machine(9, 900);
+        deposit(&bank, "vm7", &memory, Changes::HashAll);
+        let entry = bank.find("vm7").unwrap();
+        copy(&bank, &other, &entry, &|_| {}).unwrap();
+        let mut archive = Vec::new();
+        export(&bank, &entry, None, &mut archive, &|_| {}).unwrap();
+        let largest = store.list(Kind::Pack).unwrap().into_iter().max_by_key(|pack| pack.len).unwrap();
+        flip(&store, &largest.name, 0);
+        let lost = repaired(&bank).lost;
+        assert!(lost > 0 && withdraw(&bank, "vm7", "memory").is_err());
+        // It is named here already, and that is not all that there is to it.
+        let (was_there, stored) = if by_archive {
+            let report = import(&bank, &mut archive.as_slice(), &|_| {}).unwrap();
+            (report.was_there, report.new)
+        } else {
+            let report = copy(&other, &bank, &entry, &|_| {}).unwrap();
+            (report.was_there, report.pages)
+        };
+        assert_eq!((was_there, stored), (true, lost));
+        assert!(withdraw(&bank, "vm7", "memory").unwrap() == memory);
+        assert_eq!(verify(&bank, &|_| {}).unwrap().faults, []);
+    }
+}
+
+#[test]
 fn what_was_put_aside_is_as_it_was_until_it_is_swept() {
     let (store, bank, _) = damaged(&flip);
     let before = packs(&store);

@@ -164,7 +164,7 @@ fn what_users_get_wrong_is_said_with_what_to_do() {
     lab.refused(&["deposit", &bank, "vm7", "--memory", &lab.path("none.ram")], &["none.ram", "can read"]);
     lab.refused(&["deposit", &bank, "../vm", "--memory", &memory], &["no name", "choose another name"]);
     lab.refused(&["deposit", &bank, "vm7", "--memory", &memory, "--parent", "vm9"], &["vm9", "none"]);
-    lab.refused(&["show", &bank, "vm7", "--tenant-key", &memory], &["no tenant key", "32 bytes"]);
+    lab.refused(&["show", &bank, "vm7", "--tenant-key", &memory], &["tenant key", "32"]);
     Lab::run(&["withdraw", &bank, "vm7"]).assert_refusal(2, &["--to"]);
     Lab::run(&["remove", &bank]).assert_refusal(2, &["MACHINE"]);
     Lab::run(&["deposit", &bank, "vm7", "--memory", "a="]).assert_refusal(2, &["a file is missing"]);

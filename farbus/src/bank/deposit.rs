@@ -3,6 +3,7 @@
 //! `--disk a.img --disk root=b.img` are the sections `disk0` and `root`; `--dirty memory=vm7.bitmap` says which pages of `memory` to read.
 
 use std::fs::File;
+use std::os::unix::fs::FileTypeExt;
 use std::path::Path;
 
 use farbus_machine_bank::cloud_hypervisor::Other;
@@ -105,9 +106,13 @@ fn tell(args: &DepositArgs, bank: &Bank, report: &DepositReport) -> anyhow::Resu
 }
 
 fn file(path: &Path) -> anyhow::Result<FileSource> {
-    File::open(path)
-        .and_then(FileSource::new)
-        .advise(format!("cannot read {}", path.display()), "name a file or a block device that this user can read")
+    let (what, advice) = (|| format!("cannot read {}", path.display()), "name a file or a block device that this user can read");
+    // Before it is opened: a pipe would be waited for, and a terminal or /dev/zero has no end.
+    let about = std::fs::metadata(path).advise(what(), advice)?.file_type();
+    if !about.is_file() && !about.is_block_device() {
+        return Err(refusal(format!("{} is neither a file nor a block device", path.display()), advice));
+    }
+    File::open(path).and_then(FileSource::new).advise(what(), advice)
 }
 
 fn refused_qemu<T>(args: &DepositArgs, refused: Refused) -> anyhow::Result<T> {

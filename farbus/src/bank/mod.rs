@@ -19,7 +19,6 @@ mod serve_faults;
 mod vmm_help;
 mod withdraw;
 
-use std::fs;
 use std::process::ExitCode;
 use std::sync::Arc;
 
@@ -129,7 +128,7 @@ fn with_key(store: Box<dyn Store>, address: &BankAddress, place: &Place) -> anyh
 /// The tenant's key, where a file is named.
 fn key(place: &Place) -> anyhow::Result<Option<[u8; KEY]>> {
     let Some(path) = &place.tenant_key else { return Ok(None) };
-    let bytes = fs::read(path).advise(
+    let bytes = farbus_control::read::read(path).advise(
         format!("cannot read the tenant key {}", path.display()),
         "name a file that this user can read; head -c 32 /dev/urandom >FILE makes a key",
     )?;

@@ -63,9 +63,20 @@ pub fn run(args: &WithdrawArgs) -> anyhow::Result<()> {
             others.filter(|name| !inside.contains(name) && !files.iter().any(|(other, _)| other == name)).collect();
         files.extend(others.into_iter().map(|name| (name.clone(), folder.join(name))));
     }
-    for path in files.iter().map(|(_, path)| path).chain(&args.qemu).filter(|_| !args.replace) {
-        if path.exists() {
-            return Err(refusal(format!("{} is there", path.display()), "choose another name, or say --replace"));
+    let all: Vec<_> = files.iter().map(|(_, path)| path).chain(&args.qemu).collect();
+    for (at, path) in all.iter().enumerate() {
+        if all[..at].contains(path) {
+            return Err(refusal(format!("{} is named twice", path.display()), "write each section to a file of its own"));
+        }
+        match path.symlink_metadata() {
+            Ok(_) if !args.replace => {
+                return Err(refusal(format!("{} is there", path.display()), "choose another name, or say --replace"));
+            }
+            Ok(about) if !about.is_file() => {
+                let what = format!("{} is no ordinary file, and only such are replaced", path.display());
+                return Err(refusal(what, "withdraw to a file, and write it from there: dd if=FILE of=/dev/vdb bs=4M conv=fsync"));
+            }
+            _ => {}
         }
     }
     let mut written = Vec::new();

@@ -32,7 +32,7 @@ pub struct ImportReport {
     pub root: String,
     /// What the archive rests on.
     pub since: Option<String>,
-    /// Whether it was there already, so that nothing was imported, and the rest of the archive was not read.
+    /// Whether it was there already, so that nothing was imported but pages of it that had been lost.
     pub was_there: bool,
     /// Pages of the archive.
     pub pages: u64,
@@ -141,10 +141,8 @@ pub fn import(bank: &Bank, from: &mut dyn Read, progress: &dyn Fn(Progress)) -> 
     let head = Head::parse(&head)?;
     let _hold = bank.store().hold(Hold::Deposit, bank.wait())?;
     let listing = bank.listing()?;
-    if let Some(there) = listing.by_root(&root) {
-        let (machine, root) = (there.to_string(), there.root.to_string());
-        return Ok(ImportReport { machine, root, was_there: true, ..ImportReport::default() });
-    }
+    // It is read all the same: pages of it may have been lost, and whoever writes the archive into a pipe comes to its end.
+    let there = listing.by_root(&root).cloned();
     let base = Some(Root(base)).filter(|base| base.0 != [0; 32]);
     let since = base.map(|base| listing.by_root(&base).ok_or(ImportError::NoBase(base))).transpose()?;
     let open = |root: &Root| Manifest::open(bank.store(), bank.identity(), &listing, root);
@@ -188,6 +186,11 @@ pub fn import(bank: &Bank, from: &mut dyn Read, progress: &dyn Fn(Progress)) -> 
         return Err(Malformed::Trailing(1).into());
     }
     pages.end()?;
+    if let Some(there) = there {
+        let Pages { known, report, .. } = pages;
+        known.finish(bank)?;
+        return Ok(ImportReport { machine: there.to_string(), root: root.to_string(), was_there: true, ..report });
+    }
     let commit = bank.store().hold(Hold::Commit, bank.wait())?;
     let number = |made: Root| {
         // What was read is what is written, so its hash is; only a fault of ours could differ.

@@ -24,7 +24,7 @@ pub struct CopyReport {
     pub machine: String,
     /// Its root.
     pub root: String,
-    /// Whether it was there already, so that nothing was copied.
+    /// Whether it was there already, so that nothing was copied but pages of it that had been lost.
     pub was_there: bool,
     /// Pages that were copied.
     pub pages: u64,
@@ -67,10 +67,6 @@ pub fn copy(from: &Bank, to: &Bank, entry: &Entry, progress: &dyn Fn(Progress)) 
     let _hold = to.store().hold(Hold::Deposit, to.wait())?;
     let manifest = from.manifest(entry)?;
     let there = to.listing()?;
-    if let Some(there) = there.by_root(&entry.root) {
-        let (machine, root) = (there.to_string(), there.root.to_string());
-        return Ok(CopyReport { machine, root, was_there: true, ..CopyReport::default() });
-    }
     let mut packs = Packs { to, known: Known::open(to)?, pending: HashSet::new(), report: CopyReport::default() };
     let (reader, mut scratch, mut packer) =
         (Reader::of(from, entry.root)?, Scratch::new()?, Packer::new().map_err(CopyError::Memory)?);
@@ -94,6 +90,12 @@ pub fn copy(from: &Bank, to: &Bank, entry: &Entry, progress: &dyn Fn(Progress)) 
         packs.put(&last.seal())?;
     }
     to.store().sync(Kind::Pack)?;
+    if let Some(there) = there.by_root(&entry.root) {
+        // Its pages may have been lost there, and are not any more.
+        packs.known.finish(to)?;
+        let (machine, root) = (there.to_string(), there.root.to_string());
+        return Ok(CopyReport { machine, root, was_there: true, ..packs.report });
+    }
     let base = match manifest.head.parent.filter(|parent| there.by_root(parent).is_some()) {
         Some(parent) => Some(Manifest::open(to.store(), to.identity(), &there, &parent)?),
         None => None,
