@@ -13,11 +13,13 @@
 mod front;
 mod lazy;
 mod options;
+mod recovery;
 mod restore;
 mod save;
 #[cfg(test)]
 mod tests;
 mod windows;
+mod workbench;
 
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
@@ -38,6 +40,7 @@ use crate::routes::{Route, Routes};
 use front::Front;
 use lazy::Lazy;
 pub use options::{Counters, FunctionError, FunctionOptions, InterruptOwner};
+use recovery::Recovery;
 pub use restore::{RestoreError, Restored};
 pub use save::QuiesceError;
 use windows::Windows;
@@ -61,6 +64,8 @@ pub struct Function<S: IrqSink> {
     decoded: u8,
     gone: bool,
     windows: Windows,
+    /// How it gets its device again; `None` where it does not.
+    recovery: Option<Recovery>,
     /// How often something that changes the device was done, to tell that nothing was since it came to rest.
     quiesced: Option<u64>,
     map_changes: u64,
@@ -170,7 +175,11 @@ impl<S: IrqSink> Function<S> {
         }
         self.front.counters.bar_reads_remote += 1;
         self.release_lazy();
-        let value = width.truncate(self.attachment.bar_read(at, width, &mut self.front));
+        let mut value = width.truncate(self.attachment.bar_read(at, width, &mut self.front));
+        // Late rather than wrong: what it would have said, it says when it is back.
+        while self.is_lost() && self.wait_for_device() {
+            value = width.truncate(self.attachment.bar_read(at, width, &mut self.front));
+        }
         self.profile.answered(at, width, value);
         self.settle();
         tracing::trace!(%at, value, register = self.profile.register(at).map(tracing::field::display), "read");
@@ -240,7 +249,11 @@ impl<S: IrqSink> Function<S> {
     pub fn map(&mut self, window: Window) -> Result<(), MapError> {
         self.map_changes += 1;
         self.release_lazy();
-        let mapped = self.attachment.map(window.clone(), &mut self.front);
+        let mut mapped = self.attachment.map(window.clone(), &mut self.front);
+        if self.is_lost() {
+            // Told to the device that takes its place.
+            mapped = Ok(());
+        }
         // The attachment's book has the same windows, so this one cannot refuse what that one took.
         let mapped = mapped.and_then(|()| self.windows.insert(window));
         self.settle();
@@ -255,7 +268,11 @@ impl<S: IrqSink> Function<S> {
     pub fn unmap(&mut self, iova: Iova, len: u64) -> Result<(), MapError> {
         self.map_changes += 1;
         self.release_lazy();
-        let unmapped = self.attachment.unmap(iova, len, &mut self.front);
+        let mut unmapped = self.attachment.unmap(iova, len, &mut self.front);
+        if self.is_lost() {
+            // The link's end took all memory back; which windows there are, the function's own book says.
+            unmapped = Ok(());
+        }
         if unmapped.is_ok() {
             self.front.mediations.withdraw(iova, len);
         }
@@ -306,7 +323,11 @@ impl<S: IrqSink> Function<S> {
         if std::mem::take(&mut self.bus_master) {
             self.attachment.set_bus_master(false, &mut self.front);
         }
-        let reset = self.attachment.reset(kind, &mut self.front);
+        let mut reset = self.attachment.reset(kind, &mut self.front);
+        if self.is_lost() {
+            // The one that takes its place is reset, too.
+            reset = Ok(());
+        }
         self.profile.reset(kind);
         self.front.restart(kind);
         // Said again even if it is the same: the device may have forgotten.
@@ -325,6 +346,16 @@ impl<S: IrqSink> Function<S> {
         }
         let activity = self.attachment.poll(now, &mut self.front);
         self.settle();
+        if self.attachment.gone().is_some() {
+            return self.mourn(activity);
+        }
+        activity
+    }
+
+    /// The device is not there: it is looked for, or the guest sees its line fall.
+    #[cold]
+    fn mourn(&mut self, activity: Activity) -> Activity {
+        let activity = if self.is_lost() { self.look_for_device() } else { activity };
         if !self.gone && self.gone().is_some() {
             self.gone = true;
             self.front.gone();
@@ -338,18 +369,23 @@ impl<S: IrqSink> Function<S> {
             self.send_all();
         }
         self.armed = true;
+        if self.is_lost() {
+            // What it said while it was looked for is in its descriptor.
+            return true;
+        }
         let idle = !self.front.mediations.waiting() && self.front.mediations.refused() == 0;
         idle && self.attachment.arm()
     }
 
     /// Readable when an armed function has events.
     pub fn wake_fd(&self) -> Option<BorrowedFd<'_>> {
-        self.attachment.wake_fd()
+        if self.lost_since().is_some() { self.search_fd() } else { self.attachment.wake_fd() }
     }
 
-    /// Why the device is gone, once it is. Then every read is all ones, as from an empty slot.
+    /// Why the device is gone for good, once it is. Then every read is all ones, as from an empty slot. One that is looked for
+    /// ([`Function::reattaching`]) is not.
     pub fn gone(&self) -> Option<CloseReason> {
-        self.attachment.gone()
+        self.attachment.gone().filter(|_| self.recovery.as_ref().is_none_or(Recovery::is_over))
     }
 
     /// The pages that the device wrote in `memory`, complete up to this call; `None` where `memory` has no window and nothing is left to take

@@ -95,6 +95,21 @@ pub trait Profile: Send {
         Err(ReviveError::Unknown("its class has no profile that could bring it back".into()))
     }
 
+    /// Keeps from now on what the device is told and has not answered, so that it can be told again should the device be lost. False where the class
+    /// cannot.
+    fn remember(&mut self) -> bool {
+        false
+    }
+
+    /// The device is lost, and another one, or itself after a reset, is here in its place: brings it to where the lost one was, and tells it again what that one
+    /// had not answered. Answers come to guest memory while this waits for them.
+    ///
+    /// # Errors
+    /// [`ReviveError`]: the device is in an unknown state.
+    fn recover(&mut self, _device: &mut dyn Reviving) -> Result<GoOn, ReviveError> {
+        Err(ReviveError::Unknown("its class has no profile that could bring it back".into()))
+    }
+
     /// After a restore, when the device may go on: register writes that make it look at what the guest had told it and it had not begun, and the vectors of
     /// what the guest has perhaps not heard of.
     fn go_on(&mut self, _guest: &dyn Peek) -> GoOn {
@@ -122,6 +137,15 @@ pub trait Reviving {
     /// Reads a register.
     fn read(&mut self, at: BarAddress, width: Width) -> u64;
 
+    /// Takes all lent memory back but for what was lent at `keep`, and lets the device use the guest's memory everywhere else.
+    ///
+    /// # Errors
+    /// [`ReviveError`].
+    fn give_guest_memory(&mut self, keep: &[Iova]) -> Result<(), ReviveError>;
+
+    /// The guest's memory, to look at.
+    fn guest(&self) -> &dyn Peek;
+
     /// Lets the device work; an error when it is gone.
     ///
     /// # Errors
@@ -140,7 +164,7 @@ pub enum ReviveError {
     Device(String),
 }
 
-/// What a restored device is told when it goes on.
+/// What a device that was restored or recovered is told when it goes on.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct GoOn {
     /// Register writes, in order.
