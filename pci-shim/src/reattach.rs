@@ -159,6 +159,9 @@ impl Reattach for Reconnector {
 
 impl fmt::Debug for Reconnector {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Reconnector").field("give_up", &self.give_up).field("looks", &self.running.is_some()).finish_non_exhaustive()
+        f.debug_struct("Reconnector")
+            .field("give_up", &self.give_up)
+            .field("looks", &self.running.is_some())
+            .finish_non_exhaustive()
     }
 }

@@ -13,8 +13,8 @@ use farbus_machine_bank::lazy::Area;
 use farbus_mini_vmm::link::borrow;
 use farbus_mini_vmm::{Device as HomeDevice, Home};
 use farbus_pci_shim::{Embedded, Reconnector, Search};
-use farbus_remote_dma::guest_memory::SliceMemory;
 use farbus_remote_dma::GuestAddress;
+use farbus_remote_dma::guest_memory::SliceMemory;
 use farbus_remote_dma::model::{Nvme, NvmeOptions};
 use farbus_remote_dma::wait::Waker;
 use farbus_tests::scripted_guest::{BLOCK_BYTES, BLOCKS, FlagSink, Guest, MEMORY_BYTES, generation_of};
@@ -93,8 +93,7 @@ fn a_lender_that_is_killed_costs_its_guest_a_pause_and_no_block() {
     let reconnector = Reconnector::new(Duration::from_secs(20), move || borrow(&at, None).map_err(|error| format!("{error:#}")))
         .telling(move |search| tell.lock().unwrap().push(search));
     let slice = SliceMemory::new(GuestAddress(0), Arc::clone(&memory));
-    let mut device =
-        Embedded::new(attachment, FlagSink(Arc::clone(&memory)), slice).unwrap().reattaching(Box::new(reconnector));
+    let mut device = Embedded::new(attachment, FlagSink(Arc::clone(&memory)), slice).unwrap().reattaching(Box::new(reconnector));
     let guest = Guest::new(memory);
     guest.boot(&mut device, 77).unwrap();
 
@@ -147,6 +146,9 @@ fn a_lender_that_is_killed_costs_its_guest_a_pause_and_no_block() {
     let at = |share: usize| pauses[(pauses.len() * share / 100).min(pauses.len() - 1)];
     println!("{} kills, {outstanding} commands outstanding, {} blocks verified", kills(), guest.verified());
     for (name, [start, back, first]) in [("median", at(50)), ("p99", at(99))] {
-        println!("{name}: the lender's start {start} us; from then {} us = found and told again {back} + first answer {first}", back + first);
+        println!(
+            "{name}: the lender's start {start} us; from then {} us = found and told again {back} + first answer {first}",
+            back + first
+        );
     }
 }

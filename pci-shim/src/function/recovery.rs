@@ -17,7 +17,7 @@ use super::Function;
 use super::restore::RestoreError;
 use super::workbench::Workbench;
 use crate::irq::IrqSink;
-use crate::profile::GoOn;
+use crate::profile::{GoOn, RecoveryRule};
 use crate::reattach::{Found, Reattach};
 use crate::state::DeviceIdentity;
 
@@ -60,8 +60,17 @@ impl<S: IrqSink> Function<S> {
         if self.profile.remember() {
             self.recovery = Some(Recovery { reattach, lost: None, over: false, times: 0 });
         } else {
-            tracing::warn!(device = self.description.name, "a device of this class cannot be told again what it was told: it is not looked for when it is lost");
+            tracing::warn!(
+                device = self.description.name,
+                "a device of this class cannot be told again what it was told: it is not looked for when it is lost"
+            );
         }
+    }
+
+    /// Breaks a rule, for a test that must then fail.
+    #[doc(hidden)]
+    pub fn break_recovery(&mut self, rule: RecoveryRule) {
+        self.profile.break_rule(rule);
     }
 
     /// Since when the device is looked for; `None` where it is not.
@@ -112,16 +121,15 @@ impl<S: IrqSink> Function<S> {
                         recovery.reattach.back(away.unwrap_or_default());
                     }
                 }
-                // The one that was found is lost, too.
-                Err(error) if self.attachment.gone().is_some_and(may_come_back) && !self.attachment.in_doubt() => {
+                Err(Failed::LostAgain(error)) => {
+                    self.front.hold(false);
+                    self.front.mediations.forget();
                     tracing::info!(%error, "the device was found, and lost again");
                     if let Some(Recovery { reattach, lost: Some(lost), .. }) = &mut self.recovery {
                         reattach.begin(lost.why, lost.since);
                     }
                 }
-                Err(error) => {
-                    self.give_up(&error.to_string());
-                }
+                Err(Failed::ForGood(error)) => self.give_up(&error.to_string()),
             },
         }
         Activity::Busy
@@ -143,7 +151,6 @@ impl<S: IrqSink> Function<S> {
     }
 
     fn give_up(&mut self, why: &str) {
-        // Nothing of ours may be left mapped at a device that is in an unknown state; the link's end takes it all back.
         if let Some(recovery) = &mut self.recovery {
             recovery.over = true;
             recovery.reattach.gave_up(why);
@@ -153,25 +160,30 @@ impl<S: IrqSink> Function<S> {
     }
 
     /// Puts the device that was found in the lost one's place.
-    fn recover(&mut self, attachment: Box<dyn Attachment>) -> Result<(), RestoreError> {
+    fn recover(&mut self, attachment: Box<dyn Attachment>) -> Result<(), Failed> {
         let mine = DeviceIdentity::of(&self.description);
         let here = DeviceIdentity::of(attachment.description());
         if let Some(what) = mine.differs_from(&here) {
-            return Err(RestoreError::Device { what, saved: mine.name, here: here.name });
+            return Err(Failed::ForGood(RestoreError::Device { what, saved: mine.name, here: here.name }));
         }
         if attachment.continues().is_some() {
-            return Err(RestoreError::OtherRest);
+            return Err(Failed::ForGood(RestoreError::OtherRest));
         }
         let mut before = std::mem::replace(&mut self.attachment, attachment);
         self.front.hold(true);
         let recovered = self.retell();
-        if recovered.is_err() && self.attachment.gone().is_none() {
-            // It is in an unknown state: no more of it. What it was is gone already, so this says that there is none.
-            self.attachment = before;
-            return recovered.map(drop);
-        }
         self.take_over_dirty_pages(&mut *before);
-        let go_on = recovered?;
+        let go_on = match recovered {
+            Ok(go_on) => go_on,
+            Err(error) if self.attachment.gone().is_some_and(may_come_back) && !self.attachment.in_doubt() => {
+                return Err(Failed::LostAgain(error));
+            }
+            Err(error) => {
+                // It is in an unknown state: the end of its link resets it, and takes everything back. What was lost before says that there is none.
+                self.attachment = before;
+                return Err(Failed::ForGood(error));
+            }
+        };
         self.front.hold(false);
         for (at, width, value) in go_on.writes {
             self.attachment.bar_write(at, width, value, &mut self.front);
@@ -221,6 +233,14 @@ impl<S: IrqSink> Function<S> {
             }
         }
     }
+}
+
+/// Why a device that was found does not go on.
+enum Failed {
+    /// It is lost, too, and may be found again.
+    LostAgain(RestoreError),
+    /// There is no use in looking.
+    ForGood(RestoreError),
 }
 
 /// Bytes that a mark of a dirty log stands for.

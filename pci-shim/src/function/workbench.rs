@@ -85,7 +85,8 @@ impl<S: IrqSink> Reviving for Workbench<'_, S> {
 
     fn give_guest_memory(&mut self, keep: &[Iova]) -> Result<(), ReviveError> {
         let failed = |error: MapError| ReviveError::Device(format!("the guest's memory cannot be mapped for it: {error}"));
-        let (mut kept, taken): (Vec<_>, Vec<_>) = std::mem::take(&mut self.lent).into_iter().partition(|(iova, _)| keep.contains(iova));
+        let (mut kept, taken): (Vec<_>, Vec<_>) =
+            std::mem::take(&mut self.lent).into_iter().partition(|(iova, _)| keep.contains(iova));
         for (iova, len) in taken {
             self.attachment.unmap(iova, len, self.front).map_err(failed)?;
         }

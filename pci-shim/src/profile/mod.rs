@@ -110,6 +110,10 @@ pub trait Profile: Send {
         Err(ReviveError::Unknown("its class has no profile that could bring it back".into()))
     }
 
+    /// Breaks a rule of [`Profile::recover`] from now on.
+    #[doc(hidden)]
+    fn break_rule(&mut self, _rule: RecoveryRule) {}
+
     /// After a restore, when the device may go on: register writes that make it look at what the guest had told it and it had not begun, and the vectors of
     /// what the guest has perhaps not heard of.
     fn go_on(&mut self, _guest: &dyn Peek) -> GoOn {
@@ -162,6 +166,25 @@ pub enum ReviveError {
     /// It does not do what it is told.
     #[error("the device was reset, and does not come back: {0}")]
     Device(String),
+}
+
+/// A rule of a recovery, to be broken on purpose by a test that must then fail.
+#[doc(hidden)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RecoveryRule {
+    /// What was not answered is told again.
+    TellAgain,
+    /// What was answered is not, whether the guest has taken the answer or not.
+    TellOnce,
+    /// It is told as it was submitted, not as the guest's slots are by now.
+    TellTheCopy,
+    /// The guest is interrupted for what it has perhaps not heard of.
+    InterruptAgain,
+}
+
+impl RecoveryRule {
+    /// All of them.
+    pub const ALL: [Self; 4] = [Self::TellAgain, Self::TellOnce, Self::TellTheCopy, Self::InterruptAgain];
 }
 
 /// What a device that was restored or recovered is told when it goes on.

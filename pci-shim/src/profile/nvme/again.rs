@@ -42,7 +42,8 @@ impl Rig<'_> {
             self.ring(*id)?;
         }
         for queue in &saved.completions {
-            let own = |id: u16| saved.submissions.iter().any(|submission| submission.id == id && submission.completions == queue.id);
+            let own =
+                |id: u16| saved.submissions.iter().any(|submission| submission.id == id && submission.completions == queue.id);
             let told: usize = again.iter().filter(|(id, _)| own(*id)).map(|(_, commands)| commands.len()).sum();
             self.await_answers((queue.base, queue.entries), (queue.tail, queue.tail_phase), told)?;
         }

@@ -78,6 +78,15 @@ impl Ledger {
         }
     }
 
+    /// The completion of a command that was never kept lies in its queue, and will be taken.
+    pub(super) fn expect(&mut self, entry: &Entry) {
+        if let Some(commands) = self.queues.get_mut(usize::from(entry.queue)) {
+            let mut command = [0; SUBMISSION_BYTES as usize];
+            command[2..4].copy_from_slice(&entry.identifier.to_le_bytes());
+            commands.push_back(command);
+        }
+    }
+
     /// What is outstanding in a queue, the oldest first.
     pub(super) fn of(&self, queue: u16) -> Vec<Command> {
         self.queues.get(usize::from(queue)).map(|commands| commands.iter().copied().collect()).unwrap_or_default()

@@ -4,11 +4,13 @@
 //! the copies of the other three are its next. Whether the lost one had carried one of them out cannot be known, so only commands are told again that leave the same
 //! behind when they are carried out twice before anybody hears of the first time.
 
+use farbus_remote_dma::Iova;
+
 use super::Nvme;
 use super::ledger::Command;
-use super::queues::{Entry, Queues, opcode};
+use super::queues::{Entry, Queues, SUBMISSION_BYTES, Submission, opcode};
 use super::saved::{SavedCompletions, SavedQueues, SavedSubmission, posted};
-use crate::profile::Peek;
+use crate::profile::{Peek, RecoveryRule};
 
 /// A controller that is not there any more.
 #[derive(Clone, Debug, Default)]
@@ -24,7 +26,7 @@ impl Lost {
     ///
     /// # Errors
     /// Why it cannot be told.
-    pub(super) fn of(known: &Queues, guest: &dyn Peek) -> Result<Self, &'static str> {
+    pub(super) fn of(known: &Queues, guest: &dyn Peek, broken: Option<RecoveryRule>) -> Result<Self, &'static str> {
         let mut known = known.clone();
         let mut saved = SavedQueues::default();
         let completions: Vec<_> = known.all_completions().map(|(id, queue)| (id, *queue)).collect();
@@ -32,7 +34,9 @@ impl Lost {
             let end = posted(&queue, guest, |entry| {
                 if entry.queue == 0 {
                     known.completed(entry);
-                } else if let Some(ledger) = &mut known.ledger {
+                } else if broken != Some(RecoveryRule::TellOnce)
+                    && let Some(ledger) = &mut known.ledger
+                {
                     ledger.completed(&entry);
                 }
             })?;
@@ -57,7 +61,14 @@ impl Lost {
             known.pending.iter().map(|pending| pending.entry).partition(|entry| entry[0] == opcode::EVENT_REQUEST);
         let mut again = Vec::new();
         for (id, queue) in known.submissions() {
-            let commands = if id == 0 { admin.clone() } else { ledger.of(id) };
+            let mut commands = if id == 0 { admin.clone() } else { ledger.of(id) };
+            if id != 0 {
+                match broken {
+                    Some(RecoveryRule::TellAgain) => commands.clear(),
+                    Some(RecoveryRule::TellTheCopy) => in_the_slots(&mut commands, queue, guest),
+                    _ => {}
+                }
+            }
             if !commands.iter().all(|command| may_be_told_again(id, command)) {
                 return Err("a command is outstanding that must not be carried out twice");
             }
@@ -91,6 +102,15 @@ impl Nvme {
         let lies = |base, head, phase| Entry::read(base, head, guest).is_some_and(|entry| entry.phase == phase);
         let queues = self.queues.all_completions().filter(|(_, queue)| lies(queue.base, queue.head, queue.phase));
         queues.filter_map(|(_, queue)| queue.vector).collect()
+    }
+}
+
+/// What lies in the guest's slots, where it may have put other commands by now: for a test that must fail.
+fn in_the_slots(commands: &mut [Command], queue: &Submission, guest: &dyn Peek) {
+    let count = commands.len() as u32;
+    for (back, command) in (1..=count).rev().zip(commands) {
+        let slot = (queue.tail + queue.entries - back) % queue.entries;
+        guest.peek(Iova(queue.base + u64::from(slot) * SUBMISSION_BYTES), command);
     }
 }
 

@@ -18,7 +18,7 @@ use farbus_remote_dma::{BarAddress, DeviceDescription, Iova, ResetKind, Width};
 use self::lost::Lost;
 use self::queues::Queues;
 use self::saved::SavedQueues;
-use super::{GoOn, Peek, Profile, RegisterName, ReviveError, Reviving, Verdict};
+use super::{GoOn, Peek, Profile, RecoveryRule, RegisterName, ReviveError, Reviving, Verdict};
 use crate::state::{ProfileState, StateError};
 
 /// Mass storage, non-volatile memory, NVM Express.
@@ -116,6 +116,7 @@ pub struct Nvme {
     revived: bool,
     /// Commands are kept, to be told again.
     remembers: bool,
+    broken: Option<RecoveryRule>,
     /// The highest number of a completion queue that can have a vector of its own: what lies behind may be no doorbell.
     last_queue: u16,
 }
@@ -137,6 +138,7 @@ impl Nvme {
             loaded: None,
             revived: false,
             remembers: false,
+            broken: None,
             last_queue: description.msix.map_or(0, |msix| msix.vectors),
         }
     }
@@ -324,15 +326,24 @@ impl Profile for Nvme {
         }
         let lost = match self.admin {
             None => None,
-            Some(_) => Some(Lost::of(&self.queues, device.guest()).map_err(|why| ReviveError::Unknown(why.into()))?),
+            Some(_) => {
+                let lost = Lost::of(&self.queues, device.guest(), self.broken);
+                Some(lost.map_err(|why| ReviveError::Unknown(why.into()))?)
+            }
         };
         self.bring_back(lost.as_ref(), device)?;
-        Ok(GoOn { writes: Vec::new(), vectors: self.unheard(device.guest()) })
+        let vectors = if self.broken == Some(RecoveryRule::InterruptAgain) { Vec::new() } else { self.unheard(device.guest()) };
+        Ok(GoOn { writes: Vec::new(), vectors })
+    }
+
+    fn break_rule(&mut self, rule: RecoveryRule) {
+        self.broken = Some(rule);
     }
 
     fn go_on(&mut self, guest: &dyn Peek) -> GoOn {
         let revived = std::mem::take(&mut self.revived);
         let (Some(saved), Some(stride)) = (self.loaded.take(), self.stride()) else { return GoOn::default() };
+        self.queues.restore_unread(guest);
         for queue in &saved.submissions {
             match queue.id {
                 0 => self.queues.restore_pending(queue.head, guest),

@@ -9,7 +9,7 @@ use farbus_remote_dma::Iova;
 
 use super::AdminQueues;
 use super::ledger::Ledger;
-use super::saved::{SavedCompletions, SavedQueues, SavedSubmission};
+use super::saved::{SavedCompletions, SavedQueues, SavedSubmission, posted};
 use crate::profile::Peek;
 
 /// Bytes of a submission queue entry and of a completion queue entry (NVM Express 1.4, sections 4.2 and 4.6).
@@ -194,6 +194,18 @@ impl Queues {
     pub(super) fn restore_pending(&mut self, head: u32, guest: &dyn Peek) {
         if let Some(Some(Submission { base, entries, tail, .. })) = self.submission.first().copied() {
             self.admin_submitted(base, entries, head, tail, guest);
+        }
+    }
+
+    /// Completions of commands of before lie in queues that were restored.
+    pub(super) fn restore_unread(&mut self, guest: &dyn Peek) {
+        let Some(ledger) = &mut self.ledger else { return };
+        for (id, queue) in (0_u16..).zip(&self.completions) {
+            if let Some(queue) = queue.as_ref().filter(|_| id != 0)
+                && let Err(why) = posted(queue, guest, |entry| ledger.expect(&entry))
+            {
+                ledger.unseen = Some(why);
+            }
         }
     }
 
