@@ -144,8 +144,9 @@ pub enum Unshared {
 
 Do not migrate such a virtual machine: stock QEMU (11.1.3) moves it without the state of this device, and without a word.
 
-Where the lender is gone while a VM is connected, that is said at once (with --json as the event \"lender-gone\"); the VM reads all ones,
-and the command stays until the VM leaves.
+Where the lender is gone (with --json the event \"lender-lost\") it is looked for as long as --reconnect says. Found again (\"lender-back\"), an NVMe drive
+is put where it was and told again what the VM has no answer to: the VM sees a pause. After that time, and at once for other devices,
+it is gone for good (\"lender-gone\"): the VM reads all ones, and the command stays until the VM leaves.
 
 Exit status: 0 after a signal or the lender's goodbye, 3 where the lender is gone without one or broke the protocol.")]
 pub struct BorrowArgs {
@@ -176,6 +177,10 @@ pub struct BorrowArgs {
     /// How long the guest waits for a register read before it gets all ones, as in 500ms or 2s
     #[arg(long, value_name = "TIME", default_value = "2s", value_parser = parse_wait)]
     pub read_deadline: Duration,
+    /// How long to look for a lender that is gone, as in 500ms or 4s; 0s: not at all. A register read of the VM waits as long. QEMU gives a device up
+    /// that does not answer for 5 s (x-msg-timeout)
+    #[arg(long, value_name = "TIME", default_value = "4s", value_parser = parse_duration)]
+    pub reconnect: Duration,
     /// Print one JSON object a line
     #[arg(long)]
     pub json: bool,
