@@ -5,56 +5,26 @@
 
 use std::os::unix::fs::PermissionsExt;
 
-use farbus_tests::process::{End, run};
+use farbus_tests::bank_lab::BankLab;
 use serde_json::Value;
-use tempfile::TempDir;
 
-struct Lab(TempDir);
-
-impl Lab {
-    /// A bank with two deposits of `vm7`.
-    fn new() -> Self {
-        let lab = Self(tempfile::tempdir().unwrap());
-        let mut memory: Vec<u8> = (0..1_000_000_u32).flat_map(|n| (n / 700).to_le_bytes()).collect();
-        std::fs::write(lab.path("vm7.ram"), &memory).unwrap();
-        std::fs::write(lab.path("vm7.dev"), "registers").unwrap();
-        lab.ok(&["init", &lab.path("bank")]);
-        lab.deposit(&[]);
-        memory[8192..12_288].fill(7);
-        std::fs::write(lab.path("vm7.ram"), &memory).unwrap();
-        lab.deposit(&[]);
-        lab
+/// A bank with two deposits of `vm7`.
+fn lab() -> BankLab {
+    let lab = BankLab::new();
+    let mut memory: Vec<u8> = (0..1_000_000_u32).flat_map(|n| (n / 700).to_le_bytes()).collect();
+    lab.write("vm7.dev", "registers");
+    for change in [None, Some(7)] {
+        change.into_iter().for_each(|change| memory[8192..12_288].fill(change));
+        lab.write("vm7.ram", &memory);
+        deposit(&lab, &[]);
     }
+    lab
+}
 
-    fn path(&self, name: &str) -> String {
-        self.0.path().join(name).to_str().unwrap().to_owned()
-    }
-
-    #[track_caller]
-    fn deposit(&self, more: &[&str]) -> Value {
-        let (bank, memory, devices) = (self.path("bank"), self.path("vm7.ram"), self.path("vm7.dev"));
-        self.ok(&[&["deposit", &bank, "vm7", "--memory", &memory, "--device-state", &devices], more].concat())
-    }
-
-    fn run(words: &[&str]) -> End {
-        run(&[&["bank"], words].concat())
-    }
-
-    /// What it prints for machines; it prints something for people too.
-    #[track_caller]
-    fn ok(&self, words: &[&str]) -> Value {
-        let end = Self::run(&[words, &["--json"]].concat());
-        assert_eq!(end.code(), Some(0), "{words:?}: {}", end.stderr);
-        serde_json::from_str(&end.stdout).unwrap()
-    }
-
-    #[track_caller]
-    fn refused(&self, words: &[&str], said: &[&str]) {
-        Self::run(words).assert_refusal(1, said);
-        let end = Self::run(&[words, &["--json"]].concat());
-        let object: Value = serde_json::from_str(&end.stdout).unwrap();
-        assert!(object["error"].is_string() && object["hint"].is_string(), "{object}");
-    }
+#[track_caller]
+fn deposit(lab: &BankLab, more: &[&str]) -> Value {
+    let (bank, memory, devices) = (lab.bank(), lab.path("vm7.ram"), lab.path("vm7.dev"));
+    lab.ok(&[&["deposit", &bank, "vm7", "--memory", &memory, "--device-state", &devices], more].concat())
 }
 
 #[test]
@@ -76,7 +46,7 @@ fn every_bank_command_explains_itself() {
         "export",
         "import",
     ] {
-        let help = Lab::run(&[command, "--help"]);
+        let help = BankLab::run(&[command, "--help"]);
         assert_eq!(help.code(), Some(0));
         assert!(help.stdout.contains("Usage: farbus bank") && help.stdout.contains("--json"), "{}", help.stdout);
     }
@@ -84,7 +54,7 @@ fn every_bank_command_explains_itself() {
 
 #[test]
 fn a_machine_goes_in_twice_is_looked_at_and_comes_out() {
-    let lab = Lab::new();
+    let lab = lab();
     let bank = lab.path("bank");
     let listed = lab.ok(&["list", &bank]);
     let names: Vec<_> = listed["machines"].as_array().unwrap().iter().map(|machine| machine["machine"].clone()).collect();
@@ -108,7 +78,7 @@ fn a_machine_goes_in_twice_is_looked_at_and_comes_out() {
     for words in
         [&["list", &bank][..], &["show", &bank, "vm7"], &["diff", &bank, "vm7@1", "vm7@2"], &["stats", &bank], &["verify", &bank]]
     {
-        let end = Lab::run(words);
+        let end = BankLab::run(words);
         assert!(
             end.code() == Some(0) && !end.stdout.trim().is_empty() && !end.stdout.starts_with('{'),
             "{words:?}: {}",
@@ -119,10 +89,10 @@ fn a_machine_goes_in_twice_is_looked_at_and_comes_out() {
 
 #[test]
 fn what_changed_can_be_told_and_only_that_is_read() {
-    let lab = Lab::new();
+    let lab = lab();
     std::fs::write(lab.path("none.bitmap"), [0; 128]).unwrap();
     let dirty = format!("memory={}", lab.path("none.bitmap"));
-    let report = lab.deposit(&["--dirty", &dirty, "--parent", "vm7"]);
+    let report = deposit(&lab, &["--dirty", &dirty, "--parent", "vm7"]);
     assert_eq!((&report["counts"]["new"], &report["pack_bytes"]), (&0.into(), &0.into()), "{report}");
     let (bank, memory) = (lab.path("bank"), lab.path("vm7.ram"));
     std::fs::write(lab.path("odd.bitmap"), [0; 7]).unwrap();
@@ -138,7 +108,7 @@ fn what_changed_can_be_told_and_only_that_is_read() {
 
 #[test]
 fn what_has_expired_goes_and_its_pages_with_the_next_gc() {
-    let lab = Lab::new();
+    let lab = lab();
     let bank = lab.path("bank");
     let would = lab.ok(&["remove", &bank, "--keep-last", "1", "--dry-run"]);
     assert_eq!(would["would_remove"], serde_json::json!(["vm7@1"]));
@@ -152,11 +122,11 @@ fn what_has_expired_goes_and_its_pages_with_the_next_gc() {
 
 #[test]
 fn what_users_get_wrong_is_said_with_what_to_do() {
-    let lab = Lab::new();
+    let lab = lab();
     let (bank, memory, out) = (lab.path("bank"), lab.path("vm7.ram"), lab.path("out"));
     lab.refused(&["list", &lab.path("nowhere")], &["nowhere", "farbus bank init"]);
     lab.refused(&["init", &bank], &["there is a bank"]);
-    lab.refused(&["init", lab.0.path().to_str().unwrap()], &["is there", "empty"]);
+    lab.refused(&["init", &lab.path("")], &["is there", "empty"]);
     lab.refused(&["withdraw", &bank, "vm8", "--to", &out], &["vm8", "farbus bank list"]);
     lab.refused(&["withdraw", &bank, "vm7", "--section", "ram=x"], &["no section ram", "farbus bank show"]);
     lab.refused(&["withdraw", &bank, "vm7", "--section", &format!("memory={memory}")], &["is there", "--replace"]);
@@ -165,14 +135,14 @@ fn what_users_get_wrong_is_said_with_what_to_do() {
     lab.refused(&["deposit", &bank, "../vm", "--memory", &memory], &["no name", "choose another name"]);
     lab.refused(&["deposit", &bank, "vm7", "--memory", &memory, "--parent", "vm9"], &["vm9", "none"]);
     lab.refused(&["show", &bank, "vm7", "--tenant-key", &memory], &["tenant key", "32"]);
-    Lab::run(&["withdraw", &bank, "vm7"]).assert_refusal(2, &["--to"]);
-    Lab::run(&["remove", &bank]).assert_refusal(2, &["MACHINE"]);
-    Lab::run(&["deposit", &bank, "vm7", "--memory", "a="]).assert_refusal(2, &["a file is missing"]);
+    BankLab::run(&["withdraw", &bank, "vm7"]).assert_refusal(2, &["--to"]);
+    BankLab::run(&["remove", &bank]).assert_refusal(2, &["MACHINE"]);
+    BankLab::run(&["deposit", &bank, "vm7", "--memory", "a="]).assert_refusal(2, &["a file is missing"]);
 }
 
 #[test]
 fn a_tenants_bank_opens_with_its_key_only() {
-    let lab = Lab::new();
+    let lab = lab();
     let (bank, key, other) = (lab.path("tenant"), lab.path("key"), lab.path("other-key"));
     std::fs::write(&key, [3; 32]).unwrap();
     std::fs::write(&other, format!("{}\n", "ab".repeat(32))).unwrap();
@@ -185,24 +155,24 @@ fn a_tenants_bank_opens_with_its_key_only() {
 
 #[test]
 fn damage_is_found_named_and_not_withdrawn() {
-    let lab = Lab::new();
+    let lab = lab();
     let bank = lab.path("bank");
     let packs: Vec<_> = std::fs::read_dir(lab.path("bank/packs")).unwrap().map(|entry| entry.unwrap().path()).collect();
     let largest = packs.iter().max_by_key(|path| path.metadata().unwrap().len()).unwrap();
     let mut bytes = std::fs::read(largest).unwrap();
     bytes[1000] ^= 4;
     std::fs::write(largest, bytes).unwrap();
-    let end = Lab::run(&["verify", &bank]);
+    let end = BankLab::run(&["verify", &bank]);
     assert_eq!(end.code(), Some(1));
     assert!(end.stdout.contains("pages are damaged") && end.stdout.contains("vm7@1: "), "{}", end.stdout);
     lab.refused(&["withdraw", &bank, "vm7", "--to", &lab.path("out")], &["damaged", "farbus bank verify"]);
     assert!(!std::fs::exists(lab.path("out/memory")).unwrap(), "a machine that is not whole has its name");
     // What was damaged is put aside, and the same deposit as before heals what it can.
-    let end = Lab::run(&["verify", &bank, "--repair"]);
+    let end = BankLab::run(&["verify", &bank, "--repair"]);
     assert_eq!(end.code(), Some(1));
     assert!(end.stdout.contains("1 of 2 packs are put aside") && end.stdout.contains("an import stores again"), "{}", end.stdout);
-    lab.deposit(&[]);
-    let end = Lab::run(&["verify", &bank]);
+    deposit(&lab, &[]);
+    let end = BankLab::run(&["verify", &bank]);
     assert_eq!(end.code(), Some(0), "{}", end.stdout);
     lab.ok(&["withdraw", &bank, "vm7@2", "--to", &lab.path("out"), "--replace"]);
     assert!(lab.ok(&["gc", &bank])["put_aside_bytes"].as_u64() > Some(0));
@@ -211,7 +181,7 @@ fn damage_is_found_named_and_not_withdrawn() {
 
 #[test]
 fn a_bank_that_cannot_be_written_is_read_all_the_same() {
-    let lab = Lab::new();
+    let lab = lab();
     let bank = lab.path("bank");
     let folders: Vec<_> = ["", "packs", "manifests", "index", "tmp", "locks", "config"]
         .iter()
@@ -222,8 +192,8 @@ fn a_bank_that_cannot_be_written_is_read_all_the_same() {
     mode(0o555);
     let writable = std::fs::write(lab.path("bank/tmp/x"), "").is_ok();
     let (withdrawn, deposited) = (
-        Lab::run(&["withdraw", &bank, "vm7", "--to", &lab.path("out")]),
-        Lab::run(&["deposit", &bank, "vm7", "--memory", &lab.path("vm7.ram")]),
+        BankLab::run(&["withdraw", &bank, "vm7", "--to", &lab.path("out")]),
+        BankLab::run(&["deposit", &bank, "vm7", "--memory", &lab.path("vm7.ram")]),
     );
     mode(0o755);
     assert_eq!(withdrawn.code(), Some(0), "{}", withdrawn.stderr);

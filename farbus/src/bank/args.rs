@@ -338,7 +338,7 @@ pub struct RemoveArgs {
     #[command(flatten)]
     pub place: Place,
     /// Machines to remove
-    #[arg(value_name = "MACHINE", required_unless_present_any = ["keep_last", "keep_within"])]
+    #[arg(value_name = "MACHINE", required_unless_present_any = ["keep_last", "keep_within", "damaged"])]
     pub machines: Vec<String>,
     /// Remove all but the last N deposits of each machine
     #[arg(long, value_name = "N", conflicts_with = "machines", value_parser = clap::value_parser!(u32).range(1..))]
@@ -346,6 +346,9 @@ pub struct RemoveArgs {
     /// Remove deposits older than this: 90m, 12h, 30d
     #[arg(long, value_name = "AGE", conflicts_with = "machines", value_parser = parse_age)]
     pub keep_within: Option<Duration>,
+    /// Remove the deposits whose manifests are damaged, and those that can only be read by one of them
+    #[arg(long, conflicts_with_all = ["machines", "keep_last", "keep_within", "machine"])]
+    pub damaged: bool,
     /// Only deposits of this machine
     #[arg(long, value_name = "MACHINE", conflicts_with = "machines")]
     pub machine: Option<String>,

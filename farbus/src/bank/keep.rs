@@ -5,12 +5,12 @@
 use std::process::ExitCode;
 
 use farbus_machine_bank::Bank;
-use farbus_machine_bank::keep::{self, Keep, RepairReport, SweepOptions};
+use farbus_machine_bank::keep::{self, Keep, Look, RepairReport, SweepOptions};
 
 use super::args::{CopyArgs, GcArgs, RemoveArgs, VerifyArgs};
 use super::help::Helped;
 use super::progress::Bar;
-use super::{find, open, open_at, open_itself, say, size};
+use super::{damage, find, open, open_at, open_itself, say, size};
 
 /// Verifies a bank.
 pub fn verify(args: &VerifyArgs) -> anyhow::Result<ExitCode> {
@@ -27,12 +27,16 @@ pub fn verify(args: &VerifyArgs) -> anyhow::Result<ExitCode> {
             return format!("{read}: all is well");
         }
         let faults = report.faults.iter().map(|fault| format!("  {fault}\n")).collect::<String>();
-        let whole = "Machines that are not named are whole.";
-        let bank = &args.place.bank;
-        let next =
-            format!("farbus bank verify {bank} --repair puts damaged packs aside, so that what they had can be stored again.");
-        format!("{read}: {} faults\n{faults}{whole} {next}", report.faults.len())
+        let mut text = format!("{read}: {} faults\n{faults}Machines that are not named are whole.", report.faults.len());
+        if report.damaged_packs > 0 {
+            let bank = &args.place.bank;
+            text += &format!(
+                "\nfarbus bank verify {bank} --repair puts damaged packs aside, so that what they had can be stored again."
+            );
+        }
+        text
     })?;
+    damage::status(&args.place, &report.unreadable);
     Ok(if report.faults.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
@@ -41,7 +45,7 @@ fn repair(bank: &Bank, args: &VerifyArgs) -> anyhow::Result<ExitCode> {
     let report = keep::repair(bank, &|progress| bar.show(progress)).helped("cannot repair the bank", &args.place)?;
     drop(bar);
     say(&args.place, &report, || {
-        let RepairReport { packs, damaged, put_aside, moved, lost, machines } = &report;
+        let RepairReport { packs, damaged, put_aside, moved, lost, machines, .. } = &report;
         if damaged.is_empty() && machines.is_empty() {
             return format!("{packs} packs: all is well");
         }
@@ -59,13 +63,18 @@ fn repair(bank: &Bank, args: &VerifyArgs) -> anyhow::Result<ExitCode> {
         };
         text
     })?;
+    damage::status(&args.place, &report.unreadable);
     Ok(if report.machines.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
 /// Removes machines.
 pub fn remove(args: &RemoveArgs) -> anyhow::Result<()> {
     let bank = open_itself(&args.place)?;
-    let entries = if args.machines.is_empty() {
+    let entries = if args.damaged {
+        let found = keep::unreadable(&bank, Look::Leaves).helped("cannot tell what is damaged", &args.place)?;
+        // What a later version wrote is none of it.
+        found.into_iter().filter(|one| one.damaged).map(|one| one.entry).collect()
+    } else if args.machines.is_empty() {
         let keep = Keep { last: args.keep_last.map(|last| last as usize), within: args.keep_within };
         keep::expired(&bank, args.machine.as_deref(), &keep).helped("cannot tell what has expired", &args.place)?
     } else {

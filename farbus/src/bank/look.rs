@@ -2,15 +2,17 @@
 //!
 //! `farbus bank list /srv/bank` prints a line for each deposit: "vm7@2  2026-11-27 09:14:03  512.00 MiB  9f02ab31c4d5".
 
+use std::process::ExitCode;
+
 use farbus_machine_bank::keep;
-use farbus_machine_bank::manifest::Counts;
+use farbus_machine_bank::manifest::{Counts, ManifestError};
 use serde::Serialize;
 use time::OffsetDateTime;
 use time::macros::format_description;
 
 use super::args::{DiffArgs, ListArgs, ShowArgs, StatsArgs};
 use super::help::Helped;
-use super::{find, open, say, size};
+use super::{damage, find, open, say, size};
 
 #[derive(Serialize)]
 struct Deposited {
@@ -24,6 +26,14 @@ struct Deposited {
     sections: Vec<Part>,
 }
 
+/// A line of the list.
+#[derive(Serialize)]
+#[serde(untagged)]
+enum Listed {
+    Whole(Deposited),
+    Damaged(keep::Unreadable),
+}
+
 #[derive(Serialize)]
 struct Part {
     name: String,
@@ -33,7 +43,7 @@ struct Part {
     counts: Counts,
 }
 
-fn deposited(bank: &farbus_machine_bank::Bank, entry: &farbus_machine_bank::Entry) -> Result<Deposited, keep::RemoveError> {
+fn deposited(bank: &farbus_machine_bank::Bank, entry: &farbus_machine_bank::Entry) -> Result<Deposited, ManifestError> {
     let manifest = bank.manifest(entry)?;
     let part = |section: &farbus_machine_bank::manifest::Section| Part {
         name: section.name.clone(),
@@ -53,26 +63,50 @@ fn deposited(bank: &farbus_machine_bank::Bank, entry: &farbus_machine_bank::Entr
     })
 }
 
-/// Lists what is there.
-pub fn list(args: &ListArgs) -> anyhow::Result<()> {
+/// Lists what is there. One that cannot be read keeps no other from being listed.
+pub fn list(args: &ListArgs) -> anyhow::Result<ExitCode> {
     let bank = open(&args.place)?;
     let listing = bank.listing().helped("cannot list the machines", &args.place)?;
     let wanted = listing.0.iter().filter(|entry| args.machine.as_ref().is_none_or(|machine| *machine == entry.machine));
-    let mut machines = Vec::new();
+    let (mut machines, mut unreadable) = (Vec::new(), Vec::new());
     for entry in wanted {
-        machines.push(deposited(&bank, entry).helped(format!("cannot read {entry}"), &args.place)?);
+        match deposited(&bank, entry) {
+            Ok(machine) => machines.push(Listed::Whole(machine)),
+            Err(error) => {
+                let why = keep::why_unreadable(&bank, entry, error).helped(format!("cannot read {entry}"), &args.place)?;
+                unreadable.extend(why.iter().cloned());
+                machines.extend(why.map(Listed::Damaged));
+            }
+        }
     }
-    say(&args.place, &serde_json::json!({ "machines": machines }), || {
-        let width = machines.iter().map(|machine| machine.machine.len()).max().unwrap_or(0);
-        let line = |machine: &Deposited| {
-            format!("{:width$}  {}  {:>10}  {:.12}", machine.machine, when(machine.created_ms), size(machine.bytes), machine.root)
+    let hint = (!unreadable.is_empty()).then(|| damage::way_out(&args.place, &unreadable));
+    say(&args.place, &serde_json::json!({ "machines": machines, "hint": hint }), || {
+        let name = |machine: &Listed| match machine {
+            Listed::Whole(Deposited { machine, .. }) | Listed::Damaged(keep::Unreadable { machine, .. }) => machine.clone(),
+        };
+        let width = machines.iter().map(|machine| name(machine).len()).max().unwrap_or(0);
+        let line = |machine: &Listed| match machine {
+            Listed::Whole(Deposited { machine, created_ms, bytes, root, .. }) => {
+                format!("{machine:width$}  {}  {:>10}  {root:.12}", when(*created_ms), size(*bytes))
+            }
+            Listed::Damaged(one) => format!("{:width$}  {:31}  {:.12}", one.machine, condition(one), one.root),
         };
         if machines.is_empty() {
             "no machine is there".to_owned()
         } else {
             machines.iter().map(line).collect::<Vec<_>>().join("\n")
         }
-    })
+    })?;
+    Ok(damage::status(&args.place, &unreadable))
+}
+
+/// In the place of when it was deposited and how large it is.
+fn condition(one: &keep::Unreadable) -> String {
+    match one {
+        keep::Unreadable { damaged: false, .. } => "cannot be read".to_owned(),
+        one if one.is_cause() => "damaged".to_owned(),
+        one => format!("rests on {}", one.because_of),
+    }
 }
 
 /// Shows one machine.
@@ -123,7 +157,7 @@ pub fn diff(args: &DiffArgs) -> anyhow::Result<()> {
 }
 
 /// Adds up.
-pub fn stats(args: &StatsArgs) -> anyhow::Result<()> {
+pub fn stats(args: &StatsArgs) -> anyhow::Result<ExitCode> {
     let bank = open(&args.place)?;
     let stats = keep::stats(&bank).helped("cannot add up the bank", &args.place)?;
     say(&args.place, &stats, || {
@@ -143,7 +177,8 @@ pub fn stats(args: &StatsArgs) -> anyhow::Result<()> {
             ),
         ]
         .join("\n")
-    })
+    })?;
+    Ok(damage::status(&args.place, &stats.unreadable))
 }
 
 /// `2026-11-27 09:14:03`, UTC; what is no time is shown as the number that it is.

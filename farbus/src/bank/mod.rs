@@ -7,7 +7,9 @@ mod address;
 mod archive;
 pub mod archive_args;
 pub mod args;
+mod bucket;
 mod cloud_hypervisor;
+mod damage;
 mod deposit;
 mod help;
 mod keep;
@@ -43,10 +45,10 @@ pub fn run(args: &BankArgs) -> anyhow::Result<ExitCode> {
         BankCommand::Withdraw(args) => withdraw::run(args)?,
         BankCommand::ServeFaults(args) => serve_faults::run(args)?,
         BankCommand::Serve(args) => serve::run(args)?,
-        BankCommand::List(args) => look::list(args)?,
+        BankCommand::List(args) => return look::list(args),
         BankCommand::Show(args) => look::show(args)?,
         BankCommand::Diff(args) => look::diff(args)?,
-        BankCommand::Stats(args) => look::stats(args)?,
+        BankCommand::Stats(args) => return look::stats(args),
         BankCommand::Verify(args) => return keep::verify(args),
         BankCommand::Remove(args) => keep::remove(args)?,
         BankCommand::Gc(args) => keep::gc(args)?,
