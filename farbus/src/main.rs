@@ -56,10 +56,7 @@ fn main() -> ExitCode {
         Command::Man(args) => manual::pages(&args).map(|()| ExitCode::SUCCESS),
     };
     let status = result.unwrap_or_else(|error| {
-        eprintln!("farbus: {}", failure::story(&error));
-        if let Some(hint) = failure::hint(&error) {
-            eprintln!("hint: {hint}");
-        }
+        eprintln!("{}", failure::for_people(&error));
         match shape {
             Json::No => {}
             Json::Events => Events::new(true).say("error", failure::fields(&error), ""),

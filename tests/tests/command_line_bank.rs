@@ -65,7 +65,10 @@ fn a_machine_goes_in_twice_is_looked_at_and_comes_out() {
     let root = shown["root"].as_str().unwrap();
     assert_eq!(lab.ok(&["show", &bank, &root[..8]])["root"], shown["root"]);
     let differs = lab.ok(&["diff", &bank, "vm7@1", "vm7@2"]);
-    assert_eq!((&differs["sections"][0]["changed"], &differs["sections"][0]["ranges"][0][0]), (&1.into(), &8192.into()));
+    assert_eq!(
+        (&differs["sections"][0]["changed"], &differs["sections"][0]["ranges"][0]["offset_bytes"]),
+        (&1.into(), &8192.into())
+    );
     let stats = lab.ok(&["stats", &bank]);
     assert_eq!((&stats["deposits"], &stats["machines"]), (&2.into(), &1.into()));
     assert_eq!(lab.ok(&["verify", &bank])["faults"], Value::Array(vec![]));
@@ -97,13 +100,13 @@ fn what_changed_can_be_told_and_only_that_is_read() {
     let (bank, memory) = (lab.path("bank"), lab.path("vm7.ram"));
     std::fs::write(lab.path("odd.bitmap"), [0; 7]).unwrap();
     let odd = format!("memory={}", lab.path("odd.bitmap"));
-    lab.refused(&["deposit", &bank, "vm7", "--memory", &memory, "--parent", "vm7", "--dirty", &odd], &["no bitmap", "7 bytes"]);
+    lab.misused(&["deposit", &bank, "vm7", "--memory", &memory, "--parent", "vm7", "--dirty", &odd], &["no bitmap", "7 bytes"]);
     lab.refused(
         &["deposit", &bank, "new", "--memory", &memory, "--parent", "none", "--dirty", &dirty],
         &["there is none", "first deposit"],
     );
-    lab.refused(&["deposit", &bank, "vm7", "--memory", &memory, "--dirty", &dirty], &["none is named", "--parent"]);
-    lab.refused(&["deposit", &bank, "vm7", "--memory", &memory, "--dirty", "ram=x"], &["no section", "memory"]);
+    lab.misused(&["deposit", &bank, "vm7", "--memory", &memory, "--dirty", &dirty], &["none is named", "--parent"]);
+    lab.misused(&["deposit", &bank, "vm7", "--memory", &memory, "--dirty", "ram=x"], &["no section", "memory"]);
 }
 
 #[test]
@@ -130,11 +133,11 @@ fn what_users_get_wrong_is_said_with_what_to_do() {
     lab.refused(&["withdraw", &bank, "vm8", "--to", &out], &["vm8", "farbus bank list"]);
     lab.refused(&["withdraw", &bank, "vm7", "--section", "ram=x"], &["no section ram", "farbus bank show"]);
     lab.refused(&["withdraw", &bank, "vm7", "--section", &format!("memory={memory}")], &["is there", "--replace"]);
-    lab.refused(&["deposit", &bank, "vm7"], &["nothing to deposit", "--memory FILE"]);
+    lab.misused(&["deposit", &bank, "vm7"], &["nothing to deposit", "--memory FILE"]);
     lab.refused(&["deposit", &bank, "vm7", "--memory", &lab.path("none.ram")], &["none.ram", "can read"]);
-    lab.refused(&["deposit", &bank, "../vm", "--memory", &memory], &["no name", "choose another name"]);
+    lab.misused(&["deposit", &bank, "../vm", "--memory", &memory], &["1 to 64 letters"]);
     lab.refused(&["deposit", &bank, "vm7", "--memory", &memory, "--parent", "vm9"], &["vm9", "none"]);
-    lab.refused(&["show", &bank, "vm7", "--tenant-key", &memory], &["tenant key", "32"]);
+    lab.misused(&["show", &bank, "vm7", "--tenant-key", &memory], &["tenant key", "32"]);
     BankLab::run(&["withdraw", &bank, "vm7"]).assert_refusal(2, &["--to"]);
     BankLab::run(&["remove", &bank]).assert_refusal(2, &["MACHINE"]);
     BankLab::run(&["deposit", &bank, "vm7", "--memory", "a="]).assert_refusal(2, &["a file is missing"]);

@@ -63,12 +63,12 @@ fn a_link_address_is_a_bank() {
     assert_eq!(lab.ok(&["copy", &second, "web", &link])["was_there"], true);
     // What is done where the bank is.
     for (words, said) in [
-        (&["verify", &link][..], "run farbus bank verify DIRECTORY on the host"),
-        (&["gc", &link], "run farbus bank gc DIRECTORY on the host"),
-        (&["remove", &link, "web@1"], "run farbus bank remove DIRECTORY on the host"),
+        (&["verify", &link][..], "`farbus bank verify DIRECTORY` on the host"),
+        (&["gc", &link], "`farbus bank gc DIRECTORY` on the host"),
+        (&["remove", &link, "web@1"], "`farbus bank remove DIRECTORY` on the host"),
         (&["init", &link], "run farbus bank init where it is to be"),
     ] {
-        BankLab::run(words).assert_refusal(1, &[said]);
+        lab.misused(words, &[said]);
     }
     end_in_order(server);
     BankLab::run(&["list", &link]).assert_refusal(1, &["nobody listens", "is `farbus bank serve` running there?"]);

@@ -71,7 +71,7 @@ fn of_a_block_only_what_changed_is_read_where_that_is_told() {
     assert_eq!((&report["counts"]["new"], &report["parent"]), (&1.into(), &"vm7@1".into()));
     lab.ok(&["withdraw", &bank, "vm7@2", "--qemu", &lab.path("out")]);
     assert!(std::fs::read(lab.path("out")).unwrap() == saved("mapped-ram", 11));
-    lab.refused(&["deposit", &bank, "vm7", "--qemu", &mig, "--dirty", &format!("memory={bitmap}")], &["no section is called that"]);
+    lab.misused(&["deposit", &bank, "vm7", "--qemu", &mig, "--dirty", &format!("memory={bitmap}")], &["no section is called that"]);
 }
 
 #[test]

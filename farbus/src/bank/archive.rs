@@ -13,7 +13,7 @@ use super::archive_args::{ExportArgs, ImportArgs};
 use super::help::Helped;
 use super::progress::Bar;
 use super::{find, open, say, size};
-use crate::failure::{Advise, refusal};
+use crate::failure::{Advise, misuse, refusal};
 
 /// Where a pipe is meant.
 const PIPE: &str = "-";
@@ -31,7 +31,7 @@ pub fn export(args: &ExportArgs) -> anyhow::Result<()> {
     if args.file == Path::new(PIPE) {
         let out = io::stdout();
         if out.is_terminal() {
-            return Err(refusal(
+            return Err(misuse(
                 "an archive is nothing for a terminal",
                 "name a file, or pipe it: farbus bank export BANK MACHINE - | …",
             ));

@@ -32,7 +32,7 @@ use serde::Serialize;
 
 use crate::bank::address::BankAddress;
 use crate::bank::args::{BankArgs, BankCommand, InitArgs, Place};
-use crate::failure::{Advise, misuse, refusal};
+use crate::failure::{Advise, misuse};
 use crate::output::print_line;
 use help::Helped;
 
@@ -74,8 +74,8 @@ fn check_link(args: &BankArgs) -> anyhow::Result<()> {
         _ => None,
     };
     if let (Some(command), BankAddress::Link(_)) = (here, &place.bank) {
-        let hint = format!("run farbus bank {command} DIRECTORY on the host that serves it; it can be served meanwhile");
-        return Err(refusal(format!("{command} needs the bank itself, and {} is a link to one", place.bank), hint));
+        let hint = format!("run `farbus bank {command} DIRECTORY` on the host that has it; it can be served meanwhile");
+        return Err(misuse(format!("{command} needs the bank itself, and {} is a link to one", place.bank), hint));
     }
     if place.link.is_given() && !over_link {
         return Err(misuse(format!("{} takes no options of TLS and the like", place.bank), "leave them out: it is on this host"));
@@ -136,10 +136,7 @@ fn key(place: &Place) -> anyhow::Result<Option<[u8; KEY]>> {
     )?;
     let hex = std::str::from_utf8(&bytes).ok().and_then(|text| from_hex::<KEY>(text.trim_ascii_end()));
     hex.or_else(|| bytes.try_into().ok()).map(Some).ok_or_else(|| {
-        refusal(
-            format!("{} is no tenant key", path.display()),
-            "a key is 32 bytes, or 64 lower-case hexadecimal digits on one line",
-        )
+        misuse(format!("{} is no tenant key", path.display()), "a key is 32 bytes, or 64 lower-case hexadecimal digits on one line")
     })
 }
 

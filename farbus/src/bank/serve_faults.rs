@@ -37,7 +37,7 @@ pub fn run(args: &ServeFaultsArgs) -> anyhow::Result<()> {
     let advice =
         "choose a path that is not there, in a folder that this user can write; a socket of another server has to go first";
     let socket = FaultSocket::bind(&args.socket).advise(format!("cannot listen at {}", args.socket.display()), advice)?;
-    let server = FaultServer::start(Cache::new(args.memory_cache.saturating_mul(1 << 20))).context("cannot serve faults")?;
+    let server = FaultServer::start(Cache::new(args.memory_cache)).context("cannot serve faults")?;
     let events = Events::new(args.place.json);
     let end = Arc::new(AtomicBool::new(false));
     end_by_signal(&end)?;
@@ -46,7 +46,7 @@ pub fn run(args: &ServeFaultsArgs) -> anyhow::Result<()> {
         rest: args.rest,
         on_failure: Arc::new(move |Failure { offset, len, reason }: &Failure| {
             let text = format!("{len} bytes from {offset} cannot be had: {reason}");
-            events.say("failure", json!({ "offset": offset, "len": len, "reason": reason }), &text);
+            events.say("failure", json!({ "offset_bytes": offset, "bytes": len, "reason": reason }), &text);
         }),
         ..LazyOptions::default()
     };

@@ -17,7 +17,7 @@ use super::args::WithdrawArgs;
 use super::help::Helped;
 use super::progress::Bar;
 use super::{cloud_hypervisor, find, open_counted, say, size, wire, wire_line};
-use crate::failure::{Advise, refusal};
+use crate::failure::{Advise, misuse, refusal};
 
 #[derive(Serialize)]
 struct Written {
@@ -66,7 +66,7 @@ pub fn run(args: &WithdrawArgs) -> anyhow::Result<()> {
     let all: Vec<_> = files.iter().map(|(_, path)| path).chain(&args.qemu).collect();
     for (at, path) in all.iter().enumerate() {
         if all[..at].contains(path) {
-            return Err(refusal(format!("{} is named twice", path.display()), "write each section to a file of its own"));
+            return Err(misuse(format!("{} is named twice", path.display()), "write each section to a file of its own"));
         }
         match path.symlink_metadata() {
             Ok(_) if !args.replace => {
