@@ -79,6 +79,7 @@ impl Command {
             Self::Demo(args) => (args.json, Json::Object),
             Self::Cert(args) => (args.json(), Json::Object),
             Self::Devices(args) => (args.json, Json::Object),
+            Self::Bank(args) if args.is_server() => (args.json(), Json::Events),
             Self::Bank(args) => (args.json(), Json::Object),
             Self::Bench(BenchArgs { command: Some(BenchCommand::Compare(args)), .. }) => (args.json, Json::Object),
             Self::Bench(args) => (args.json, Json::Object),

@@ -11,6 +11,7 @@ mod borrow;
 mod cert;
 mod cli;
 mod cores;
+mod count;
 mod demo;
 mod device_spec;
 mod devices;

@@ -47,6 +47,7 @@ fn shape(words: &[OsString], command: Option<&str>) -> Json {
     match command {
         _ if !wanted => Json::No,
         Some("lend" | "borrow") => Json::Events,
+        Some("bank") if words.iter().any(|word| word == "serve" || word == "serve-faults") => Json::Events,
         _ => Json::Object,
     }
 }

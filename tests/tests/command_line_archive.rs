@@ -94,7 +94,7 @@ fn an_export_says_what_is_wrong_and_leaves_no_part() {
         std::fs::write(pack, bytes).unwrap();
     }
     lab.refused(&["export", &bank, "vm7", &file], &["damaged", "farbus bank verify"]);
-    assert!(!Path::new(&file).exists() && !Path::new(&format!("{file}.part")).exists());
+    assert!(!Path::new(&file).exists() && !Path::new(&format!("{file}.farbus-part")).exists());
 }
 
 #[test]

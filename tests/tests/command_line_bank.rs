@@ -1,7 +1,6 @@
 //! `farbus bank` as its users run it: what it prints, what they can get wrong, and what it then tells them to do.
 //!
 //! `farbus bank withdraw bank vm8 --to out` where there is only `vm7` exits with status 1 and says that `farbus bank list bank` shows what is there.
-#![expect(clippy::unwrap_used, reason = "a panic is how a test fails, in its helpers too")]
 
 use std::os::unix::fs::PermissionsExt;
 
@@ -173,13 +172,58 @@ fn damage_is_found_named_and_not_withdrawn() {
     // What was damaged is put aside, and the same deposit as before heals what it can.
     let end = BankLab::run(&["verify", &bank, "--repair"]);
     assert_eq!(end.code(), Some(1));
-    assert!(end.stdout.contains("1 of 2 packs are put aside") && end.stdout.contains("an import stores again"), "{}", end.stdout);
+    assert!(end.stdout.contains("of 2 packs, 1 put aside") && end.stdout.contains("an import stores again"), "{}", end.stdout);
     deposit(&lab, &[]);
     let end = BankLab::run(&["verify", &bank]);
     assert_eq!(end.code(), Some(0), "{}", end.stdout);
-    lab.ok(&["withdraw", &bank, "vm7@2", "--to", &lab.path("out"), "--replace"]);
+    lab.ok(&["withdraw", &bank, "vm7@2", "--to", &lab.path("out")]);
     assert!(lab.ok(&["gc", &bank])["put_aside_bytes"].as_u64() > Some(0));
     assert_eq!(lab.ok(&["verify", &bank, "--repair"])["lost"], 0);
+}
+
+#[test]
+fn a_withdrawal_that_was_interrupted_goes_on_and_touches_nothing_else() {
+    let lab = lab();
+    let (bank, out) = (lab.bank(), lab.path("out"));
+    let again = ["withdraw", &bank, "vm7", "--to", &out];
+    lab.ok(&again);
+    lab.refused(&again, &["out/memory is there", "--replace"]);
+    // As after a power cut between two names: one file has its own, of the other all but the end is there.
+    let interrupt = || {
+        let devices = lab.read("out/devices");
+        std::fs::write(lab.path("out/devices.farbus-part"), &devices[..4]).unwrap();
+        std::fs::remove_file(lab.path("out/devices")).unwrap();
+    };
+    interrupt();
+    let report = lab.ok(&again);
+    assert!(report["sections"][0]["there"].as_u64() > Some(900) && report["sections"][0]["fetched"] == 0, "{report}");
+    assert!(lab.read("out/memory") == lab.read("vm7.ram") && lab.read("out/devices") == lab.read("vm7.dev"));
+    assert_eq!(std::fs::read_dir(&out).unwrap().count(), 2, "a part is left");
+    // A file of that name that is another one is the user's.
+    interrupt();
+    let mut mine = lab.read("vm7.ram");
+    mine[5000] ^= 1;
+    lab.write("out/memory", &mine);
+    lab.refused(&again, &["out/memory is there", "--replace"]);
+    assert!(lab.read("out/memory") == mine && !std::fs::exists(lab.path("out/devices")).unwrap());
+    lab.write("out/memory", "short");
+    lab.refused(&again, &["out/memory is there"]);
+    assert_eq!(lab.read("out/memory"), b"short");
+    lab.ok(&[&again[..], &["--replace"]].concat());
+    assert!(lab.read("out/memory") == lab.read("vm7.ram"));
+}
+
+#[test]
+fn no_file_of_a_withdrawal_has_its_name_before_all_are_whole() {
+    let lab = lab();
+    let (bank, out) = (lab.bank(), lab.path("out"));
+    // The second section cannot be written.
+    std::fs::create_dir_all(lab.path("out/devices.farbus-part")).unwrap();
+    lab.refused(&["withdraw", &bank, "vm7", "--to", &out], &["devices.farbus-part", "choose a place"]);
+    assert!(!std::fs::exists(lab.path("out/memory")).unwrap() && std::fs::exists(lab.path("out/memory.farbus-part")).unwrap());
+    std::fs::remove_dir(lab.path("out/devices.farbus-part")).unwrap();
+    let report = lab.ok(&["withdraw", &bank, "vm7", "--to", &out]);
+    assert!(report["sections"][0]["there"].as_u64() > Some(900), "{report}");
 }
 
 #[test]

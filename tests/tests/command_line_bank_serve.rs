@@ -177,13 +177,13 @@ fn whoever_is_killed_the_bank_is_whole_and_the_deposit_is_resumed() {
     assert!(said["counts"]["new"].as_u64().unwrap() < pages, "nothing of the deposits before was found: {said}");
     lab.assert_out(&link, "big", &big);
     // A withdrawal that is killed goes on where it was.
-    let (out, part) = (lab.path("resumed"), lab.path("resumed/memory.part"));
+    let (out, part) = (lab.path("resumed"), lab.path("resumed/memory.farbus-part"));
     let client = Running::farbus(&["bank", "withdraw", &link, "big", "--to", &out]);
     std::thread::sleep(Duration::from_millis(30));
     client.kill();
     client.wait(AMPLE);
     let was_there = std::path::Path::new(&part).exists();
-    let said = lab.ok(&["withdraw", &link, "big", "--to", &out, "--replace"]);
+    let said = lab.ok(&["withdraw", &link, "big", "--to", &out]);
     assert!(std::fs::read(lab.path("resumed/memory")).unwrap() == big, "{was_there}: {said}");
     end_in_order(server);
     lab.assert_whole();

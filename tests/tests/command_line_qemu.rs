@@ -90,5 +90,5 @@ fn what_is_no_such_file_or_machine_is_refused_with_what_to_do() {
         &["withdraw", &bank, "vm7", "--qemu", &out, "--to", &lab.path("folder")],
         &["not deposited from a mapped-ram file"],
     );
-    assert!(!std::fs::exists(&out).unwrap() && !std::fs::exists(format!("{out}.part")).unwrap());
+    assert!(!std::fs::exists(&out).unwrap() && !std::fs::exists(format!("{out}.farbus-part")).unwrap());
 }

@@ -77,6 +77,11 @@ impl BankArgs {
         self.place().json
     }
 
+    /// Whether it runs until it is told to end, and prints an object for each thing that happens.
+    pub fn is_server(&self) -> bool {
+        matches!(self.command, BankCommand::Serve(_) | BankCommand::ServeFaults(_))
+    }
+
     /// The bank that it is about.
     pub fn place(&self) -> &Place {
         match &self.command {

@@ -16,6 +16,7 @@ use super::args::{DepositArgs, Part};
 use super::help::Helped;
 use super::progress::Bar;
 use super::{cloud_hypervisor, open, say, size, wire, wire_line};
+use crate::count::count;
 use crate::failure::{Advise, misuse, refusal};
 
 /// Deposits a machine.
@@ -96,9 +97,9 @@ fn tell(args: &DepositArgs, bank: &Bank, report: &DepositReport) -> anyhow::Resu
     say(&args.place, &object, || {
         let counts = &report.counts;
         let line = format!(
-            "{}: {} pages: {} zero, {} as in {}, {} known, {} new; {} added",
+            "{}: {}: {} zero, {} as in {}, {} known, {} new; {} added",
             report.machine,
-            counts.pages,
+            count(counts.pages, "page"),
             counts.zero,
             counts.position,
             report.parent.as_deref().unwrap_or("a parent"),
@@ -159,7 +160,7 @@ fn bitmap(path: &Path) -> anyhow::Result<Vec<u64>> {
     )?;
     let (words, rest) = bytes.as_chunks::<8>();
     if !rest.is_empty() {
-        let what = format!("{} is no bitmap: it has {} bytes", path.display(), bytes.len());
+        let what = format!("{} is no bitmap: it has {}", path.display(), count(bytes.len() as u64, "byte"));
         return Err(misuse(what, "a bitmap is 64-bit words, 8 bytes each, of which bit j of word i is page 64 i + j"));
     }
     Ok(words.iter().map(|word| u64::from_le_bytes(*word)).collect())

@@ -11,6 +11,7 @@ use super::args::{CopyArgs, GcArgs, RemoveArgs, VerifyArgs};
 use super::help::Helped;
 use super::progress::Bar;
 use super::{damage, find, open, open_at, open_itself, say, size};
+use crate::count::count;
 
 /// Verifies a bank.
 pub fn verify(args: &VerifyArgs) -> anyhow::Result<ExitCode> {
@@ -22,12 +23,14 @@ pub fn verify(args: &VerifyArgs) -> anyhow::Result<ExitCode> {
     let report = keep::verify(&bank, &|progress| bar.show(progress)).helped("cannot verify the bank", &args.place)?;
     drop(bar);
     say(&args.place, &report, || {
-        let read = format!("{} packs, {} pages, {} machines", report.packs, report.pages, report.machines);
+        let read =
+            format!("{}, {}, {}", count(report.packs, "pack"), count(report.pages, "page"), count(report.machines, "machine"));
         if report.faults.is_empty() {
             return format!("{read}: all is well");
         }
         let faults = report.faults.iter().map(|fault| format!("  {fault}\n")).collect::<String>();
-        let mut text = format!("{read}: {} faults\n{faults}Machines that are not named are whole.", report.faults.len());
+        let mut text =
+            format!("{read}: {}\n{faults}Machines that are not named are whole.", count(report.faults.len() as u64, "fault"));
         if report.damaged_packs > 0 {
             let bank = &args.place.bank;
             text += &format!(
@@ -47,12 +50,14 @@ fn repair(bank: &Bank, args: &VerifyArgs) -> anyhow::Result<ExitCode> {
     say(&args.place, &report, || {
         let RepairReport { packs, damaged, put_aside, moved, lost, machines, .. } = &report;
         if damaged.is_empty() && machines.is_empty() {
-            return format!("{packs} packs: all is well");
+            return format!("{}: all is well", count(*packs, "pack"));
         }
         let lines = |faults: &[keep::Fault]| faults.iter().map(|fault| format!("  {fault}\n")).collect::<String>();
         let mut text = format!(
-            "{} of {packs} packs are put aside, {moved} pages of them are in new packs, {lost} are lost\n",
-            put_aside.len()
+            "of {}, {} put aside; {} of them in new packs, {lost} lost\n",
+            count(*packs, "pack"),
+            put_aside.len(),
+            count(*moved, "page")
         );
         text += &lines(damaged);
         text += &lines(machines);
@@ -102,12 +107,12 @@ pub fn gc(args: &GcArgs) -> anyhow::Result<()> {
     let report = keep::sweep(&bank, &options).helped("cannot collect garbage", &args.place)?;
     say(&args.place, &report, || {
         let verb = if args.dry_run { "would remove" } else { "removed" };
-        let mut text = format!("{verb} {} of {} packs, {}", report.removed, report.packs, size(report.removed_bytes));
+        let mut text = format!("{verb} {} of {}, {}", report.removed, count(report.packs, "pack"), size(report.removed_bytes));
         if report.moved > 0 {
-            text += &format!("; {} pages of them are needed", report.moved);
+            text += &format!("; {} of them still needed", count(report.moved, "page"));
         }
         if report.written_bytes > 0 {
-            text += &format!(" and are in {} of new packs", size(report.written_bytes));
+            text += &format!(", now in {} of new packs", size(report.written_bytes));
         }
         if report.put_aside_bytes > 0 {
             text += &format!("; {} of packs that a repair had put aside", size(report.put_aside_bytes));
@@ -116,7 +121,8 @@ pub fn gc(args: &GcArgs) -> anyhow::Result<()> {
             text += &format!("\npack {pack} is damaged and stays");
         }
         if report.missing > 0 {
-            text += &format!("\n{} pages that machines name are missing: farbus bank verify tells whose", report.missing);
+            text +=
+                &format!("\nmachines miss {}: `farbus bank verify {}` tells which", count(report.missing, "page"), args.place.bank);
         }
         text
     })
@@ -126,7 +132,7 @@ pub fn gc(args: &GcArgs) -> anyhow::Result<()> {
 pub fn copy(args: &CopyArgs) -> anyhow::Result<()> {
     let (from, to) = (open(&args.place)?, open_at(&args.to, &args.place)?);
     let entry = find(&from, &args.place, &args.machine)?;
-    let bar = Bar::new(&args.machine);
+    let bar = Bar::new("copy");
     let report =
         keep::copy(&from, &to, &entry, &|progress| bar.show(progress)).helped(format!("cannot copy {entry}"), &args.place)?;
     drop(bar);
@@ -135,6 +141,6 @@ pub fn copy(args: &CopyArgs) -> anyhow::Result<()> {
         if report.was_there {
             return format!("{entry} is in {to} already, as {}", report.machine);
         }
-        format!("{entry} is in {to} as {}: {} pages in {} were copied", report.machine, report.pages, size(report.pack_bytes))
+        format!("{entry} is in {to} as {}: copied {} in {}", report.machine, count(report.pages, "page"), size(report.pack_bytes))
     })
 }

@@ -13,6 +13,7 @@ use time::macros::format_description;
 use super::args::{DiffArgs, ListArgs, ShowArgs, StatsArgs};
 use super::help::Helped;
 use super::{damage, find, open, say, size};
+use crate::count::count;
 
 #[derive(Serialize)]
 struct Deposited {
@@ -122,8 +123,9 @@ pub fn show(args: &ShowArgs) -> anyhow::Result<()> {
         for Part { name, kind, bytes, counts } in &machine.sections {
             let Counts { pages, zero, position, content, new, new_bytes } = counts;
             text += &format!(
-                "{name} ({kind:?}, {}): {pages} pages: {zero} zero, {position} as in the parent, {content} known, {new} new in {}\n",
+                "{name} ({kind:?}, {}): {}: {zero} zero, {position} as in the parent, {content} known, {new} new in {}\n",
                 size(*bytes),
+                count(*pages, "page"),
                 size(*new_bytes)
             );
         }
@@ -146,8 +148,11 @@ pub fn diff(args: &DiffArgs) -> anyhow::Result<()> {
                 _ => String::new(),
             };
             text += &format!(
-                "{}{here}: {} of {} pages differ, {} became zero\n",
-                section.name, section.changed, section.pages, section.became_zero
+                "{}{here}: {} of {} changed, {} of them to zero\n",
+                section.name,
+                section.changed,
+                count(section.pages, "page"),
+                section.became_zero
             );
             section.ranges.iter().for_each(|(offset, bytes)| text += &format!("  {offset:#x}  {}\n", size(*bytes)));
             text += if section.more_ranges { "  …\n" } else { "" };
@@ -162,15 +167,15 @@ pub fn stats(args: &StatsArgs) -> anyhow::Result<ExitCode> {
     let stats = keep::stats(&bank).helped("cannot add up the bank", &args.place)?;
     say(&args.place, &stats, || {
         [
-            format!("{} deposits of {} machines: {}", stats.deposits, stats.machines, size(stats.logical)),
+            format!("{} of {}: {}", count(stats.deposits, "deposit"), count(stats.machines, "machine"), size(stats.logical)),
             format!("  zero pages          {:>12}", size(stats.saved_zero)),
             format!("  as in the parent    {:>12}", size(stats.saved_position)),
             format!("  in the bank already {:>12}", size(stats.saved_content)),
             format!("  by compression      {:>12}", size(stats.saved_compression)),
             format!("stored: {}", size(stats.stored)),
             format!(
-                "  {} packs {}, manifests {}, index {}",
-                stats.packs,
+                "  {} {}, manifests {}, index {}",
+                count(stats.packs, "pack"),
                 size(stats.pack_bytes),
                 size(stats.manifest_bytes),
                 size(stats.index_bytes)

@@ -14,6 +14,7 @@ mod deposit;
 mod help;
 mod keep;
 mod look;
+mod parts;
 mod progress;
 mod serve;
 mod serve_args;
@@ -24,6 +25,7 @@ mod withdraw;
 use std::process::ExitCode;
 use std::sync::Arc;
 
+use farbus_control::read::ReadError;
 use farbus_machine_bank::page::{KEY, from_hex};
 use farbus_machine_bank::remote::WireCounts;
 use farbus_machine_bank::store::{CacheCounters, Store};
@@ -32,6 +34,7 @@ use serde::Serialize;
 
 use crate::bank::address::BankAddress;
 use crate::bank::args::{BankArgs, BankCommand, InitArgs, Place};
+use crate::count::count;
 use crate::failure::{Advise, misuse};
 use crate::output::print_line;
 use help::Helped;
@@ -39,6 +42,8 @@ use help::Helped;
 /// Runs one of its commands.
 pub fn run(args: &BankArgs) -> anyhow::Result<ExitCode> {
     check_link(args)?;
+    // What is no key makes no sense, whatever the bank is.
+    key(args.place())?;
     match &args.command {
         BankCommand::Init(args) => init(args)?,
         BankCommand::Deposit(args) => deposit::run(args)?,
@@ -130,14 +135,18 @@ fn with_key(store: Box<dyn Store>, address: &BankAddress, place: &Place) -> anyh
 /// The tenant's key, where a file is named.
 fn key(place: &Place) -> anyhow::Result<Option<[u8; KEY]>> {
     let Some(path) = &place.tenant_key else { return Ok(None) };
-    let bytes = farbus_control::read::read(path).advise(
-        format!("cannot read the tenant key {}", path.display()),
-        "name a file that this user can read; head -c 32 /dev/urandom >FILE makes a key",
-    )?;
-    let hex = std::str::from_utf8(&bytes).ok().and_then(|text| from_hex::<KEY>(text.trim_ascii_end()));
-    hex.or_else(|| bytes.try_into().ok()).map(Some).ok_or_else(|| {
+    let no_key = || {
         misuse(format!("{} is no tenant key", path.display()), "a key is 32 bytes, or 64 lower-case hexadecimal digits on one line")
-    })
+    };
+    let bytes = match farbus_control::read::read(path) {
+        Err(ReadError::TooLong | ReadError::Kind(_)) => return Err(no_key()),
+        read => read.advise(
+            format!("cannot read the tenant key {}", path.display()),
+            "name a file that this user can read; head -c 32 /dev/urandom >FILE makes a key",
+        )?,
+    };
+    let hex = std::str::from_utf8(&bytes).ok().and_then(|text| from_hex::<KEY>(text.trim_ascii_end()));
+    hex.or_else(|| bytes.try_into().ok()).map(Some).ok_or_else(no_key)
 }
 
 /// A machine by what people write.
@@ -163,9 +172,11 @@ fn wire_line(wire: Option<WireCounts>, leaves: u64) -> String {
     };
     let messages = messages_sent + messages_received;
     format!(
-        "\nover the link: {} fetched in {reads} reads, {} offered, {messages} messages of {} ({:.1} for each 16 MiB)",
+        "\nover the link: {} fetched in {}, {} offered, {} of {} ({:.1} for each 16 MiB)",
         size(read_bytes),
+        count(reads, "read"),
         size(offered_bytes),
+        count(messages, "message"),
         size(message_bytes),
         messages as f64 / leaves.max(1) as f64
     )
