@@ -9,27 +9,14 @@ use clap::{Args, Subcommand};
 
 use super::address::BankAddress;
 use super::archive_args::{ExportArgs, ImportArgs};
+use super::keep_args::{CopyArgs, GcArgs, RemoveArgs, StatsArgs, VerifyArgs};
 use super::serve_args::{BankLinkArgs, ServeArgs};
-use super::vmm_help;
-use crate::values::{parse_age, parse_duration, parse_size};
+use super::{help_text, vmm_help};
+use crate::values::{parse_duration, parse_size};
 
 /// `farbus bank`
 #[derive(Debug, Args)]
-#[command(after_help = "A machine is what people write: vm7 (its last deposit), vm7@3 (its third), or at least 6 digits of a root.
-
-A bank is a directory of this host (/srv/bank), a bucket of an S3-compatible service (s3://BUCKET/PREFIX), or a directory that is used as if it were one
-(file:///DIRECTORY). Where the service is and who asks say AWS_ENDPOINT_URL, AWS_REGION, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and the others of their kind;
-http:// without encryption is used only with AWS_ALLOW_HTTP=true. What was read from a bucket is kept in a local cache (--cache).
-
-Save a machine twice, look, and take it out again:
-  farbus bank init /srv/bank
-  farbus bank deposit /srv/bank vm7 --memory vm7.ram --disk vm7.img --device-state vm7.dev
-  farbus bank deposit /srv/bank vm7 --memory vm7.ram --disk vm7.img --device-state vm7.dev
-  farbus bank list /srv/bank
-  farbus bank withdraw /srv/bank vm7@1 --to vm7-yesterday
-
-Exit status: 0 done, 1 failed or (list, stats, verify) something is damaged, 2 the arguments make no sense. `farbus --help` says all of them, and how times and
-sizes are written.")]
+#[command(help_template = help_text::grouped(), after_help = help_text::BANK)]
 pub struct BankArgs {
     /// What to do.
     #[command(subcommand)]
@@ -104,6 +91,9 @@ impl BankArgs {
     }
 }
 
+/// Over the options that all commands have.
+const HEADING: &str = "The bank";
+
 /// Which bank, and how to use it.
 #[derive(Debug, Args)]
 pub struct Place {
@@ -111,17 +101,16 @@ pub struct Place {
     #[arg(value_name = "BANK")]
     pub bank: BankAddress,
     /// A file with the tenant's key, 32 bytes or 64 hexadecimal digits: the bank then names pages so that nobody without it can ask for one
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, help_heading = HEADING, value_name = "FILE")]
     pub tenant_key: Option<PathBuf>,
     /// How long to wait for a process that uses the bank in another way (a deposit during a gc), as in 10s or 5m
-    #[arg(long, value_name = "TIME", default_value = "10s", value_parser = parse_duration)]
+    #[arg(long, help_heading = HEADING, value_name = "TIME", default_value = "10s", value_parser = parse_duration)]
     pub wait: Duration,
-    /// Keep what is read from the bank in this directory, for all banks and processes, or nowhere: "none". Without it a bucket has
-    /// $XDG_CACHE_HOME/farbus/bank or ~/.cache/farbus/bank, and other banks none. A sealed bank's cache is as sealed as the bank; verify reads past it
-    #[arg(long, value_name = "DIR")]
+    /// Keep what is read from the bank in this directory, or nowhere: "none"; without it buckets have ~/.cache/farbus/bank, and other banks none
+    #[arg(long, help_heading = HEADING, value_name = "DIR")]
     pub cache: Option<PathBuf>,
     /// How large a cache becomes that is made now, or is of another size and not in use, as in 512M or 4G
-    #[arg(long, value_name = "SIZE", default_value = "4G", value_parser = parse_size)]
+    #[arg(long, help_heading = HEADING, value_name = "SIZE", default_value = "4G", value_parser = parse_size)]
     pub cache_size: u64,
     /// Print one JSON object
     #[arg(long)]
@@ -176,7 +165,7 @@ fn parse_named(text: &str) -> Result<Part, String> {
 }
 
 /// What a machine can be called.
-fn parse_machine(text: &str) -> Result<String, String> {
+pub(super) fn parse_machine(text: &str) -> Result<String, String> {
     if farbus_machine_bank::manifest::valid_machine(text) {
         Ok(text.to_owned())
     } else {
@@ -333,96 +322,6 @@ pub struct DiffArgs {
     /// List at most so many stretches of each section that differ
     #[arg(long, value_name = "N", default_value_t = 10)]
     pub ranges: usize,
-}
-
-/// `farbus bank verify`
-#[derive(Debug, Args)]
-#[command(
-    after_help = "With --repair, while nobody deposits: packs that are damaged are put aside, with what is whole in them moved to new packs, and what is lost
-is noted, so that the next deposit of the same machine, a copy or an import stores it again. That heals every machine that needs it. The next
-farbus bank gc removes what was put aside."
-)]
-pub struct VerifyArgs {
-    /// The bank.
-    #[command(flatten)]
-    pub place: Place,
-    /// Put damaged packs aside, so that what they had can be stored again
-    #[arg(long)]
-    pub repair: bool,
-}
-
-/// `farbus bank remove`
-#[derive(Debug, Args)]
-#[command(after_help = "Examples:
-  farbus bank remove /srv/bank vm7@1 vm7@2
-  farbus bank remove /srv/bank --keep-last 7 --keep-within 30d --machine vm7
-  farbus bank gc /srv/bank
-
-With both --keep-last and --keep-within a deposit stays that either of them keeps.")]
-pub struct RemoveArgs {
-    /// The bank.
-    #[command(flatten)]
-    pub place: Place,
-    /// Machines to remove
-    #[arg(value_name = "MACHINE", value_parser = parse_wish, required_unless_present_any = ["keep_last", "keep_within", "damaged"])]
-    pub machines: Vec<String>,
-    /// Remove all but the last N deposits of each machine
-    #[arg(long, value_name = "N", conflicts_with = "machines", value_parser = clap::value_parser!(u32).range(1..))]
-    pub keep_last: Option<u32>,
-    /// Remove deposits older than this, as in 90m, 12h or 30d
-    #[arg(long, value_name = "AGE", conflicts_with = "machines", value_parser = parse_age)]
-    pub keep_within: Option<Duration>,
-    /// Remove the deposits whose manifests are damaged, and those that can only be read by one of them
-    #[arg(long, conflicts_with_all = ["machines", "keep_last", "keep_within", "machine"])]
-    pub damaged: bool,
-    /// Only deposits of this machine
-    #[arg(long, value_name = "MACHINE", value_parser = parse_machine, conflicts_with = "machines")]
-    pub machine: Option<String>,
-    /// Only say what would be removed
-    #[arg(long)]
-    pub dry_run: bool,
-}
-
-/// `farbus bank gc`
-#[derive(Debug, Args)]
-pub struct GcArgs {
-    /// The bank.
-    #[command(flatten)]
-    pub place: Place,
-    /// Keep packs that no machine needs while they are younger than this: an interrupted deposit finds its pages there; as in 2h
-    #[arg(long, value_name = "AGE", default_value = "0s", value_parser = parse_age)]
-    pub grace: Duration,
-    /// Write packs anew of which less than this part is needed
-    #[arg(long, value_name = "PERCENT", default_value_t = 50, value_parser = clap::value_parser!(u8).range(0..=100))]
-    pub repack_below: u8,
-    /// Only say what would be removed
-    #[arg(long)]
-    pub dry_run: bool,
-}
-
-/// `farbus bank stats`
-#[derive(Debug, Args)]
-pub struct StatsArgs {
-    /// The bank.
-    #[command(flatten)]
-    pub place: Place,
-}
-
-/// `farbus bank copy`
-#[derive(Debug, Args)]
-#[command(
-    after_help = "The other bank has to be there (farbus bank init), and to have the same tenant key or none. The machine keeps its root."
-)]
-pub struct CopyArgs {
-    /// The bank.
-    #[command(flatten)]
-    pub place: Place,
-    /// The machine
-    #[arg(value_name = "MACHINE", value_parser = parse_wish)]
-    pub machine: String,
-    /// The other bank
-    #[arg(value_name = "TO")]
-    pub to: BankAddress,
 }
 
 #[cfg(test)]

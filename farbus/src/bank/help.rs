@@ -308,3 +308,6 @@ fn store_hint(error: &StoreError, place: &Place) -> String {
         },
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -7,8 +7,8 @@ use std::process::ExitCode;
 use farbus_machine_bank::Bank;
 use farbus_machine_bank::keep::{self, Keep, Look, RepairReport, SweepOptions};
 
-use super::args::{CopyArgs, GcArgs, RemoveArgs, VerifyArgs};
 use super::help::Helped;
+use super::keep_args::{CopyArgs, GcArgs, RemoveArgs, VerifyArgs};
 use super::progress::Bar;
 use super::{damage, find, open, open_at, open_itself, say, size};
 use crate::count::count;

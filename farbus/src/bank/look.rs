@@ -10,8 +10,9 @@ use serde::Serialize;
 use time::OffsetDateTime;
 use time::macros::format_description;
 
-use super::args::{DiffArgs, ListArgs, ShowArgs, StatsArgs};
+use super::args::{DiffArgs, ListArgs, ShowArgs};
 use super::help::Helped;
+use super::keep_args::StatsArgs;
 use super::{damage, find, open, say, size};
 use crate::count::count;
 

@@ -12,7 +12,9 @@ mod cloud_hypervisor;
 mod damage;
 mod deposit;
 mod help;
+mod help_text;
 mod keep;
+mod keep_args;
 mod look;
 mod parts;
 mod progress;
@@ -28,8 +30,8 @@ use std::sync::Arc;
 use farbus_control::read::ReadError;
 use farbus_machine_bank::page::{KEY, from_hex};
 use farbus_machine_bank::remote::WireCounts;
-use farbus_machine_bank::store::{CacheCounters, Store};
-use farbus_machine_bank::{Bank, Entry};
+use farbus_machine_bank::store::{CacheCounters, Kind, Store, StoreError};
+use farbus_machine_bank::{Bank, BankError, Entry};
 use serde::Serialize;
 
 use crate::bank::address::BankAddress;
@@ -129,6 +131,12 @@ fn open_itself(place: &Place) -> anyhow::Result<Bank> {
 
 fn with_key(store: Box<dyn Store>, address: &BankAddress, place: &Place) -> anyhow::Result<Bank> {
     let bank = Bank::open(store, key(place)?.as_ref());
+    if address.is_bucket()
+        && let Err(BankError::Store(StoreError::Missing { .. })) = &bank
+    {
+        // Asked for one object a service does not say that there is no bucket; asked for a list it does.
+        address.open(place)?.list(Kind::Config).helped(format!("cannot open the bank {address}"), place)?;
+    }
     Ok(bank.helped(format!("cannot open the bank {address}"), place)?.patience(place.wait))
 }
 
