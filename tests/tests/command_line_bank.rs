@@ -75,6 +75,8 @@ fn a_machine_goes_in_twice_is_looked_at_and_comes_out() {
     for (section, file) in [("memory", "vm7.ram"), ("devices", "vm7.dev")] {
         assert!(std::fs::read(lab.path(&format!("out/{section}"))).unwrap() == std::fs::read(lab.path(file)).unwrap(), "{section}");
     }
+    let other = lab.path("other");
+    lab.refused(&["copy", &bank, "vm7", &other], &[&format!("`farbus bank init {other}`")]);
     lab.ok(&["init", &lab.path("other")]);
     assert_eq!(lab.ok(&["copy", &bank, "vm7", &lab.path("other")])["root"], shown["root"]);
     for words in

@@ -95,7 +95,7 @@ impl BankArgs {
 const HEADING: &str = "The bank";
 
 /// Which bank, and how to use it.
-#[derive(Debug, Args)]
+#[derive(Clone, Debug, Args)]
 pub struct Place {
     /// The bank: a directory, s3://BUCKET/PREFIX, file:///DIRECTORY, or where farbus bank serve serves one (shm:PATH, rdma:HOST:PORT[,dev=NAME])
     #[arg(value_name = "BANK")]

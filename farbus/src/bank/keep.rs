@@ -5,12 +5,14 @@
 use std::process::ExitCode;
 
 use farbus_machine_bank::Bank;
-use farbus_machine_bank::keep::{self, Keep, Look, RepairReport, SweepOptions};
+use farbus_machine_bank::keep::{self, CopyError, Keep, Look, RepairReport, SweepOptions};
+use farbus_machine_bank::store::StoreError;
 
+use super::args::Place;
 use super::help::Helped;
 use super::keep_args::{CopyArgs, GcArgs, RemoveArgs, VerifyArgs};
 use super::progress::Bar;
-use super::{damage, find, open, open_at, open_itself, say, size};
+use super::{damage, find, open, open_itself, say, size};
 use crate::count::count;
 
 /// Verifies a bank.
@@ -61,10 +63,10 @@ fn repair(bank: &Bank, args: &VerifyArgs) -> anyhow::Result<ExitCode> {
         );
         text += &lines(damaged);
         text += &lines(machines);
-        text += if machines.is_empty() {
-            "Every machine is whole."
-        } else {
-            "The next deposit of such a machine as it was, a copy from another bank or an import stores again what is lost."
+        text += match (machines.is_empty(), *lost) {
+            (true, _) => "Every machine is whole.",
+            (_, 0) => "No page is lost.",
+            _ => "The next deposit of such a machine as it was, a copy from another bank or an import stores again what is lost.",
         };
         text
     })?;
@@ -130,11 +132,16 @@ pub fn gc(args: &GcArgs) -> anyhow::Result<()> {
 
 /// Copies a machine.
 pub fn copy(args: &CopyArgs) -> anyhow::Result<()> {
-    let (from, to) = (open(&args.place)?, open_at(&args.to, &args.place)?);
+    // Of which of the two banks something is said decides what to do.
+    let there = Place { bank: args.to.clone(), ..args.place.clone() };
+    let (from, to) = (open(&args.place)?, open(&there)?);
     let entry = find(&from, &args.place, &args.machine)?;
     let bar = Bar::new("copy");
-    let report =
-        keep::copy(&from, &to, &entry, &|progress| bar.show(progress)).helped(format!("cannot copy {entry}"), &args.place)?;
+    let report = keep::copy(&from, &to, &entry, &|progress| bar.show(progress)).or_else(|error| {
+        // Only the other one is written.
+        let writes = matches!(error, CopyError::Store(StoreError::Full(_) | StoreError::ReadOnly(_) | StoreError::Lapsed { .. }));
+        Err(error).helped(format!("cannot copy {entry}"), if writes { &there } else { &args.place })
+    })?;
     drop(bar);
     say(&args.place, &report, || {
         let to = &args.to;

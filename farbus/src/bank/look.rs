@@ -167,8 +167,17 @@ pub fn stats(args: &StatsArgs) -> anyhow::Result<ExitCode> {
     let bank = open(&args.place)?;
     let stats = keep::stats(&bank).helped("cannot add up the bank", &args.place)?;
     say(&args.place, &stats, || {
+        let counted = match stats.unreadable.len() as u64 {
+            0 => String::new(),
+            unreadable => format!(", without {} that cannot be read", count(unreadable, "deposit")),
+        };
         [
-            format!("{} of {}: {}", count(stats.deposits, "deposit"), count(stats.machines, "machine"), size(stats.logical)),
+            format!(
+                "{} of {}: {}{counted}",
+                count(stats.deposits, "deposit"),
+                count(stats.machines, "machine"),
+                size(stats.logical)
+            ),
             format!("  zero pages          {:>12}", size(stats.saved_zero)),
             format!("  as in the parent    {:>12}", size(stats.saved_position)),
             format!("  in the bank already {:>12}", size(stats.saved_content)),

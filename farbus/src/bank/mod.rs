@@ -111,25 +111,22 @@ fn init(args: &InitArgs) -> anyhow::Result<()> {
 
 /// Opens the bank that the arguments name.
 fn open(place: &Place) -> anyhow::Result<Bank> {
-    open_at(&place.bank, place)
-}
-
-fn open_at(address: &BankAddress, place: &Place) -> anyhow::Result<Bank> {
-    Ok(open_counted(address, place)?.0)
+    Ok(open_counted(place)?.0)
 }
 
 /// Opens a bank, and says where what its cache does is counted.
-fn open_counted(address: &BankAddress, place: &Place) -> anyhow::Result<(Bank, Option<Arc<CacheCounters>>)> {
-    let (store, counters) = address.open_cached(place)?;
-    Ok((with_key(store, address, place)?, counters))
+fn open_counted(place: &Place) -> anyhow::Result<(Bank, Option<Arc<CacheCounters>>)> {
+    let (store, counters) = place.bank.open_cached(place)?;
+    Ok((with_key(store, place)?, counters))
 }
 
 /// Opens the bank without a cache, for what must see what is really there.
 fn open_itself(place: &Place) -> anyhow::Result<Bank> {
-    with_key(place.bank.open(place)?, &place.bank, place)
+    with_key(place.bank.open(place)?, place)
 }
 
-fn with_key(store: Box<dyn Store>, address: &BankAddress, place: &Place) -> anyhow::Result<Bank> {
+fn with_key(store: Box<dyn Store>, place: &Place) -> anyhow::Result<Bank> {
+    let address = &place.bank;
     let bank = Bank::open(store, key(place)?.as_ref());
     if address.is_bucket()
         && let Err(BankError::Store(StoreError::Missing { .. })) = &bank

@@ -64,7 +64,7 @@ pub fn run(args: &ServeFaultsArgs) -> anyhow::Result<()> {
         Told::Refused(client, why) => {
             let why = why.to_string();
             count(&|totals| totals.refused += 1);
-            events.say("refused", json!({ "client": client, "why": why }), &format!("client {client}: refused: {why}"));
+            events.say("refused", json!({ "client": client, "reason": why }), &format!("client {client}: refused: {why}"));
         }
         Told::Ended(client, machine) => {
             left(events, client, machine);

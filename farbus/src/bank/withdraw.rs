@@ -41,7 +41,7 @@ struct Qemu {
 
 /// Withdraws a machine.
 pub fn run(args: &WithdrawArgs) -> anyhow::Result<()> {
-    let (bank, counters) = open_counted(&args.place.bank, &args.place)?;
+    let (bank, counters) = open_counted(&args.place)?;
     let entry = find(&bank, &args.place, &args.machine)?;
     let what = || format!("cannot withdraw {entry}");
     let withdrawal = bank.withdraw(&entry).helped(what(), &args.place)?;
