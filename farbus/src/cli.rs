@@ -17,6 +17,7 @@ use crate::values::{parse_duration, parse_mode, parse_pairs, parse_seconds, pars
 /// Lend a PCIe device to a virtual machine on another host, borrow it there.
 #[derive(Debug, Parser)]
 #[command(name = "farbus", version, about, long_about = None, after_help = "Times are a number and a unit, ns, us, ms, s, m, h or d: 80us, 10s, 5m, 30d. Sizes are a number and a unit, B, K, M, G or T, which are powers of 1024: 512M, 2G.
+Options that are called by their unit (--seconds, --days, --large-gib) take a number of it.
 
 Exit status:
   0  done; lend, borrow, bank serve and serve-faults: ended by a signal, or by a peer that said goodbye

@@ -5,6 +5,7 @@
 use farbus_tests::bank_lab::BankLab;
 use farbus_tests::process::run;
 use farbus_tests::program::repository;
+use serde_json::Value;
 
 #[test]
 fn arguments_that_make_no_sense_end_with_2_and_say_so_like_all_others() {
@@ -89,6 +90,24 @@ fn what_makes_sense_and_fails_ends_with_1_and_a_hint() {
         (&["list", &format!("shm:{}", lab.path("link"))], "is `farbus bank serve` running there?"),
     ] {
         lab.refused(words, &["farbus: ", "hint: ", said]);
+    }
+}
+
+#[test]
+fn what_serves_says_its_errors_as_events_and_all_others_as_one_object() {
+    let lab = BankLab::new();
+    let (bank, socket) = (lab.bank(), lab.path("socket"));
+    for (words, code, is_event, help) in [
+        (&["serve-faults", &bank, "--machine", "vm8", "--socket", &socket][..], 1, true, "farbus bank list"),
+        (&["serve", &bank, "--listen", "nowhere"], 2, true, "`farbus bank serve --help`"),
+        (&["show", &bank, "vm8"], 1, false, "farbus bank list"),
+        (&["show", &bank, "a/b"], 2, false, "`farbus bank show --help`"),
+    ] {
+        let end = BankLab::run(&[words, &["--json"]].concat());
+        assert_eq!(end.code(), Some(code), "{end:?}");
+        let object: Value = serde_json::from_str(&end.stdout).unwrap();
+        assert_eq!(object["event"] == "error", is_event, "{object}");
+        assert!(object["hint"].as_str().unwrap().contains(help), "{object}");
     }
 }
 

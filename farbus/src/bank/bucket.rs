@@ -1,7 +1,7 @@
 //! What went wrong with a bucket, in words of ours: which service, which bucket, and what to do. What the service or the network said stays behind it.
 //!
-//! "cannot reach https://objects.example" where nobody listens there, "access to the bucket backups is denied" where the key may not, "this host's clock and that
-//! of https://objects.example differ too much" where a signature is too old.
+//! "cannot reach `https://objects.example`" where nobody listens there, "access to the bucket backups is denied" where the key may not, "this host's clock and that
+//! of `https://objects.example` differ too much" where a signature is too old.
 
 use std::error::Error;
 use std::io::ErrorKind;

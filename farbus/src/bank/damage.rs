@@ -45,7 +45,7 @@ pub fn way_out(place: &Place, found: &[Unreadable]) -> String {
     let resting = if resting.is_empty() { String::new() } else { format!(", and {resting}, which can be read by it only") };
     let again = &damaged[0].machine;
     format!(
-        "`farbus bank remove {bank} --damaged{key}` takes out {}{resting} (verify --repair mends packs, and no manifest); all other deposits are whole and stay. \
+        "`farbus bank remove {bank} --damaged{key}` takes out {}{resting} (verify --repair mends packs, and no manifest); the others stay as they are. \
          Then bring what was taken out back from where it is whole, the earliest first: `farbus bank copy OTHER {again} {bank}{key}` from another bank, \
          `farbus bank import {bank} ARCHIVE{key}` from an archive; or deposit the machine again",
         names(true)
