@@ -3,8 +3,10 @@
 //! `farbus bank withdraw bank vm8 --to out` where there is only `vm7` exits with status 1 and says that `farbus bank list bank` shows what is there.
 
 use std::os::unix::fs::PermissionsExt;
+use std::time::Duration;
 
 use farbus_tests::bank_lab::BankLab;
+use farbus_tests::process::{AMPLE, Running};
 use serde_json::Value;
 
 /// A bank with two deposits of `vm7`.
@@ -213,6 +215,39 @@ fn a_withdrawal_that_was_interrupted_goes_on_and_touches_nothing_else() {
     assert_eq!(lab.read("out/memory"), b"short");
     lab.ok(&[&again[..], &["--replace"]].concat());
     assert!(lab.read("out/memory") == lab.read("vm7.ram"));
+}
+
+#[test]
+fn a_withdrawal_that_is_killed_at_any_instant_goes_on_without_replace() {
+    let lab = BankLab::new();
+    let bank = lab.bank();
+    let image =
+        |factor: u32| -> Vec<u8> { (0..2_000_000_u32).flat_map(|n| (n / 600).wrapping_mul(factor).to_le_bytes()).collect() };
+    let names = ["memory", "disk0", "disk1"];
+    let files = [3, 5, 7].map(|factor| lab.write(&format!("image{factor}"), image(factor)));
+    lab.ok(&["deposit", &bank, "vm7", "--memory", &files[0], "--disk", &files[1], "--disk", &files[2]]);
+    let is_there = |name: &str| std::fs::exists(lab.path(name)).unwrap();
+    let (mut unfinished, mut whole) = (0, 0);
+    for at in 0..16 {
+        let out = format!("out{at}");
+        let folder = lab.path(&out);
+        let client = Running::farbus(&["bank", "withdraw", &bank, "vm7", "--to", &folder]);
+        std::thread::sleep(Duration::from_millis(2 + at * at));
+        client.kill();
+        client.wait(AMPLE);
+        let finished = names.iter().filter(|name| is_there(&format!("{out}/{name}"))).count();
+        whole += usize::from(finished == names.len());
+        if finished < names.len() {
+            unfinished += usize::from(names.iter().any(|name| is_there(&format!("{out}/{name}.farbus-part"))));
+            lab.ok(&["withdraw", &bank, "vm7", "--to", &folder]);
+        }
+        for (name, file) in names.iter().zip(&files) {
+            assert!(lab.read(&format!("{out}/{name}")) == std::fs::read(file).unwrap(), "{name}, killed at instant {at}");
+        }
+        assert_eq!(std::fs::read_dir(&folder).unwrap().count(), names.len(), "a part is left");
+    }
+    println!("{unfinished} had begun to write, {whole} were done");
+    assert!(unfinished > 0, "all were killed too early or too late: {whole} were done");
 }
 
 #[test]
