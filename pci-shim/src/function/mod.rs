@@ -12,6 +12,7 @@
 
 mod front;
 mod lazy;
+mod memory;
 mod options;
 mod recovery;
 mod restore;
@@ -22,19 +23,15 @@ mod windows;
 mod workbench;
 
 use std::os::fd::BorrowedFd;
-use std::sync::Arc;
 
-use farbus_remote_dma::dirty_log::DirtyLog;
 use farbus_remote_dma::{
-    Activity, Attachment, AttachmentError, BarAddress, DeviceDescription, InterruptMode, Iova, MapError, MediationAnswer,
-    ResetKind, Ticket, Width, Window,
+    Activity, Attachment, AttachmentError, BarAddress, DeviceDescription, InterruptMode, MediationAnswer, ResetKind, Width,
 };
-use farbus_transport::{CloseReason, Memory, Nanos};
+use farbus_transport::{CloseReason, Nanos};
 
 use crate::access::AccessError;
 use crate::config::{AddressSpace, Space, Written};
 use crate::irq::IrqSink;
-use crate::mediation::MediationRequest;
 use crate::profile::{Profile, RegisterName, Verdict};
 use crate::routes::{Route, Routes};
 use front::Front;
@@ -242,69 +239,6 @@ impl<S: IrqSink> Function<S> {
         Ok(())
     }
 
-    /// Lets the device use a range of DMA addresses.
-    ///
-    /// # Errors
-    /// [`MapError`]; nothing was mapped.
-    pub fn map(&mut self, window: Window) -> Result<(), MapError> {
-        self.map_changes += 1;
-        self.release_lazy();
-        let mut mapped = self.attachment.map(window.clone(), &mut self.front);
-        if self.is_lost() {
-            // Told to the device that takes its place.
-            mapped = Ok(());
-        }
-        // The attachment's book has the same windows, so this one cannot refuse what that one took.
-        let mapped = mapped.and_then(|()| self.windows.insert(window));
-        self.settle();
-        mapped
-    }
-
-    /// Takes every window inside a range away. When it returns, neither the device nor [`Function::next_mediation`] touches the range;
-    /// what was handed out before is the owner's to end first.
-    ///
-    /// # Errors
-    /// [`MapError`]; nothing was taken.
-    pub fn unmap(&mut self, iova: Iova, len: u64) -> Result<(), MapError> {
-        self.map_changes += 1;
-        self.release_lazy();
-        let mut unmapped = self.attachment.unmap(iova, len, &mut self.front);
-        if self.is_lost() {
-            // The link's end took all memory back; which windows there are, the function's own book says.
-            unmapped = Ok(());
-        }
-        if unmapped.is_ok() {
-            self.front.mediations.withdraw(iova, len);
-        }
-        let unmapped = unmapped.and_then(|()| self.windows.remove(iova, len));
-        self.settle();
-        unmapped
-    }
-
-    /// Says that `memory` is what the guest sees: its windows need no mediation from now on.
-    pub fn prove(&mut self, memory: &Arc<Memory>) {
-        self.windows.prove(memory);
-        self.attachment.prove(memory, &mut self.front);
-        self.settle();
-    }
-
-    /// The next access to guest memory that the owner must make. Interrupts that the device raised after a store wait for its answer.
-    pub fn next_mediation(&mut self) -> Option<MediationRequest> {
-        let request = self.front.mediations.take()?;
-        self.front.counters.mediations += 1;
-        Some(request)
-    }
-
-    /// The outcome of a mediation that was handed out. Anything that does not fit the request counts as a fault.
-    pub fn answer(&mut self, ticket: Ticket, answer: MediationAnswer<'_>) {
-        let Some(answer) = self.front.mediations.close(ticket, answer) else {
-            tracing::error!(?ticket, "an answer to no mediation");
-            return;
-        };
-        self.attachment.answer(ticket, answer, &mut self.front);
-        self.settle();
-    }
-
     /// What the client of a vfio-user server enabled. Ignored with [`InterruptOwner::Function`], whose registers say.
     pub fn set_client_interrupts(&mut self, mode: InterruptMode) {
         self.front.client_mode = mode;
@@ -352,17 +286,6 @@ impl<S: IrqSink> Function<S> {
         activity
     }
 
-    /// The device is not there: it is looked for, or the guest sees its line fall.
-    #[cold]
-    fn mourn(&mut self, activity: Activity) -> Activity {
-        let activity = if self.is_lost() { self.look_for_device() } else { activity };
-        if !self.gone && self.gone().is_some() {
-            self.gone = true;
-            self.front.gone();
-        }
-        activity
-    }
-
     /// Prepares to sleep: true where [`Function::wake_fd`] will become readable at the next event; false where there is work.
     pub fn arm(&mut self) -> bool {
         if self.lazy.waits() {
@@ -386,12 +309,6 @@ impl<S: IrqSink> Function<S> {
     /// ([`Function::reattaching`]) is not.
     pub fn gone(&self) -> Option<CloseReason> {
         self.attachment.gone().filter(|_| self.recovery.as_ref().is_none_or(Recovery::is_over))
-    }
-
-    /// The pages that the device wrote in `memory`, complete up to this call; `None` where `memory` has no window and nothing is left to take
-    /// of one that it had.
-    pub fn dirty_log(&mut self, memory: &Arc<Memory>) -> Option<&DirtyLog> {
-        self.attachment.dirty_log(memory, &mut self.front)
     }
 
     /// The attachment itself.

@@ -107,6 +107,17 @@ impl<S: IrqSink> Function<S> {
         true
     }
 
+    /// The device is not there: it is looked for, or the guest sees its line fall.
+    #[cold]
+    pub(super) fn mourn(&mut self, activity: Activity) -> Activity {
+        let activity = if self.is_lost() { self.look_for_device() } else { activity };
+        if !self.gone && self.gone().is_some() {
+            self.gone = true;
+            self.front.gone();
+        }
+        activity
+    }
+
     /// For the device that is lost: whether it is found, and goes on.
     pub(super) fn look_for_device(&mut self) -> Activity {
         let Some(recovery) = &mut self.recovery else { return Activity::Idle(None) };
