@@ -15,7 +15,7 @@ use serde_json::json;
 use tokio::sync::oneshot;
 
 use crate::attach::attach;
-use crate::cli::{BorrowArgs, Unshared};
+use crate::borrow_args::{BorrowArgs, Unshared};
 use crate::failure::Advise;
 use crate::output::Events;
 use crate::signals::EndSignals;
