@@ -122,6 +122,9 @@ pub struct LendArgs {
     /// Run the session's thread on this core, one that this process may use
     #[arg(long, value_name = "CORE")]
     pub core: Option<usize>,
+    /// How long the device is held for a borrower whose link was lost, or whose lender was killed, and who may come back, as in 5s; others wait
+    #[arg(long, value_name = "TIME", default_value = "5s", value_parser = parse_duration)]
+    pub hold: Duration,
     /// Print one JSON object a line
     #[arg(long)]
     pub json: bool,
