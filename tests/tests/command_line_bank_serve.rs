@@ -217,12 +217,13 @@ fn whoever_is_killed_the_bank_is_whole_and_the_deposit_is_resumed() {
         std::thread::sleep(Duration::from_millis(after));
         server.kill();
         server.wait(AMPLE);
+        server = lab.serve(&[]);
+        // It has gone on with this one, or says that it has to be run again.
         let end = client.wait(AMPLE);
         if end.code() != Some(0) {
             end.assert_refusal(1, &["hint: "]);
         }
         lab.assert_whole();
-        server = lab.serve(&[]);
     }
     let said = lab.ok(&["deposit", &link, "big", "--memory", &lab.path("big")]);
     let pages = big.len() as u64 / 4096 + 1;
@@ -242,6 +243,35 @@ fn whoever_is_killed_the_bank_is_whole_and_the_deposit_is_resumed() {
 }
 
 #[test]
+fn a_withdrawal_goes_on_when_its_server_is_killed_and_another_one_comes() {
+    let lab = Lab::new();
+    let (link, out) = (lab.link(), lab.path("out"));
+    let big: Vec<u8> = (0..6_000_000_u32).flat_map(|n| n.wrapping_mul(2_654_435_761).rotate_left(n % 31).to_le_bytes()).collect();
+    std::fs::write(lab.path("big"), &big).unwrap();
+    lab.ok(&["deposit", &lab.path("bank"), "big", "--memory", &lab.path("big")]);
+    let mut server = lab.serve(&[]);
+    for after in [0, 5, 20] {
+        let client = Running::farbus(&["bank", "withdraw", &link, "big", "--to", &out, "--replace", "--json"]);
+        // Its file is made when it has a link and its machine.
+        while !lab.0.path().join("out/memory.part").exists() && client.age() < AMPLE {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        std::thread::sleep(Duration::from_millis(after));
+        server.kill();
+        server.wait(AMPLE);
+        std::thread::sleep(Duration::from_millis(300));
+        server = lab.serve(&[]);
+        let end = client.wait(AMPLE);
+        assert_eq!(end.code(), Some(0), "killed after {after} ms: {}", end.stderr);
+        assert!(std::fs::read(lab.path("out/memory")).unwrap() == big);
+    }
+    end_in_order(server);
+    let words = ["list", &lab.path("bank"), "--reconnect", "5s"];
+    Lab::run(&words).assert_refusal(2, &["it is on this host"]);
+    lab.assert_whole();
+}
+
+#[test]
 fn what_makes_no_sense_is_refused_with_what_to_do() {
     let lab = Lab::new();
     let (bank, link) = (lab.path("bank"), lab.link());
@@ -257,6 +287,7 @@ fn what_makes_no_sense_is_refused_with_what_to_do() {
         (&["serve", &bank, "--listen", &link, "--peer", "nas"], "--peer names a server"),
         (&["serve", &link, "--listen", &link], "served already"),
         (&["serve", &bank, "--listen", "bank.sock"], "is no link address"),
+        (&["serve", &bank, "--listen", &link, "--reconnect", "5s"], "--reconnect is a client's"),
         (&["list", &bank, "--tls", "x"], "takes no options of TLS"),
         (&["list", "rdma:nas:0"], "port 0"),
         (&["list", "shm:"], "needs a path"),

@@ -51,6 +51,9 @@ pub fn run(args: &ServeArgs) -> anyhow::Result<()> {
     if args.place.link.peer.peer.is_some() {
         return Err(misuse("--peer names a server, and this is one", "name clients with --allow, --read and --write"));
     }
+    if args.place.link.reconnect.is_some() {
+        return Err(misuse("--reconnect is a client's, and this is a server", "leave it out: clients come by themselves"));
+    }
     let uses_tls = !args.place.link.security.plain && matches!(args.listen, crate::link_address::LinkAddress::Rdma(_));
     let rules = || args.read.iter().chain(&args.write).filter_map(|rule| rule.client.as_deref());
     if let Some(client) = rules().find(|client| client.starts_with("uid:") == uses_tls) {

@@ -3,6 +3,7 @@
 //! `--read 'web-*=vm7'` parses into a [`Rule`]: the client vm7 may read machines whose names begin with `web-`.
 
 use std::str::FromStr;
+use std::time::Duration;
 
 use clap::Args;
 use farbus_control::identity::Name;
@@ -11,9 +12,10 @@ use farbus_machine_bank::remote::Pattern;
 use super::args::Place;
 use crate::link_address::LinkAddress;
 use crate::security::{AllowArgs, PeerArgs, SecurityArgs};
+use crate::values::parse_duration;
 
 /// How the two sides of a link to a bank know each other.
-#[derive(Debug, Args)]
+#[derive(Clone, Debug, Args)]
 pub struct BankLinkArgs {
     /// What this side shows.
     #[command(flatten)]
@@ -21,12 +23,15 @@ pub struct BankLinkArgs {
     /// Which server is wanted.
     #[command(flatten)]
     pub peer: PeerArgs,
+    /// How long to wait for a server that went away (60s without this; 0s: not at all): reading then goes on, and a deposit unless a part of it was on its way
+    #[arg(long, value_name = "TIME", value_parser = parse_duration)]
+    pub reconnect: Option<Duration>,
 }
 
 impl BankLinkArgs {
     /// Whether anything was said.
     pub fn is_given(&self) -> bool {
-        self.security.is_given() || self.peer.peer.is_some()
+        self.security.is_given() || self.peer.peer.is_some() || self.reconnect.is_some()
     }
 }
 
@@ -42,7 +47,8 @@ and nothing else, and has never heard of other machines; a user that is named by
   farbus bank serve /srv/bank --listen shm:/run/bank
   farbus bank serve /srv/bank --listen rdma:nas:7001,dev=mlx5_0 --tls nas --allow '*' --read 'golden-*' --read '*=backup' --write 'web-*=web'
 
-Both sides need the tenant key of a bank that has one. SIGINT and SIGTERM end it: what clients had under way fails and can be run again."
+Both sides need the tenant key of a bank that has one. SIGINT and SIGTERM end it: clients wait for the next one (--reconnect), go on with what they read, and say
+so where a deposit has to be run again."
 )]
 pub struct ServeArgs {
     /// The bank.

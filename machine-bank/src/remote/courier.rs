@@ -4,6 +4,7 @@
 
 use std::collections::VecDeque;
 use std::os::fd::{AsFd, OwnedFd};
+use std::sync::atomic::AtomicUsize;
 use std::sync::mpsc::{Receiver, Sender, TryRecvError};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -49,13 +50,15 @@ pub(super) struct State {
     /// Why there is no link any more.
     over: Mutex<Option<String>>,
     counts: Mutex<WireCounts>,
+    /// Holds and pins at the server.
+    pub held: AtomicUsize,
     pub wake: OwnedFd,
 }
 
 impl State {
     pub fn new(wake: OwnedFd) -> Self {
         let free = Mutex::new((0..LANES as u8).collect());
-        Self { free, freed: Condvar::new(), over: Mutex::new(None), counts: Mutex::default(), wake }
+        Self { free, freed: Condvar::new(), over: Mutex::new(None), counts: Mutex::default(), held: AtomicUsize::new(0), wake }
     }
 
     /// Takes 1 to `most` lanes; nothing where the link is over.

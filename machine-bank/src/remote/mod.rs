@@ -76,6 +76,6 @@ pub mod server;
 mod service;
 pub mod wire;
 
-pub use client::RemoteStore;
+pub use client::{Link, Reconnect, RemoteStore};
 pub use server::{BankServer, Client, Pattern, Rights, ServeOptions, Served, Stop};
 pub use service::{Fetched, Service, WireCounts};

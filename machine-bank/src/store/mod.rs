@@ -99,7 +99,15 @@ pub struct Pin {
 }
 
 /// Ends what it stands for when it is dropped, or when its process dies.
-pub trait Guard: Send + Sync + fmt::Debug {}
+pub trait Guard: Send + Sync + fmt::Debug {
+    /// Whether it still does.
+    ///
+    /// # Errors
+    /// It ended before it was dropped, with the link that it was taken over.
+    fn check(&self) -> Result<(), StoreError> {
+        Ok(())
+    }
+}
 
 /// Where objects are. Names are checked by the caller of the bank ([`valid_name`]); a store refuses others all the same.
 pub trait Store: Send + Sync + fmt::Debug {
