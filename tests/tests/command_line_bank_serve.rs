@@ -249,13 +249,14 @@ fn a_withdrawal_goes_on_when_its_server_is_killed_and_another_one_comes() {
     let big: Vec<u8> = (0..6_000_000_u32).flat_map(|n| n.wrapping_mul(2_654_435_761).rotate_left(n % 31).to_le_bytes()).collect();
     std::fs::write(lab.path("big"), &big).unwrap();
     lab.ok(&["deposit", &lab.path("bank"), "big", "--memory", &lab.path("big")]);
-    let mut server = lab.serve(&[]);
+    let (mut server, mut caught) = (lab.serve(&[]), 0);
     for after in [0, 5, 20] {
-        let client = Running::farbus(&["bank", "withdraw", &link, "big", "--to", &out, "--replace", "--json"]);
+        let mut client = Running::farbus(&["bank", "withdraw", &link, "big", "--to", &out, "--replace", "--json"]);
         // Its file is made when it has a link and its machine.
-        while !lab.0.path().join("out/memory.part").exists() && client.age() < AMPLE {
+        while !lab.0.path().join("out/memory.part").exists() && !client.has_ended() {
             std::thread::sleep(Duration::from_millis(1));
         }
+        caught += usize::from(!client.has_ended());
         std::thread::sleep(Duration::from_millis(after));
         server.kill();
         server.wait(AMPLE);
@@ -265,6 +266,7 @@ fn a_withdrawal_goes_on_when_its_server_is_killed_and_another_one_comes() {
         assert_eq!(end.code(), Some(0), "killed after {after} ms: {}", end.stderr);
         assert!(std::fs::read(lab.path("out/memory")).unwrap() == big);
     }
+    assert!(caught > 0, "every withdrawal had ended before its server was killed");
     end_in_order(server);
     let words = ["list", &lab.path("bank"), "--reconnect", "5s"];
     Lab::run(&words).assert_refusal(2, &["it is on this host"]);
