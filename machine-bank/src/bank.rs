@@ -105,6 +105,9 @@ impl Bank {
         if expected != check || (keyed == 1) != key.is_some() {
             return Err(BankError::WrongKey);
         }
+        if let Some(pages) = store.pages() {
+            pages.begin(key.filter(|_| version == SEALED_VERSION));
+        }
         let store = match key {
             // Over a link the other side opens what is sealed: what comes here is pages, not objects.
             Some(key) if version == SEALED_VERSION && store.service().is_none() => Box::new(SealedStore::new(store, key)),

@@ -128,6 +128,27 @@ fn a_link_address_is_a_bank() {
 }
 
 #[test]
+fn behind_a_cache_pages_come_over_a_link_once() {
+    let lab = Lab::new();
+    let (link, out, cache) = (lab.link(), lab.path("out"), lab.path("cache"));
+    let server = lab.serve(&[]);
+    let withdraw = || lab.ok(&["withdraw", &link, "web", "--to", &out, "--replace", "--cache", &cache, "--cache-size", "64MiB"]);
+    let pages = memory(700).len() as u64 / 4096 + 1;
+    let said = withdraw();
+    assert_eq!((&said["cache"]["hits"], &said["cache"]["misses"]), (&0.into(), &pages.into()), "{said}");
+    let mut changed = memory(700);
+    changed[..8192].fill(9);
+    std::fs::write(lab.path("web"), &changed).unwrap();
+    lab.ok(&["deposit", &lab.path("bank"), "web", "--memory", &lab.path("web")]);
+    let said = withdraw();
+    assert!(std::fs::read(lab.path("out/memory")).unwrap() == changed);
+    // Two pages that are equal are one, and the names of all of them.
+    assert_eq!((&said["cache"]["hits"], &said["cache"]["misses"]), (&(pages - 2).into(), &2.into()), "{said}");
+    assert!(said["wire"]["read_bytes"].as_u64() < Some(pages * 32 + 4000), "{said}");
+    end_in_order(server);
+}
+
+#[test]
 fn a_client_has_what_the_rules_say_and_no_more() {
     let lab = Lab::new();
     let link = lab.link();

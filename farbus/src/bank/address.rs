@@ -10,14 +10,14 @@ use std::sync::Arc;
 
 use farbus_machine_bank::remote::{Link, Reconnect, RemoteStore};
 use farbus_machine_bank::store::object::ObjectOptions;
-use farbus_machine_bank::store::{CacheCounters, CachedStore, Directory, ObjectStore, Store, StoreError};
+use farbus_machine_bank::store::{CacheCounters, CachedStore, Directory, ObjectStore, PagedStore, Store, StoreError};
 use farbus_transport::Nanos;
 use farbus_transport::link::hello::{Hello, Role, SPOKEN};
 
 use super::args::Place;
 use super::help::Helped;
 use super::serve_args::BankLinkArgs;
-use crate::failure::{misuse, refusal};
+use crate::failure::refusal;
 use crate::link::{Linked, Purpose};
 use crate::link_address::{LinkAddress, lender_address};
 
@@ -126,20 +126,20 @@ impl BankAddress {
         }
     }
 
-    /// The same behind the cache that the arguments ask for: a bucket has one unless they say otherwise.
+    /// The same behind the cache that the arguments ask for: a bucket has one unless they say otherwise; over a link pages are what is kept.
     pub fn open_cached(&self, place: &Place) -> anyhow::Result<Opened> {
         let store = self.open(place)?;
         let folder = match &place.cache {
             Some(folder) if folder == Path::new("none") => None,
-            Some(_) if matches!(self, Self::Link(_)) => {
-                let hint =
-                    "leave --cache out, or copy the machine to a bank of this host: farbus bank copy fetches what that lacks";
-                return Err(misuse(format!("{self} is a link, whose packs no cache sees"), hint));
-            }
             Some(folder) => Some(folder.clone()),
             None => default_cache().filter(|_| self.is_bucket()),
         };
         let Some(folder) = folder else { return Ok((store, None)) };
+        if let Self::Link(_) = self {
+            let store = PagedStore::new(store, &folder, place.cache_size);
+            let counters = store.counters();
+            return Ok((Box::new(store), Some(counters)));
+        }
         let store = CachedStore::new(store, &folder, place.cache_size);
         let counters = store.counters();
         Ok((Box::new(store), Some(counters)))

@@ -109,7 +109,8 @@ pub struct Place {
     #[arg(long, value_name = "TIME", default_value = "10s", value_parser = parse_duration)]
     pub wait: Duration,
     /// Keep what is read from the bank in this directory, for all banks and processes, or nowhere: "none". Without it a bucket has
-    /// $XDG_CACHE_HOME/farbus/bank or ~/.cache/farbus/bank, and other banks none. A sealed bank's cache is as sealed as the bank; verify reads past it
+    /// $XDG_CACHE_HOME/farbus/bank or ~/.cache/farbus/bank, and other banks none. Of a bank over a link pages are kept, in a file of their own. A sealed bank's
+    /// cache is as sealed as the bank; verify reads past it
     #[arg(long, value_name = "DIR")]
     pub cache: Option<PathBuf>,
     /// How large a cache becomes that is made now, or is of another size and not in use: 512MiB, 4GiB

@@ -111,7 +111,10 @@ pub fn run(args: &WithdrawArgs) -> anyhow::Result<()> {
             let on_demand = if args.on_demand { format!(": {placed} pages for {faults} requests") } else { String::new() };
             lines.push(format!("Cloud Hypervisor has {entry}, {slots} slots of {}{on_demand}", size(*bytes)));
         }
-        lines.extend(cache.map(|CacheFigures { hits, wire_bytes, .. }| {
+        lines.extend(cache.map(|CacheFigures { hits, misses, wire_bytes, .. }| {
+            if wire.is_some() {
+                return format!("{misses} pages came from the bank, and {hits} from the cache");
+            }
             format!("{} came from the bank, and {hits} blocks of 32 KiB from the cache", size(wire_bytes))
         }));
         let leaves = written.iter().map(|written| written.report.pages.div_ceil(LEAF as u64)).sum();

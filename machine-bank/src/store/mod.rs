@@ -22,7 +22,7 @@ use crate::manifest::Entry;
 use crate::page::Root;
 use crate::remote::Service;
 
-pub use cached::{CacheCounters, CacheFigures, CachedStore};
+pub use cached::{CacheCounters, CacheFigures, CachedStore, PageCache, PagedStore};
 pub use directory::Directory;
 pub use memory::MemoryStore;
 #[cfg(feature = "object")]
@@ -176,6 +176,11 @@ pub trait Store: Send + Sync + fmt::Debug {
 
     /// Who is asked for machines and pages, where this is another bank and no store of bytes: there packs and indexes cannot be read.
     fn service(&self) -> Option<&dyn Service> {
+        None
+    }
+
+    /// Pages that were fetched before, where they are kept by name: what a bank at the other end of a link has for a cache.
+    fn pages(&self) -> Option<&PageCache> {
         None
     }
 
