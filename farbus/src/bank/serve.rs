@@ -62,7 +62,16 @@ pub fn run(args: &ServeArgs) -> anyhow::Result<()> {
     }
     let place = &args.place;
     let bank = open(place)?;
-    let options = ServeOptions { wait: place.wait, ..ServeOptions::default() };
+    let shares = &args.shares;
+    let options = ServeOptions {
+        wait: place.wait,
+        staged: shares.client_staged,
+        holds: shares.client_deposits,
+        pins: shares.client_withdrawals,
+        known: shares.client_known as usize,
+        hold: shares.hold_age,
+        ..ServeOptions::default()
+    };
     let server = BankServer::new(bank, options).helped(format!("cannot serve the bank {}", place.bank), place)?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().context("cannot wait for clients")?;
     runtime.block_on(serve(args, &server))

@@ -12,7 +12,7 @@ use farbus_machine_bank::remote::Pattern;
 use super::args::Place;
 use crate::link_address::LinkAddress;
 use crate::security::{AllowArgs, PeerArgs, SecurityArgs};
-use crate::values::parse_duration;
+use crate::values::{parse_duration, parse_size, parse_wait};
 
 /// How the two sides of a link to a bank know each other.
 #[derive(Clone, Debug, Args)]
@@ -66,9 +66,32 @@ pub struct ServeArgs {
     /// Clients at a time: each may take 40 MiB, and 256 MiB more while it deposits
     #[arg(long, value_name = "N", default_value_t = 16, value_parser = clap::value_parser!(u16).range(1..=1024))]
     pub clients: u16,
+    /// What a client may have, over all its links
+    #[command(flatten)]
+    pub shares: ShareArgs,
     /// Who may connect.
     #[command(flatten)]
     pub allow: AllowArgs,
+}
+
+/// What one client may have of a served bank.
+#[derive(Clone, Debug, Args)]
+pub struct ShareArgs {
+    /// Bytes that a client may have sent before they are checked
+    #[arg(long, value_name = "SIZE", default_value = "256MiB", value_parser = parse_size)]
+    pub client_staged: u64,
+    /// Deposits that a client may have under way
+    #[arg(long, value_name = "N", default_value_t = 64, value_parser = clap::value_parser!(u64).range(1..))]
+    pub client_deposits: u64,
+    /// Machines that a client may be withdrawing
+    #[arg(long, value_name = "N", default_value_t = 256, value_parser = clap::value_parser!(u64).range(1..))]
+    pub client_withdrawals: u64,
+    /// Pages whose names are remembered for a client that may not read every machine, some 24 bytes each: what is beyond them it sends again
+    #[arg(long, value_name = "N", default_value_t = 1 << 20, value_parser = clap::value_parser!(u64).range(0..1 << 32))]
+    pub client_known: u64,
+    /// After how long a deposit or a withdrawal ends whose client neither uses nor renews it; a living one renews it every 10 s
+    #[arg(long, value_name = "TIME", default_value = "300s", value_parser = parse_wait)]
+    pub hold_age: Duration,
 }
 
 /// Machines, and the client whom a rule is for.

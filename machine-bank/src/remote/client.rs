@@ -258,6 +258,7 @@ impl Client {
             Status::Missing => StoreError::Missing { kind: Kind::Manifest, name: String::new() },
             Status::Refused => StoreError::Refused(text),
             Status::Busy | Status::Overtaken => StoreError::Busy { by: text },
+            Status::Quota => StoreError::Full(other(io::ErrorKind::QuotaExceeded)),
             Status::Full => StoreError::Full(other(io::ErrorKind::StorageFull)),
             Status::ReadOnly => StoreError::ReadOnly(other(io::ErrorKind::ReadOnlyFilesystem)),
             Status::Failed => StoreError::Io { what: format!("the bank at {}", self.address), source: other(io::ErrorKind::Other) },
