@@ -42,7 +42,7 @@
 //! | 9 let go | handle (4) | |
 //! | 10 stage | stream (4), offset (8), bytes | |
 //! | 11 pack | stream, length (8), name (16) | the stream is verified, and a pack |
-//! | 12 commit | stream, length, root, number (8; 0: the next), machine | the deposit's number |
+//! | 12 commit | stream, length, root, number (8; 0, or one more than that of the machine's last deposit, which is to be the last still), machine | the deposit's number |
 //! | 13 discard | stream | |
 //!
 //! Status 0 is done; the others are the reasons of a [`StoreError`](crate::store::StoreError), with a text. A part of an answer to *fetch* begins with the

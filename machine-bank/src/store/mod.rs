@@ -184,8 +184,8 @@ pub trait Store: Send + Sync + fmt::Debug {
         None
     }
 
-    /// Takes a name for whoever asks first, once and for all: `vm7@00000003` is the third deposit of `vm7` and of nobody else. A store whose holds cannot
-    /// lapse needs no more than them.
+    /// Takes a name for whoever asks first: `vm7@00000003` is the third deposit of `vm7` and of nobody else. A store whose holds cannot lapse needs no more than them.
+    /// A name is taken until a later deposit of the machine is there and the store is tidied; which numbers deposits had that were removed since, the bank notes itself.
     ///
     /// # Errors
     /// The store cannot be written.

@@ -287,11 +287,11 @@ impl<F: Fabric> Session<'_, F> {
         store.sync(Kind::Pack)?;
         {
             let _commit = store.hold(Hold::Commit, self.server.options.wait)?;
-            let next = bank.next_number(machine)?;
-            if number != 0 && number != next {
+            let last = bank.listing()?.last(machine).map_or(0, |entry| entry.number);
+            if number != 0 && number != last.saturating_add(1) {
                 return Err(Failure(Status::Overtaken, format!("{machine} was deposited by somebody else meanwhile")));
             }
-            entry.number = next;
+            entry.number = bank.next_number(machine)?;
             store.put(Kind::Manifest, &entry.object(), &staged.bytes, Durability::Durable)?;
         }
         store.sync(Kind::Manifest)?;

@@ -382,7 +382,7 @@ impl Store for ObjectStore {
     fn tidy(&self) -> Result<u64, StoreError> {
         let limit = self.leases.left()?.min(self.bucket.limit);
         lease::tidy(&self.bucket)?;
-        // A number that a later or the same deposit has is not given again, so nobody needs to keep it.
+        // A number that a later or the same deposit has is not given again, so nobody needs to keep it; when that one is removed the bank notes its number.
         let manifests = self.bucket.listed(folder(Kind::Manifest))?;
         let given = |name: &str| name.rsplit_once('@').map(|(machine, number)| (machine.to_owned(), number.to_owned()));
         let of_deposits: Vec<_> = manifests.iter().filter_map(|(name, _)| given(name.rsplit_once('@')?.0)).collect();
