@@ -161,7 +161,9 @@ impl Bank {
             return Ok(0);
         }
         let last = self.listing()?.last(machine).map_or(0, |entry| entry.number);
-        let mut number = last.max(Numbers::read(self.store())?.given(machine)).saturating_add(1);
+        let given = last.max(Numbers::read(self.store())?.given(machine));
+        let none_left = || StoreError::io(format!("{machine} has had every number"), std::io::ErrorKind::InvalidData.into());
+        let mut number = given.checked_add(1).ok_or_else(none_left)?;
         // One that is taken and not there was a deposit's that died at its last step.
         while !self.store.reserve(&format!("{machine}@{number:08}"))? {
             number += 1;

@@ -24,6 +24,9 @@ use served::Serving;
 
 const KEY: [u8; 32] = [3; 32];
 
+/// Opens a store.
+type Make<'a> = &'a dyn Fn() -> Box<dyn Store>;
+
 fn take_out(bank: &Bank, wishes: &[&str]) {
     let entries: Vec<_> = wishes.iter().map(|wish| bank.find(wish).unwrap()).collect();
     assert_eq!(remove(bank, &entries).unwrap().removed.len(), wishes.len());
@@ -75,7 +78,7 @@ fn a_number_is_never_given_twice_in_any_store() {
     let memory = MemoryStore::new();
     let objects = Arc::new(InMemory::new());
     let open_objects = || ObjectStore::over(objects.clone(), "lab", "memory".to_owned(), quick()).unwrap();
-    let stores: [(&str, &dyn Fn() -> Box<dyn Store>); 4] = [
+    let stores: [(&str, Make<'_>); 4] = [
         ("memory", &|| Box::new(memory.clone())),
         ("directory", &|| Box::new(Directory::create(path("d")).unwrap())),
         ("objects in a directory", &|| Box::new(ObjectStore::local(&path("o"), true, quick()).unwrap())),

@@ -115,12 +115,15 @@ pub struct BankServer {
     pub(super) brought: Mutex<HashMap<String, Brought>>,
 }
 
+/// A pack and what is in it.
+type Added = (PackId, Vec<(PageId, Place)>);
+
 /// The index that all clients have.
 #[derive(Debug)]
 struct Shared {
     index: Index,
     /// What was added since the next index began to be read, while one is.
-    since: Option<Vec<(PackId, Vec<(PageId, Place)>)>>,
+    since: Option<Vec<Added>>,
 }
 
 /// The last reading of the index.

@@ -6,6 +6,7 @@
 mod bank_server;
 mod cut;
 mod deposit;
+mod failure;
 mod fetch;
 mod quota;
 mod rights;
@@ -19,16 +20,15 @@ use std::time::{Duration, Instant};
 use farbus_transport::{Fabric, Memory, Nanos};
 
 pub use bank_server::{BankServer, Client, ServeOptions, Served, Stop};
+use failure::{Failure, missing, refused};
 use quota::{Share, What};
 pub use rights::{Pattern, Rights};
 
 use super::port::{Heard, Port};
 use super::wire::{Answer, BODY, Carried, INLINE, LANES, Op, PART, Request, Status, ToClient, ToServer, VERSION, put_objects};
 use crate::bank::CONFIG;
-use crate::codec::Malformed;
-use crate::index::IndexError;
 use crate::keep::lost::{self, Lost};
-use crate::manifest::{Entry, Manifest, ManifestError};
+use crate::manifest::{Entry, Manifest};
 use crate::page::{PageId, Root};
 use crate::store::{Guard, Kind, StoreError};
 
@@ -89,56 +89,6 @@ struct Session<'s, F> {
     /// For a client that may not read everything.
     cutter: Option<cut::Cutter>,
     clock: &'s mut dyn FnMut() -> Nanos,
-}
-
-/// Why a request is not done.
-struct Failure(Status, String);
-
-impl From<StoreError> for Failure {
-    fn from(error: StoreError) -> Self {
-        let status = match &error {
-            StoreError::Missing { .. } => Status::Missing,
-            StoreError::Busy { .. } => Status::Busy,
-            StoreError::Full(_) => Status::Full,
-            StoreError::ReadOnly(_) => Status::ReadOnly,
-            StoreError::Refused(_) => Status::Refused,
-            _ => Status::Failed,
-        };
-        Self(status, error.to_string())
-    }
-}
-
-impl From<ManifestError> for Failure {
-    fn from(error: ManifestError) -> Self {
-        match error {
-            ManifestError::Store(error) => error.into(),
-            other => Self(Status::Failed, other.to_string()),
-        }
-    }
-}
-
-impl From<IndexError> for Failure {
-    fn from(error: IndexError) -> Self {
-        match error {
-            IndexError::Store(error) => error.into(),
-            other => Self(Status::Failed, other.to_string()),
-        }
-    }
-}
-
-impl From<Malformed> for Failure {
-    fn from(error: Malformed) -> Self {
-        refused(error.to_string())
-    }
-}
-
-fn refused(why: impl Into<String>) -> Failure {
-    Failure(Status::Refused, why.into())
-}
-
-/// The same for a machine that is not there and for one of others.
-fn missing() -> Failure {
-    Failure(Status::Missing, "there is no such machine".to_owned())
 }
 
 impl<F: Fabric> Session<'_, F> {
