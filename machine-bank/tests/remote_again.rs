@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 
 use common::{deposit, machine, memory_bank, open, withdraw, work};
 use farbus_machine_bank::deposit::DepositError;
-use farbus_machine_bank::keep::{remove, verify};
+use farbus_machine_bank::keep::{SweepOptions, remove, sweep, verify};
 use farbus_machine_bank::lazy::{Backing, Cache, FaultServer, LazyOptions, Uffd};
 use farbus_machine_bank::remote::{Link, Reconnect, RemoteStore, Rights};
 use farbus_machine_bank::store::{Hold, Kind, MemoryStore, Store, StoreError};
@@ -253,6 +253,34 @@ fn a_hold_that_cannot_be_taken_anew_ends_the_deposit_that_rests_on_it() {
     drop((going, guard));
     assert!(withdraw(&here, &deposit(&here, "vm7", &changed, Changes::HashAll).machine, "memory").unwrap() == changed);
     assert_eq!(store.list(Kind::Manifest).unwrap().len(), 2);
+}
+
+#[test]
+fn pages_that_were_collected_while_nothing_was_held_are_missed_by_the_commit_and_brought_by_the_next_deposit() {
+    let (store, bank) = memory_bank();
+    let memory = machine(9, 1500);
+    deposit(&bank, "vm7", &memory, Changes::HashAll);
+    let host = Host::new(store.clone());
+    let here = host.connect(LONG);
+    let begin = || {
+        let mut going = here.deposit("vm8", &DepositOptions::default()).unwrap();
+        going.section(SectionKind::Memory, "memory", &&memory[..], Changes::HashAll, &|_| {}).unwrap();
+        going
+    };
+    // Everything is in the bank already, and so it was told.
+    let going = begin();
+    host.kill();
+    let there = open(store.clone()).patience(Duration::from_secs(20));
+    remove(&there, &[there.find("vm7").unwrap()]).unwrap();
+    assert!(sweep(&there, &SweepOptions::default()).unwrap().removed > 0);
+    host.restart();
+    let refused = going.commit();
+    let said = |why: &str| why.contains("Deposit again") && why.contains("not brought");
+    assert!(matches!(&refused, Err(DepositError::Store(StoreError::Gone(why))) if said(why)), "{refused:?}");
+    assert_eq!(there.listing().unwrap().0, []);
+    begin().commit().unwrap();
+    assert!(withdraw(&there, "vm8", "memory").unwrap() == memory);
+    assert_eq!(verify(&there, &|_| {}).unwrap().faults, []);
 }
 
 trait Begin {

@@ -131,6 +131,11 @@ impl Draft for RemoteDraft {
         let op = Op::Commit(stream, self.sent, Root(root), number, machine.clone());
         let answer = match client.call(&op) {
             Err(error @ StoreError::Gone(_)) if client.is_over() => return self.whether_there(&machine, Root(root), error),
+            Err(StoreError::Refused(why)) if self.remote.had_a_gap() => {
+                return Err(StoreError::Gone(format!(
+                    "{why}; the link ended while {machine} was deposited, and pages that the bank had may have been collected before it was made anew. Deposit again"
+                )));
+            }
             answer => answer?,
         };
         self.ended = true;

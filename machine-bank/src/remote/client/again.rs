@@ -159,7 +159,7 @@ impl Remote {
         let mut kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
         for guard in kept.values_mut().filter(|guard| guard.lost.is_none()) {
             match client.call(&guard.op).and_then(|answer| number(&client, &answer)) {
-                Ok(handle) => guard.handle = handle,
+                Ok(handle) => (guard.handle, guard.anew) = (handle, true),
                 Err(error) if client.is_over() => return Err(error),
                 Err(error) => {
                     tracing::warn!(%error, "what was held over a link to a bank could not be taken anew");

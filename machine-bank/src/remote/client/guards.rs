@@ -15,6 +15,8 @@ use crate::store::{Guard, StoreError};
 pub(super) struct Kept {
     pub op: Op,
     pub handle: u32,
+    /// Whether it was taken anew, so that there was a time when nothing was held.
+    pub anew: bool,
     /// Why it could not be taken anew.
     pub lost: Option<String>,
 }
@@ -74,7 +76,7 @@ impl RemoteStore {
                 return Err(client.gone());
             }
             let key = kept.last_key_value().map_or(0, |(key, _)| key + 1);
-            kept.insert(key, Kept { op: op.clone(), handle, lost: None });
+            kept.insert(key, Kept { op: op.clone(), handle, anew: false, lost: None });
             client.keep(kept.len());
             Ok(Box::new(RemoteGuard { remote: remote.clone(), key }) as Box<dyn Guard>)
         })
@@ -91,6 +93,12 @@ impl Remote {
     /// Whether what deposits rest on is still held.
     pub fn holds(&self) -> Result<(), StoreError> {
         self.lost(|op| matches!(op, Op::Hold(_)))
+    }
+
+    /// Whether what deposits rest on was not held for a while.
+    pub fn had_a_gap(&self) -> bool {
+        let kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
+        kept.values().any(|kept| kept.anew && matches!(kept.op, Op::Hold(_)))
     }
 
     /// Whether a machine is pinned by all who pinned it.

@@ -196,8 +196,7 @@ impl<F: Fabric> Session<'_, F> {
         }
         let entries = parse_pack(id, &bytes)?;
         self.check_pages(&bytes, &entries)?;
-        let bank = &self.server.bank;
-        bank.store().put(Kind::Pack, &id.name(), &bytes, Durability::Durable)?;
+        self.busy(|server| server.bank.store().put(Kind::Pack, &id.name(), &bytes, Durability::Durable))?;
         if self.server.add(id, &entries) >= LOOSE {
             self.busy(BankServer::merge)?;
         }
@@ -246,7 +245,7 @@ impl<F: Fabric> Session<'_, F> {
         self.learn()?;
         let bank = &self.server.bank;
         let (store, identity) = (bank.store(), bank.identity());
-        let mut entry = Entry { machine: machine.to_owned(), number: u64::MAX, root, len };
+        let entry = Entry { machine: machine.to_owned(), number: u64::MAX, root, len };
         let staged = Staged { store, name: entry.object(), bytes };
         let mut listing = bank.listing()?;
         listing.0.retain(|other| other.root != root);
@@ -284,20 +283,28 @@ impl<F: Fabric> Session<'_, F> {
             }
         }
         self.settle(&mut unsettled)?;
-        store.sync(Kind::Pack)?;
-        {
-            let _commit = store.hold(Hold::Commit, self.server.options.wait)?;
-            let last = bank.listing()?.last(machine).map_or(0, |entry| entry.number);
-            if number != 0 && number != last.saturating_add(1) {
-                return Err(Failure(Status::Overtaken, format!("{machine} was deposited by somebody else meanwhile")));
-            }
-            entry.number = bank.next_number(machine)?;
-            store.put(Kind::Manifest, &entry.object(), &staged.bytes, Durability::Durable)?;
-        }
-        store.sync(Kind::Manifest)?;
+        let bytes = staged.bytes;
+        let entry = self.busy(|server| publish(server, entry, number, &bytes))?;
         if let Err(error) = self.busy(BankServer::merge) {
             tracing::warn!(%error, "the index of a deposit was not written, and is made again from its packs");
         }
         Ok(entry.number.to_le_bytes().to_vec())
     }
+}
+
+/// Gives a manifest that was checked its number, and lets it be seen.
+fn publish(server: &BankServer, mut entry: Entry, number: u64, bytes: &[u8]) -> Result<Entry, Failure> {
+    let (bank, store) = (&server.bank, server.bank.store());
+    store.sync(Kind::Pack)?;
+    {
+        let _commit = store.hold(Hold::Commit, server.options.wait)?;
+        let last = bank.listing()?.last(&entry.machine).map_or(0, |entry| entry.number);
+        if number != 0 && number != last.saturating_add(1) {
+            return Err(Failure(Status::Overtaken, format!("{} was deposited by somebody else meanwhile", entry.machine)));
+        }
+        entry.number = bank.next_number(&entry.machine)?;
+        store.put(Kind::Manifest, &entry.object(), bytes, Durability::Durable)?;
+    }
+    store.sync(Kind::Manifest)?;
+    Ok(entry)
 }
