@@ -198,6 +198,7 @@ fn a_deposit_goes_on_between_two_objects_and_what_was_in_the_middle_of_one_says_
     let mut going = here.bank_deposit();
     host.kill();
     host.restart();
+    here.listing().unwrap();
     going.section(SectionKind::Memory, "memory", &&memory[..], Changes::Bitmap(&dirty), &|_| {}).unwrap();
     let machine = going.commit().unwrap().machine;
     assert!(withdraw(&open(store.clone()), &machine, "memory").unwrap() == memory);
@@ -274,6 +275,8 @@ fn pages_that_were_collected_while_nothing_was_held_are_missed_by_the_commit_and
     remove(&there, &[there.find("vm7").unwrap()]).unwrap();
     assert!(sweep(&there, &SweepOptions::default()).unwrap().removed > 0);
     host.restart();
+    // Who notices the end of a link in the middle of an object hears that instead.
+    here.listing().unwrap();
     let refused = going.commit();
     let said = |why: &str| why.contains("Deposit again") && why.contains("not brought");
     assert!(matches!(&refused, Err(DepositError::Store(StoreError::Gone(why))) if said(why)), "{refused:?}");
