@@ -17,7 +17,7 @@ use farbus_transport::link::hello::{Hello, Role, SPOKEN};
 use super::args::Place;
 use super::help::Helped;
 use super::serve_args::BankLinkArgs;
-use crate::failure::refusal;
+use crate::failure::{misuse, refusal};
 use crate::link::{Linked, Purpose};
 use crate::link_address::{LinkAddress, lender_address};
 
@@ -108,10 +108,9 @@ impl BankAddress {
             Self::Directory(path) if path.join("config/bank").exists() => {
                 Err(refusal(format!("there is a bank in {self}"), "use it as it is, or choose another directory"))
             }
-            Self::Link(_) => Err(refusal(
-                "no bank is made over a link",
-                format!("run farbus bank init where it is to be, and serve it: {SERVE}"),
-            )),
+            Self::Link(_) => {
+                Err(misuse("no bank is made over a link", format!("run farbus bank init where it is to be, and serve it: {SERVE}")))
+            }
             Self::Directory(path) => Ok(Box::new(Directory::create(path).helped(what(), place)?)),
             Self::Objects(path) => Ok(Box::new(ObjectStore::local(path, true, ObjectOptions::default()).helped(what(), place)?)),
             Self::Bucket { .. } => self.store().helped(what(), place),

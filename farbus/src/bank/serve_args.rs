@@ -23,8 +23,8 @@ pub struct BankLinkArgs {
     /// Which server is wanted.
     #[command(flatten)]
     pub peer: PeerArgs,
-    /// How long to wait for a server that went away (60s without this; 0s: not at all): reading then goes on, and a deposit unless a part of it was on its way
-    #[arg(long, value_name = "TIME", value_parser = parse_duration)]
+    /// How long to wait for a server that went away, as in 60s, which it is without this, or 0s: reading then goes on, and so does a deposit of which nothing was on its way
+    #[arg(long, help_heading = "The bank", value_name = "TIME", value_parser = parse_duration)]
     pub reconnect: Option<Duration>,
 }
 
@@ -74,23 +74,26 @@ pub struct ServeArgs {
     pub allow: AllowArgs,
 }
 
+/// Where they are in the help.
+const SHARES: &str = "What a client may have, over all its links";
+
 /// What one client may have of a served bank.
 #[derive(Clone, Debug, Args)]
 pub struct ShareArgs {
-    /// Bytes that a client may have sent before they are checked
-    #[arg(long, value_name = "SIZE", default_value = "256MiB", value_parser = parse_size)]
+    /// How much a client may have sent before it is checked, as in 256M
+    #[arg(long, help_heading = SHARES, value_name = "SIZE", default_value = "256M", value_parser = parse_size)]
     pub client_staged: u64,
     /// Deposits that a client may have under way
-    #[arg(long, value_name = "N", default_value_t = 64, value_parser = clap::value_parser!(u64).range(1..))]
+    #[arg(long, help_heading = SHARES, value_name = "N", default_value_t = 64, value_parser = clap::value_parser!(u64).range(1..))]
     pub client_deposits: u64,
     /// Machines that a client may be withdrawing
-    #[arg(long, value_name = "N", default_value_t = 256, value_parser = clap::value_parser!(u64).range(1..))]
+    #[arg(long, help_heading = SHARES, value_name = "N", default_value_t = 256, value_parser = clap::value_parser!(u64).range(1..))]
     pub client_withdrawals: u64,
     /// Pages whose names are remembered for a client that may not read every machine, some 24 bytes each: what is beyond them it sends again
-    #[arg(long, value_name = "N", default_value_t = 1 << 20, value_parser = clap::value_parser!(u64).range(0..1 << 32))]
+    #[arg(long, help_heading = SHARES, value_name = "N", default_value_t = 1 << 20, value_parser = clap::value_parser!(u64).range(0..1 << 32))]
     pub client_known: u64,
     /// After how long a deposit or a withdrawal ends whose client neither uses nor renews it; a living one renews it every 10 s
-    #[arg(long, value_name = "TIME", default_value = "300s", value_parser = parse_wait)]
+    #[arg(long, help_heading = SHARES, value_name = "TIME", default_value = "5m", value_parser = parse_wait)]
     pub hold_age: Duration,
 }
 
