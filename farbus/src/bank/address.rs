@@ -8,14 +8,15 @@ use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::sync::Arc;
 
-use farbus_machine_bank::remote::RemoteStore;
+use farbus_machine_bank::remote::{Link, Reconnect, RemoteStore};
 use farbus_machine_bank::store::object::ObjectOptions;
-use farbus_machine_bank::store::{CacheCounters, CachedStore, Directory, ObjectStore, Store, StoreError};
+use farbus_machine_bank::store::{CacheCounters, CachedStore, Directory, ObjectStore, PagedStore, Store, StoreError};
 use farbus_transport::Nanos;
 use farbus_transport::link::hello::{Hello, Role, SPOKEN};
 
 use super::args::Place;
 use super::help::Helped;
+use super::serve_args::BankLinkArgs;
 use crate::failure::{misuse, refusal};
 use crate::link::{Linked, Purpose};
 use crate::link_address::{LinkAddress, lender_address};
@@ -124,20 +125,20 @@ impl BankAddress {
         }
     }
 
-    /// The same behind the cache that the arguments ask for: a bucket has one unless they say otherwise.
+    /// The same behind the cache that the arguments ask for: a bucket has one unless they say otherwise; over a link pages are what is kept.
     pub fn open_cached(&self, place: &Place) -> anyhow::Result<Opened> {
         let store = self.open(place)?;
         let folder = match &place.cache {
             Some(folder) if folder == Path::new("none") => None,
-            Some(_) if matches!(self, Self::Link(_)) => {
-                let hint =
-                    "leave --cache out, or copy the machine to a bank of this host: farbus bank copy fetches what that lacks";
-                return Err(misuse(format!("{self} is a link, whose packs no cache sees"), hint));
-            }
             Some(folder) => Some(folder.clone()),
             None => default_cache().filter(|_| self.is_bucket()),
         };
         let Some(folder) = folder else { return Ok((store, None)) };
+        if let Self::Link(_) = self {
+            let store = PagedStore::new(store, &folder, place.cache_size);
+            let counters = store.counters();
+            return Ok((Box::new(store), Some(counters)));
+        }
         let store = CachedStore::new(store, &folder, place.cache_size);
         let counters = store.counters();
         Ok((Box::new(store), Some(counters)))
@@ -165,21 +166,32 @@ fn default_cache() -> Option<PathBuf> {
     Some(caches.join("farbus/bank"))
 }
 
-/// A bank that is served at `address`.
+/// A bank that is served at `address`. A server that goes away is waited for, and asked again.
 fn connect(address: &LinkAddress, place: &Place) -> anyhow::Result<RemoteStore> {
+    let give_up = place.link.reconnect.unwrap_or(Reconnect::default().give_up);
+    let first = link(address, &place.link)?.helped(format!("cannot reach the bank at {address}"), place)?;
+    if give_up.is_zero() {
+        return Ok(RemoteStore::over(first));
+    }
+    let (address, options) = (address.clone(), place.link.clone());
+    let again = move || link(&address, &options).map_err(|error| StoreError::Gone(format!("{error:#}"))).and_then(|linked| linked);
+    Ok(RemoteStore::reconnecting(first, Reconnect { give_up, ..Reconnect::default() }, again))
+}
+
+/// A link to the bank at `address`.
+fn link(address: &LinkAddress, options: &BankLinkArgs) -> anyhow::Result<Result<Link, StoreError>> {
     let hello = Hello { versions: SPOKEN, role: Role::Borrower, features: 0, epoch: 0, description: GREETING.to_vec() };
-    let (linked, agreed) = crate::link::connect(address, Purpose::Bank, &place.link.security, &place.link.peer, &hello)?;
+    let (linked, agreed) = crate::link::connect(address, Purpose::Bank, &options.security, &options.peer, &hello)?;
     if agreed.peer.description != GREETING {
         return Err(refusal(
             format!("no bank is served at {address}: a device is lent there"),
             format!("give the address that {SERVE} says"),
         ));
     }
-    let store = match linked {
-        Linked::Shm(fabric) => RemoteStore::connect(*fabric, address.to_string(), Nanos::now),
-        Linked::Rdma(fabric) => RemoteStore::connect(*fabric, address.to_string(), Nanos::now),
-    };
-    store.helped(format!("cannot reach the bank at {address}"), place)
+    Ok(match linked {
+        Linked::Shm(fabric) => Link::open(*fabric, address.to_string(), Nanos::now),
+        Linked::Rdma(fabric) => Link::open(*fabric, address.to_string(), Nanos::now),
+    })
 }
 
 #[cfg(test)]

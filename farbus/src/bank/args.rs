@@ -106,7 +106,8 @@ pub struct Place {
     /// How long to wait for a process that uses the bank in another way (a deposit during a gc), as in 10s or 5m
     #[arg(long, help_heading = HEADING, value_name = "TIME", default_value = "10s", value_parser = parse_duration)]
     pub wait: Duration,
-    /// Keep what is read from the bank in this directory, or nowhere: "none"; without it buckets have ~/.cache/farbus/bank, and other banks none
+    /// Keep what is read from the bank in this directory, or nowhere: "none"; without it buckets have ~/.cache/farbus/bank, and other banks none.
+    /// Of a bank over a link pages are kept, in a file of their own; of a sealed bank nothing that is not sealed
     #[arg(long, help_heading = HEADING, value_name = "DIR")]
     pub cache: Option<PathBuf>,
     /// How large a cache becomes that is made now, or is of another size and not in use, as in 512M or 4G

@@ -5,6 +5,7 @@
 mod copy;
 mod diff;
 pub(crate) mod lost;
+pub(crate) mod numbers;
 mod remove;
 mod repair;
 mod stats;
