@@ -11,13 +11,15 @@ use std::io::{Read, Write};
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
 
 use common::migration::*;
 use common::{machine, memory_bank, withdraw};
 use farbus_machine_bank::cloud_hypervisor::{Refused, RestoreError, RestoreOptions, RestoreReport, SaveError, restore, save};
 use farbus_machine_bank::deposit::DepositReport;
 use farbus_machine_bank::index::{Index, Location};
-use farbus_machine_bank::lazy::{Area, Event, Features, Uffd, Watch};
+use farbus_machine_bank::lazy::{Area, Event, Features, Patience, StoreEvent, Uffd, Watch};
 use farbus_machine_bank::store::{Kind, Store};
 use farbus_machine_bank::{Bank, DepositOptions, PAGE, SectionKind};
 use rustix::fs::{SeekFrom, seek};
@@ -77,7 +79,7 @@ fn a_machine_that_was_handed_over_is_handed_to_another_whole() {
         let (low, high) = memory.split_at(LOW_PAGES * PAGE);
         assert!(withdraw(&bank, "vm7", "slot0").unwrap() == low && withdraw(&bank, "vm7", "slot3").unwrap() == high);
         assert_eq!(withdraw(&bank, "vm7", "disk0").unwrap(), b"a disk");
-        let (report, received) = restored(&bank, RestoreOptions { on_demand: false, resume }, None);
+        let (report, received) = restored(&bank, RestoreOptions { resume, ..RestoreOptions::default() }, None);
         assert_eq!(report.unwrap().bytes, ((LOW_PAGES + HIGH_PAGES) * PAGE) as u64);
         assert_eq!((received.config, received.state), (config().into_bytes(), b"{\"vcpus\":[]}".to_vec()));
         assert_eq!(received.last, last);
@@ -131,7 +133,8 @@ fn pages_come_when_they_are_asked_for_and_what_the_guest_wrote_stays() {
             assert!([50, 51].contains(&page) || page_of(low, page as u64) == expected(page), "page {page}");
         }
     };
-    let (report, received) = restored(&bank, RestoreOptions { on_demand: true, resume: true }, Some(&mut faults));
+    let (report, received) =
+        restored(&bank, RestoreOptions { on_demand: true, resume: true, ..RestoreOptions::default() }, Some(&mut faults));
     let report = report.unwrap();
     assert_eq!((received.last, report.faults), (COMPLETE, 7 + LOW_PAGES as u64), "{report:?}");
     assert!(report.placed <= (LOW_PAGES + HIGH_PAGES) as u64 && report.placed >= LOW_PAGES as u64, "{report:?}");
@@ -151,7 +154,7 @@ fn where_the_configuration_has_the_mode_it_is_told() {
         assert_eq!(ask(stream, COMPLETE_PAUSED, &[]), Some(1));
     };
     saved(&bank, vmm).unwrap();
-    let (report, received) = restored(&bank, RestoreOptions { on_demand: true, resume: false }, Some(&mut |_, _| {}));
+    let (report, received) = restored(&bank, RestoreOptions { on_demand: true, ..RestoreOptions::default() }, Some(&mut |_, _| {}));
     report.unwrap();
     assert!(String::from_utf8(received.config).unwrap().contains(r#""memory_mode":"Postcopy""#));
     let (report, received) = restored(&bank, RestoreOptions::default(), None);
@@ -163,7 +166,7 @@ fn where_the_configuration_has_the_mode_it_is_told() {
 fn a_page_that_cannot_be_had_and_an_address_without_memory_are_answered_by_an_error() {
     let (store, bank) = memory_bank();
     saved(&bank, |stream| assert_eq!(hand_over(stream, COMPLETE_PAUSED), Some(1))).unwrap();
-    let options = RestoreOptions { on_demand: true, resume: true };
+    let options = RestoreOptions { on_demand: true, resume: true, ..RestoreOptions::default() };
     let low_end = (LOW_PAGES * PAGE) as u64;
     for (gpa, len) in [
         (low_end, PAGE as u64),
@@ -176,7 +179,7 @@ fn a_page_that_cannot_be_had_and_an_address_without_memory_are_answered_by_an_er
         (0, u64::MAX - 4095),
     ] {
         let mut stray = |stream: &mut UnixStream, _: &Received| assert_eq!(fault(stream, gpa, len), Some(2), "{gpa:#x}");
-        let (report, _) = restored(&bank, options, Some(&mut stray));
+        let (report, _) = restored(&bank, options.clone(), Some(&mut stray));
         assert!(matches!(report, Err(RestoreError::Stray(..))), "{gpa:#x}: {report:?}");
     }
     // The group of one page, and no other: the configuration is in the pack too.
@@ -192,8 +195,57 @@ fn a_page_that_cannot_be_had_and_an_address_without_memory_are_answered_by_an_er
         assert_eq!(fault(stream, page * PAGE as u64, PAGE as u64), Some(2));
         assert!(page_of(&received.slots[0].1, page) == [0; PAGE], "a page that cannot be had is something else");
     };
-    let (report, _) = restored(&bank, options, Some(&mut damaged));
+    let (report, _) = restored(&bank, options.clone(), Some(&mut damaged));
     assert!(report.is_err(), "{report:?}");
+}
+
+#[test]
+fn a_guest_waits_for_a_bank_that_is_away_and_one_that_goes_meanwhile_is_not_waited_for() {
+    let (store, bank) = memory_bank();
+    saved(&bank, |stream| assert_eq!(hand_over(stream, COMPLETE_PAUSED), Some(1))).unwrap();
+    let memory = memory();
+    let told = Arc::new(Mutex::new(Vec::new()));
+    let hear = told.clone();
+    let on_store = Arc::new(move |event: &StoreEvent| hear.lock().unwrap().push(event.clone()));
+    let options = RestoreOptions { on_demand: true, resume: true, on_store, ..RestoreOptions::default() };
+    let mut waits = |stream: &mut UnixStream, received: &Received| {
+        store.disappear();
+        let start = Instant::now();
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                std::thread::sleep(Duration::from_millis(1500));
+                store.heal();
+            });
+            assert_eq!(fault(stream, 50 * PAGE as u64, PAGE as u64), Some(1));
+        });
+        assert!(start.elapsed() >= Duration::from_millis(1500));
+        assert!(page_of(&received.slots[0].1, 50) == memory[50 * PAGE..51 * PAGE]);
+    };
+    let (report, _) = restored(&bank, options.clone(), Some(&mut waits));
+    let report = report.unwrap();
+    assert!(report.faults == 1 && report.away_ms >= 1300, "{report:?}");
+    let heard = told.lock().unwrap().clone();
+    assert!(matches!(&heard[..], [StoreEvent::Away { .. }, StoreEvent::Back { .. }]), "{heard:?}");
+    // Who asks and goes is not waited for.
+    let mut goes = |stream: &mut UnixStream, _: &Received| {
+        store.disappear();
+        let range = [0_u64, PAGE as u64].map(u64::to_le_bytes).concat();
+        stream.write_all(&[&header(PAGE_FAULT, 16)[..], &range].concat()).unwrap();
+        std::thread::sleep(Duration::from_millis(300));
+    };
+    let start = Instant::now();
+    let (report, _) = restored(&bank, options.clone(), Some(&mut goes));
+    assert!(start.elapsed() < Duration::from_secs(20), "{report:?}");
+    assert_eq!(report.unwrap().faults, 0);
+    store.heal();
+    // With a limit the page is given up, and the other end hears of it.
+    let patience = Patience { give_up: Some(Duration::from_millis(200)), ..Patience::default() };
+    let mut given_up = |stream: &mut UnixStream, _: &Received| {
+        store.disappear();
+        assert_eq!(fault(stream, 0, PAGE as u64), Some(2));
+    };
+    let (report, _) = restored(&bank, RestoreOptions { patience, ..options }, Some(&mut given_up));
+    assert!(matches!(report, Err(RestoreError::Page(0))), "{report:?}");
 }
 
 #[test]
@@ -356,7 +408,9 @@ fn who_refuses_a_machine_or_is_not_there_is_told_of() {
     let folder = tempfile::tempdir().unwrap();
     let (path, listener) = place(folder.path());
     let (entry, other) = (bank.find("vm7").unwrap(), bank.find("other").unwrap());
-    let restore = |entry| restore(&bank, entry, &path, &RestoreOptions { on_demand: true, resume: true }, &|_| {});
+    let restore = |entry| {
+        restore(&bank, entry, &path, &RestoreOptions { on_demand: true, resume: true, ..RestoreOptions::default() }, &|_| {})
+    };
     assert!(matches!(restore(&other), Err(RestoreError::Other(_))));
     // It refuses the state, when the connection for faults is up already.
     std::thread::scope(|scope| {

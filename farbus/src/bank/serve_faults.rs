@@ -1,14 +1,15 @@
 //! `farbus bank serve-faults`: VMMs get a machine's memory as they use it.
 //!
 //! `farbus bank serve-faults /srv/bank --socket /run/vm7.faults --machine vm7` says "serving vm7@3 at /run/vm7.faults", and for each Firecracker that loads
-//! its snapshot with that socket a line when it begins and one with what it took when it ends.
+//! its snapshot with that socket a line when it begins and one with what it took when it ends; a bank that is away is waited for, and "the bank is away" and "the bank is back" say so.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, UNIX_EPOCH};
 
 use anyhow::Context;
 use farbus_machine_bank::lazy::firecracker::{FaultSocket, Told};
-use farbus_machine_bank::lazy::{Cache, Failure, FaultServer, LazyMachine, LazyOptions, Uffd};
+use farbus_machine_bank::lazy::{Cache, Failure, FaultServer, LazyMachine, LazyOptions, Patience, StoreEvent, Uffd};
 use farbus_machine_bank::{Bank, Entry};
 use serde_json::json;
 
@@ -48,8 +49,11 @@ pub fn run(args: &ServeFaultsArgs) -> anyhow::Result<()> {
             let text = format!("{len} bytes from {offset} cannot be had: {reason}");
             events.say("failure", json!({ "offset": offset, "len": len, "reason": reason }), &text);
         }),
+        patience: Patience { give_up: args.give_up.map(Duration::from_secs), ..Patience::default() },
+        on_store: Arc::new(move |event: &StoreEvent| say_store(events, event)),
         ..LazyOptions::default()
     };
+    server.prepare(&bank, &entry, &args.section).with_context(|| format!("cannot serve {entry}"))?;
     let path = args.socket.display();
     let about = json!({ "machine": entry.to_string(), "root": entry.root.to_string(), "socket": args.socket });
     events.say("serving", about, &format!("serving {entry} at {path}"));
@@ -71,11 +75,29 @@ pub fn run(args: &ServeFaultsArgs) -> anyhow::Result<()> {
     socket.serve(&server, &bank, &entry, &options, &end, &told).with_context(|| format!("cannot serve at {path}"))
 }
 
+fn say_store(events: Events, event: &StoreEvent) {
+    match event {
+        StoreEvent::Away { since, why } => {
+            let since = since.duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis() as u64);
+            let text = format!("the bank is away, and whoever needs more of it waits: {why}");
+            events.say("store_away", json!({ "since_ms": since, "why": why }), &text);
+        }
+        StoreEvent::Back { away } => {
+            let text = format!("the bank is back after {:.1} s", away.as_secs_f64());
+            events.say("store_back", json!({ "away_ms": away.as_millis() as u64 }), &text);
+        }
+    }
+}
+
 fn ended(events: Events, client: u64, machine: &LazyMachine) {
     let report = machine.report();
+    let away = match report.away_ms {
+        0 => String::new(),
+        ms => format!("; the bank was away {} times, for {:.1} s in all", report.away, ms as f64 / 1000.0),
+    };
     let text = format!(
-        "client {client}: gone after {} faults: {} groups on demand and {} ahead, {} pages copied, {} zero, {} that could not be had",
-        report.faults, report.demanded, report.ahead, report.copied, report.zero, report.poisoned
+        "client {client}: gone after {} faults: {} groups on demand and {} ahead, {} pages copied, {} zero, {} that could not be had{}",
+        report.faults, report.demanded, report.ahead, report.copied, report.zero, report.poisoned, away
     );
     events.say("ended", json!({ "client": client, "report": report }), &text);
 }

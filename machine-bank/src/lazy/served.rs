@@ -7,7 +7,7 @@
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use rustix::io::Errno;
 
@@ -26,6 +26,8 @@ const TURN: usize = 64;
 const AHEAD: usize = 4;
 /// Before a page is placed again in a range that was changing: the event that says so is read by then.
 const CHANGING: Duration = Duration::from_micros(100);
+/// Before a page is placed again that the host had no memory for.
+const SCARCE: Duration = Duration::from_millis(10);
 /// Zeros for kernels and mappings that know no page of zeros.
 static ZEROS: [u8; GROUP] = [0; GROUP];
 
@@ -104,6 +106,71 @@ impl Served {
 
     pub fn is_over(&self) -> bool {
         self.lock().over
+    }
+
+    /// The pager has ended.
+    pub fn left(&self) {
+        self.lock().pager_gone = true;
+        self.changed.notify_all();
+    }
+
+    /// Waits until it has; false: it has not, in that time.
+    pub fn wait_left(&self, most: Duration) -> bool {
+        let state = self.lock();
+        self.changed.wait_timeout_while(state, most, |state| !state.pager_gone).unwrap_or_else(PoisonError::into_inner).0.pager_gone
+    }
+
+    /// The store is away since then.
+    pub fn away(&self, since: Option<SystemTime>) {
+        let since = since.and_then(|since| since.duration_since(SystemTime::UNIX_EPOCH).ok());
+        self.lock().report.away_since_ms = since.map(|since| since.as_millis() as u64);
+    }
+
+    /// It is back, after so long.
+    pub fn back(&self, away: Duration) {
+        let report = &mut self.lock().report;
+        report.away_since_ms = None;
+        report.away += 1;
+        report.away_ms += away.as_millis() as u64;
+    }
+
+    /// These could not be fetched yet. What is wanted goes behind what else is wanted, which may be where the store is not away.
+    pub fn later(&self, groups: &[u64], demanded: bool) {
+        let mut state = self.lock();
+        if demanded {
+            state.demand.extend(groups);
+        } else {
+            groups.iter().rev().for_each(|group| state.ahead.push_front(*group));
+        }
+    }
+
+    /// Until then the store is not asked; what can be answered without it is. False: it is over.
+    pub fn hold_out(&self, until: Instant) -> bool {
+        let mut state = self.lock();
+        loop {
+            if state.over {
+                return false;
+            }
+            if let Some(address) = state.again.pop() {
+                drop(state);
+                self.answer_again(address);
+                state = self.lock();
+                continue;
+            }
+            let cached = state.demand.iter().position(|group| self.cached.held(*group as usize) != Held::Absent);
+            if let Some(group) = cached.and_then(|at| state.demand.remove(at)) {
+                drop(state);
+                let placed = self.put_cached(group, true);
+                state = self.lock();
+                if placed {
+                    continue;
+                }
+                // It is tried again when something changes, or with the store.
+                state.demand.push_back(group);
+            }
+            let Some(left) = until.checked_duration_since(Instant::now()).filter(|left| !left.is_zero()) else { return true };
+            state = self.changed.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
+        }
     }
 
     /// Has these fetched before they are asked for, and then all others if `rest`.
@@ -328,6 +395,9 @@ impl Served {
     /// Places a group that the cache has; whether it did. A fault is answered then.
     pub fn put_cached(&self, group: u64, demanded: bool) -> bool {
         let mut state = self.lock();
+        if state.over {
+            return false;
+        }
         let placed = matches!(self.place(&mut state, group), Ok(Some(())));
         if placed {
             self.done(&mut state, group, demanded);
@@ -340,6 +410,9 @@ impl Served {
         let first = fetched.group * GROUP_PAGES as u64;
         loop {
             let mut state = self.lock();
+            if state.over {
+                return;
+            }
             let cached = if fetched.bad.is_empty() { self.place(&mut state, fetched.group) } else { Ok(None) };
             let answer = match cached {
                 Ok(None) => self.put_bytes(&mut state, fetched),
@@ -349,6 +422,11 @@ impl Served {
                 Ok(()) => return self.done(&mut state, fetched.group, demanded),
                 Err(PlaceError::Changing | PlaceError::NotCached) if !state.over => {}
                 Err(PlaceError::Gone) => return self.note(&mut state, Err(PlaceError::Gone)),
+                Err(PlaceError::Host(Errno::NOMEM)) => {
+                    // The page is there, and the host may have room for it later.
+                    drop(self.changed.wait_timeout(state, SCARCE).unwrap_or_else(PoisonError::into_inner));
+                    continue;
+                }
                 Err(error) => {
                     drop(state);
                     let pages = pages_of(fetched.group, self.pages);
@@ -378,8 +456,14 @@ impl Served {
 
     /// Pages that cannot be had: whoever uses one gets a SIGBUS, and never another byte.
     pub fn fail(&self, pages: std::ops::Range<u64>, reason: &str) {
-        let mut state = self.lock();
+        if self.is_over() {
+            return;
+        }
         let range = pages.start * PAGE as u64..pages.end * PAGE as u64;
+        tracing::error!(offset = range.start, len = range.end - range.start, reason, "a part of a machine cannot be had");
+        // Before anybody dies of it.
+        (self.on_failure)(&Failure { offset: range.start, len: range.end - range.start, reason: reason.to_owned() });
+        let mut state = self.lock();
         state.bad.set_all(pages.clone());
         for piece in self.regions.pieces(range.clone()) {
             match self.uffd.poison(piece.address, piece.len) {
@@ -393,8 +477,5 @@ impl Served {
             }
         }
         self.done(&mut state, pages.start / GROUP_PAGES as u64, true);
-        drop(state);
-        tracing::error!(offset = range.start, len = range.end - range.start, reason, "a part of a machine cannot be had");
-        (self.on_failure)(&Failure { offset: range.start, len: range.end - range.start, reason: reason.to_owned() });
     }
 }

@@ -331,6 +331,8 @@ impl StoreError {
                 | Self::ReadOnly(_)
                 | Self::Full(_)
                 | Self::Unreachable { .. }
+                | Self::Gone(_)
+                | Self::Refused(_)
                 | Self::Lapsed { .. }
                 | Self::Busy { .. }
         )
