@@ -367,9 +367,25 @@ pub struct BenchArgs {
     /// GiB of the large machine (bank)
     #[arg(long, value_name = "GIB", default_value_t = 10.0)]
     pub large_gib: f64,
+    /// Only these rows (bank)
+    #[arg(long, value_enum, value_name = "PART")]
+    pub only: Option<BankPart>,
     /// Print one JSON object
     #[arg(long)]
     pub json: bool,
+}
+
+/// Rows of the suite `bank` that are measured together.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum BankPart {
+    /// Images in and out, beside programs that others wrote
+    Peers,
+    /// A machine that starts at once, beside a restic restore
+    Start,
+    /// Faults that the cache answers
+    Faults,
+    /// A large machine
+    Large,
 }
 
 /// The commands of `farbus bench`, beside running a suite.
