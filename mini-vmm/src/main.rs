@@ -180,6 +180,7 @@ fn keep_running(mut machine: Machine, mut depositor: Depositor<'_>, args: &RunAr
         if left <= BETWEEN_DEPOSITS {
             break;
         }
+        mark_lost(&mut depositor, &bank);
         let frozen = machine.freeze(&mut depositor)?;
         match machine.run_while(|| frozen.put(&bank, name))? {
             Ok(report) => {
@@ -193,7 +194,8 @@ fn keep_running(mut machine: Machine, mut depositor: Depositor<'_>, args: &RunAr
             }
         }
     }
-    let frozen = machine.freeze_and_leave(&mut depositor, LEASE)?;
+    mark_lost(&mut depositor, &bank);
+    let mut frozen = machine.freeze_and_leave(&mut depositor, LEASE)?;
     // What is frozen is all that there is of the machine, for as long as the drive is kept for it.
     let until = Instant::now() + LEASE;
     let deposited = loop {
@@ -201,6 +203,10 @@ fn keep_running(mut machine: Machine, mut depositor: Depositor<'_>, args: &RunAr
             Err(error) if Instant::now() < until => {
                 eprintln!("mini-vmm: the last deposit failed, and is tried again: {error:#}");
                 std::thread::sleep(Duration::from_secs(2));
+                // A repair may have come between.
+                if let Err(error) = depositor.add_lost(&bank, &mut frozen) {
+                    eprintln!("mini-vmm: what the bank has lost is not known: {error:#}");
+                }
             }
             done => break done?,
         }
@@ -208,6 +214,15 @@ fn keep_running(mut machine: Machine, mut depositor: Depositor<'_>, args: &RunAr
     println!("{}: left, and the drive is kept for a minute", deposited.machine);
     report(&machine);
     Ok(())
+}
+
+/// Where that is not known, the deposit may fail, and the next one looks again.
+fn mark_lost(depositor: &mut Depositor<'_>, bank: &Bank) {
+    match depositor.mark_lost(bank) {
+        Ok(0) => {}
+        Ok(pages) => println!("{pages} pages are deposited again, which the bank has lost"),
+        Err(error) => eprintln!("mini-vmm: what the bank has lost is not known: {error:#}"),
+    }
 }
 
 fn report(machine: &Machine) {
