@@ -18,13 +18,14 @@ use farbus_mini_vmm::kvm::guest::{self, BLOCK_BYTES, BLOCKS, MEMORY_BYTES};
 use farbus_mini_vmm::kvm::machine::Machine;
 use farbus_mini_vmm::link::borrow;
 use farbus_mini_vmm::moving::receive;
-use farbus_mini_vmm::{Depositor, Device, Home, Withdrawn, meanwhile, say};
+use farbus_mini_vmm::{BankArgs, Depositor, Device, Home, Withdrawn, meanwhile, say};
 use farbus_pci_shim::FunctionState;
 use farbus_remote_dma::Backend;
 use farbus_remote_dma::lender::PollOptions;
 use farbus_remote_dma::model::{Nvme, NvmeOptions};
 use farbus_remote_dma::native::Native;
 use farbus_remote_dma::wait::Waker;
+use farbus_tests::process::Running;
 use farbus_transport::Memory;
 
 const LEASE: Duration = Duration::from_secs(60);
@@ -84,14 +85,24 @@ impl Place {
     }
 
     fn borrower(&self, part: &str) -> Child {
-        let part = format!("{part}\n{}\n{}", self.socket().display(), self.folder.path().join("bank").display());
+        self.borrower_with(part, &self.folder.path().join("bank").display().to_string())
+    }
+
+    /// One that has the bank by this address.
+    fn borrower_with(&self, part: &str, bank: &str) -> Child {
+        let part = format!("{part}\n{}\n{bank}", self.socket().display());
         let mut command = Command::new(std::env::current_exe().unwrap());
         command.args(["--exact", "the_other_process", "--nocapture"]).env(PART, part).spawn().unwrap()
     }
 }
 
 fn bank(path: &Path) -> Bank {
-    Bank::open(Box::new(Directory::open(path).unwrap()), None).unwrap()
+    bank_at(path.to_str().unwrap())
+}
+
+/// A bank as the VMM's command line names it.
+fn bank_at(address: &str) -> Bank {
+    BankArgs { bank: Some(address.parse().unwrap()), tenant_key: None }.open().unwrap().unwrap()
 }
 
 /// Runs until so many more blocks are verified.
@@ -114,8 +125,9 @@ fn run(machine: &mut Machine, blocks: u64) {
 fn the_other_process() {
     let Ok(part) = std::env::var(PART) else { return };
     let mut words = part.split('\n');
-    let (part, socket, folder) = (words.next().unwrap(), Path::new(words.next().unwrap()), Path::new(words.next().unwrap()));
-    let bank = bank(folder);
+    let (part, socket, folder) = (words.next().unwrap(), Path::new(words.next().unwrap()), words.next().unwrap());
+    let bank = bank_at(folder);
+    let folder = Path::new(folder);
     match part {
         "works and deposits until it is killed" => {
             let area = Area::shared(MEMORY_BYTES).unwrap();
@@ -240,6 +252,47 @@ fn a_kvm_guest_is_deposited_while_it_runs_and_goes_on_in_another_process_and_hom
     assert!(!restored.revived);
     run(&mut machine, 100);
     place.judge(withdrawn.area.memory());
+}
+
+#[test]
+fn a_kvm_guest_goes_on_from_a_bank_that_another_process_serves() {
+    if !kvm("a KVM guest out of a served bank") {
+        return;
+    }
+    let place = Place::new();
+    let folder = place.folder.path().join("bank");
+    let listen = format!("shm:{}", place.folder.path().join("bank.link").display());
+    let mut serving = Running::farbus(&["bank", "serve", folder.to_str().unwrap(), "--listen", &listen, "--json"]);
+    serving.event("serving", LIMIT);
+    let bank = bank_at(&listen);
+    assert!(bank.store().service().is_some(), "the bank is not at the other end of a link");
+    let home = Home::open(&place.socket()).unwrap();
+    let lending = home.serve_aside(Device::Reset(place.nvme()), Waker::new().unwrap()).unwrap();
+    let area = Area::shared(MEMORY_BYTES).unwrap();
+    let mut depositor = Depositor::new(&area).unwrap();
+    let mut machine = Machine::begin(&area, borrow(&place.socket(), None).unwrap()).unwrap();
+    for _ in 0..2 {
+        run(&mut machine, 50);
+        assert_eq!(depositor.mark_lost(&bank).unwrap(), 0);
+        let frozen = machine.freeze(&mut depositor).unwrap();
+        let report = machine.run_while(|| frozen.put(&bank, "vm").unwrap()).unwrap();
+        depositor.done(&report);
+    }
+    let frozen = machine.freeze_and_leave(&mut depositor, LEASE).unwrap();
+    frozen.put(&bank, "vm").unwrap();
+    let (home, left) = lending.join().unwrap().unwrap();
+    let lending = home.serve_aside(left.device, Waker::new().unwrap()).unwrap();
+    assert!(place.borrower_with("goes on from the bank and ends", &listen).wait().unwrap().success(), "the machine did not go on");
+    let (_home, left) = lending.join().unwrap().unwrap();
+    // Whoever has the bank itself finds what came over the link.
+    let withdrawn = Withdrawn::from_bank(&place.bank(), "vm").unwrap();
+    let token = withdrawn.state().unwrap().rest().token;
+    let (mut machine, restored) = Machine::again(&withdrawn, left.device.attach_here(&token).unwrap()).unwrap();
+    assert!(!restored.revived);
+    run(&mut machine, 100);
+    place.judge(withdrawn.area.memory());
+    serving.terminate();
+    assert_eq!(serving.wait(LIMIT).code(), Some(0));
 }
 
 #[test]

@@ -22,13 +22,13 @@ mod withdraw;
 use std::process::ExitCode;
 use std::sync::Arc;
 
-use farbus_machine_bank::page::{KEY, from_hex};
+use farbus_machine_bank::page::{KEY, key_of};
 use farbus_machine_bank::remote::WireCounts;
 use farbus_machine_bank::store::{CacheCounters, Store};
 use farbus_machine_bank::{Bank, Entry};
 use serde::Serialize;
 
-use crate::bank::address::BankAddress;
+use crate::bank::address::{AtPlace, BankAddress};
 use crate::bank::args::{BankArgs, BankCommand, InitArgs, Place};
 use crate::failure::{Advise, misuse, refusal};
 use crate::output::print_line;
@@ -132,8 +132,7 @@ fn key(place: &Place) -> anyhow::Result<Option<[u8; KEY]>> {
         format!("cannot read the tenant key {}", path.display()),
         "name a file that this user can read; head -c 32 /dev/urandom >FILE makes a key",
     )?;
-    let hex = std::str::from_utf8(&bytes).ok().and_then(|text| from_hex::<KEY>(text.trim_ascii_end()));
-    hex.or_else(|| bytes.try_into().ok()).map(Some).ok_or_else(|| {
+    key_of(&bytes).map(Some).ok_or_else(|| {
         refusal(
             format!("{} is no tenant key", path.display()),
             "a key is 32 bytes, or 64 lower-case hexadecimal digits on one line",
