@@ -4,7 +4,10 @@
 //! 200 ms instead of none the same guest dies by SIGBUS: that is the rule, broken.
 #![expect(clippy::unwrap_used, reason = "a panic is how a test fails")]
 
+#[path = "common/mod.rs"]
 mod common;
+#[path = "common/served.rs"]
+mod served;
 
 use std::os::unix::process::ExitStatusExt;
 use std::sync::{Arc, Mutex};
@@ -12,8 +15,12 @@ use std::time::{Duration, Instant};
 
 use common::{deposit, machine, memory_bank, open};
 use farbus_machine_bank::lazy::{Backing, Cache, Failure, FaultServer, LazyMachine, LazyOptions, Patience, StoreEvent, Uffd};
-use farbus_machine_bank::store::{Directory, Kind, MemoryStore, Store};
-use farbus_machine_bank::{Bank, Changes, PAGE};
+use farbus_machine_bank::remote::{Redialing, RemoteStore, Rights};
+use farbus_machine_bank::store::{Directory, Kind, MemoryStore, Store, StoreError};
+use farbus_machine_bank::{Bank, Changes, DepositOptions, PAGE, SectionKind};
+use farbus_transport::Nanos;
+use farbus_transport::shm::{ShmFabric, ShmOptions};
+use served::Serving;
 
 const SOON: Duration = Duration::from_secs(60);
 
@@ -260,6 +267,53 @@ fn a_folder_that_is_not_mounted_for_a_while_has_lost_nothing() {
             std::fs::rename(&there, &here).unwrap();
         });
         assert_eq!(lazy.report().poisoned, 0, "{:?}", lazy.report());
+    }
+}
+
+#[test]
+fn a_server_that_is_started_again_finds_the_machines_that_run_out_of_its_bank_waiting() {
+    if !permitted("server started again") {
+        return;
+    }
+    let bytes = machine(7, 800);
+    let (store, _) = banked(&bytes);
+    // The server that is there, if one is.
+    let serving = Arc::new(Mutex::new(Some(Serving::new(open(store.clone())))));
+    let dialled = serving.clone();
+    let dial = move || {
+        let serving = dialled.lock().unwrap();
+        let Some(serving) = serving.as_ref() else { return Err(StoreError::Gone("nobody serves".to_owned())) };
+        let (lender, borrower) = ShmFabric::pair(ShmOptions::default()).unwrap();
+        drop(serving.serve(lender, "ann", Rights::all(), Nanos::now));
+        RemoteStore::connect(borrower, "shm:test", Nanos::now)
+    };
+    let bank = Arc::new(Bank::open(Box::new(Redialing::new(dial).unwrap()), None).unwrap());
+    let (server, (options, told)) = (server(), heard());
+    let lazy = lazy(&server, &bank, options);
+    is(&lazy, &bytes, 0);
+    assert_eq!(store.pins().unwrap().len(), 1);
+    // A deposit under way has lost its hold with the link, and must not go on without.
+    let mut deposit = bank.deposit("other", &DepositOptions::default()).unwrap();
+    drop(serving.lock().unwrap().take());
+    std::thread::scope(|scope| {
+        let reader = scope.spawn(|| (0..800).for_each(|at| is(&lazy, &bytes, at)));
+        away(&lazy);
+        std::thread::sleep(Duration::from_millis(500));
+        *serving.lock().unwrap() = Some(Serving::new(open(store.clone())));
+        assert!(deposit.section(SectionKind::Memory, "memory", &&machine(8, 300)[..], Changes::HashAll, &|_| {}).is_err());
+        std::thread::sleep(Duration::from_millis(100));
+        assert!(!reader.is_finished(), "a new link was made while a deposit had its hold on the old one");
+        drop(deposit);
+        reader.join().unwrap();
+    });
+    assert_eq!(store.pins().unwrap().len(), 1, "the machine is pinned again, and once");
+    assert_eq!((lazy.report().poisoned, lazy.report().away), (0, 1), "{:?}", lazy.report());
+    assert!(matches!(&told.lock().unwrap()[..], [StoreEvent::Away { .. }, StoreEvent::Back { .. }]));
+    drop(lazy);
+    let end = Instant::now() + SOON;
+    while !store.pins().unwrap().is_empty() {
+        assert!(Instant::now() < end, "a machine that has ended is pinned");
+        std::thread::sleep(Duration::from_millis(5));
     }
 }
 

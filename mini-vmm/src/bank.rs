@@ -10,7 +10,8 @@ use anyhow::{Context, Result};
 use clap::Args;
 use farbus_machine_bank::Bank;
 use farbus_machine_bank::page::{KEY, key_of};
-use farbus_machine_bank::store::{BankAddress, Store};
+use farbus_machine_bank::remote::Redialing;
+use farbus_machine_bank::store::{BankAddress, ShmPath, Store};
 
 /// Bytes of a key's file that are looked at.
 const MOST_KEY: u64 = 4096;
@@ -35,7 +36,11 @@ impl BankArgs {
         let Some(address) = &self.bank else { return Ok(None) };
         let open = || -> Result<Bank> {
             let key = self.tenant_key.as_deref().map(read_key).transpose()?;
-            let store = address.store(|link| -> Result<Box<dyn Store>> { Ok(Box::new(link.connect()?)) })?;
+            let connect = |link: &ShmPath| -> Result<Box<dyn Store>> {
+                let link = link.clone();
+                Ok(Box::new(Redialing::new(move || link.connect())?))
+            };
+            let store = address.store(connect)?;
             Ok(Bank::open(store, key.as_ref())?)
         };
         open().with_context(|| format!("no bank in {address}")).map(Some)

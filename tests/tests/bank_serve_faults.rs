@@ -147,6 +147,47 @@ fn a_vmm_waits_while_the_bank_is_away_and_the_server_says_so() {
 }
 
 #[test]
+fn a_vmm_waits_while_who_serves_the_bank_is_killed_and_started_again() {
+    if let Err(error) = Uffd::supported() {
+        eprintln!("farbus bank serve-faults over a link: not run: {error}");
+        return;
+    }
+    if let Some(socket) = std::env::var_os(CLIENT) {
+        vmm(Path::new(&socket), 1);
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let (bank, ram, socket) = (folder.path().join("bank"), folder.path().join("ram"), folder.path().join("faults.sock"));
+    std::fs::write(&ram, memory()).unwrap();
+    assert_eq!(run(&["bank", "init", text(&bank)]).code(), Some(0));
+    assert_eq!(run(&["bank", "deposit", text(&bank), "vm7", "--memory", text(&ram)]).code(), Some(0));
+    let link = format!("shm:{}", folder.path().join("link").display());
+    let serve = || {
+        let mut serving = Running::farbus(&["bank", "serve", text(&bank), "--listen", &link, "--json"]);
+        serving.event("serving", SOON);
+        serving
+    };
+    let serving = serve();
+    let mut server = Running::farbus(&["bank", "serve-faults", &link, "--socket", text(&socket), "--machine", "vm7", "--json"]);
+    server.event("serving", SOON);
+    serving.kill();
+    let mut client = std::process::Command::new(std::env::current_exe().unwrap());
+    client.args(["--exact", "a_vmm_waits_while_who_serves_the_bank_is_killed_and_started_again", "--nocapture"]);
+    let mut client = client.env(CLIENT, &socket).spawn().unwrap();
+    server.event("store_away", SOON);
+    assert!(client.try_wait().unwrap().is_none(), "the VMM did not wait");
+    let serving = serve();
+    server.event("store_back", SOON);
+    assert!(client.wait().unwrap().success());
+    let ended = server.event("ended", SOON);
+    assert_eq!(ended["report"]["poisoned"].as_u64(), Some(0), "{ended}");
+    for process in [server, serving] {
+        process.terminate();
+        assert_eq!(process.wait(SOON).code(), Some(0));
+    }
+}
+
+#[test]
 fn serve_faults_says_what_to_do_about_a_wrong_machine_section_and_place() {
     let folder = tempfile::tempdir().unwrap();
     let (bank, ram, socket) = (folder.path().join("bank"), folder.path().join("ram"), folder.path().join("faults.sock"));

@@ -6,7 +6,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use farbus_machine_bank::remote::{GREETING, RemoteStore};
+use farbus_machine_bank::remote::{GREETING, Redialing, RemoteStore};
 use farbus_machine_bank::store::object::ObjectOptions;
 use farbus_machine_bank::store::{CacheCounters, CachedStore, Directory, Link, ObjectStore, Store, StoreError};
 use farbus_transport::Nanos;
@@ -17,6 +17,7 @@ use super::help::Helped;
 use crate::failure::{misuse, refusal};
 use crate::link::{Linked, Purpose};
 use crate::link_address::{LinkAddress, lender_address};
+use crate::security::{PeerArgs, SecurityArgs};
 
 /// How a bank is served.
 const SERVE: &str = "farbus bank serve BANK --listen ADDRESS";
@@ -100,21 +101,30 @@ fn default_cache() -> Option<PathBuf> {
     Some(caches.join("farbus/bank"))
 }
 
-/// A bank that is served at `address`.
-fn connect(address: &LinkAddress, place: &Place) -> anyhow::Result<RemoteStore> {
+/// A bank that is served at `address`, and is dialled again where the link to it is lost.
+fn connect(address: &LinkAddress, place: &Place) -> anyhow::Result<Redialing> {
+    let (address, security, peer) = (address.clone(), place.link.security.clone(), place.link.peer.clone());
+    let store = dial(&address, &security, &peer)?.helped(format!("cannot reach the bank at {address}"), place)?;
+    Ok(Redialing::with(store, move || {
+        // What is to be done about it was said the first time.
+        let gone = |error: anyhow::Error| StoreError::Gone(format!("{error:#}"));
+        dial(&address, &security, &peer).map_err(gone)?
+    }))
+}
+
+fn dial(address: &LinkAddress, security: &SecurityArgs, peer: &PeerArgs) -> anyhow::Result<Result<RemoteStore, StoreError>> {
     let hello = Hello { versions: SPOKEN, role: Role::Borrower, features: 0, epoch: 0, description: GREETING.to_vec() };
-    let (linked, agreed) = crate::link::connect(address, Purpose::Bank, &place.link.security, &place.link.peer, &hello)?;
+    let (linked, agreed) = crate::link::connect(address, Purpose::Bank, security, peer, &hello)?;
     if agreed.peer.description != GREETING {
         return Err(refusal(
             format!("no bank is served at {address}: a device is lent there"),
             format!("give the address that {SERVE} says"),
         ));
     }
-    let store = match linked {
+    Ok(match linked {
         Linked::Shm(fabric) => RemoteStore::connect(*fabric, address.to_string(), Nanos::now),
         Linked::Rdma(fabric) => RemoteStore::connect(*fabric, address.to_string(), Nanos::now),
-    };
-    store.helped(format!("cannot reach the bank at {address}"), place)
+    })
 }
 
 #[cfg(test)]

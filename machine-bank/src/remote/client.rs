@@ -106,6 +106,13 @@ impl RemoteStore {
     }
 }
 
+impl RemoteStore {
+    /// Whether there is no link any more: all that is asked from now on is an error.
+    pub fn is_over(&self) -> bool {
+        self.0.state.over().is_some()
+    }
+}
+
 /// Waits for the server's hello.
 fn welcome<F: Fabric>(port: &mut Port<F>, clock: &mut impl FnMut() -> Nanos) -> Result<(u64, u64), String> {
     let (until, mut heard) = (Instant::now() + HELLO_LIMIT, VecDeque::new());

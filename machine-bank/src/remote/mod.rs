@@ -72,11 +72,13 @@ mod client;
 mod courier;
 mod draft;
 mod port;
+mod redial;
 pub mod server;
 mod service;
 pub mod wire;
 
 pub use client::RemoteStore;
+pub use redial::Redialing;
 pub use server::{BankServer, Client, Pattern, Rights, ServeOptions, Served, Stop};
 pub use service::{Fetched, Service, WireCounts};
 
