@@ -8,15 +8,29 @@ use std::path::Path;
 use std::time::Duration;
 
 use anyhow::Context;
+use clap::ValueEnum;
 use farbus_bench::measure::LEAST_ROUNDS;
 use farbus_bench::report::{Kept, SuiteReport, changes_table, suite_row, suite_table};
 use farbus_bench::suite::{BankSeries, Heard, ShmSession, SoftRoce, Step, bank, shm, soft_roce};
 use farbus_transport::verbs::DeviceChoice;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
-use crate::cli::{BankPart, BenchArgs, BenchCommand, CompareArgs, Suite};
+use crate::cli::{BenchArgs, BenchCommand, CompareArgs, Suite};
 use crate::failure::{Advise, misuse};
 use crate::output::print_line;
+
+/// Rows of the suite `bank` that are measured together.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum BankPart {
+    /// Images in and out, beside programs that others wrote
+    Peers,
+    /// A machine that starts at once, beside a restic restore
+    Start,
+    /// Faults that the cache answers
+    Faults,
+    /// A large machine
+    Large,
+}
 
 /// Runs a suite.
 pub fn run(args: &BenchArgs) -> anyhow::Result<()> {

@@ -9,6 +9,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use farbus_control::identity::Name;
 
 use crate::bank::args::BankArgs;
+use crate::bench::BankPart;
 use crate::device_spec::{DeviceSpec, HELP};
 use crate::link_address::{LinkAddress, lender_address, socket_path};
 use crate::security::{AllowArgs, PeerArgs, SecurityArgs};
@@ -373,19 +374,6 @@ pub struct BenchArgs {
     /// Print one JSON object
     #[arg(long)]
     pub json: bool,
-}
-
-/// Rows of the suite `bank` that are measured together.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum BankPart {
-    /// Images in and out, beside programs that others wrote
-    Peers,
-    /// A machine that starts at once, beside a restic restore
-    Start,
-    /// Faults that the cache answers
-    Faults,
-    /// A large machine
-    Large,
 }
 
 /// The commands of `farbus bench`, beside running a suite.

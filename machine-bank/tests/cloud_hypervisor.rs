@@ -2,72 +2,22 @@
 //!
 //! A machine of two slots in one memfd is saved, and restored on demand: each page that is asked for is what it was, and what the guest wrote stays when it is asked
 //! for again.
-#![expect(clippy::unwrap_used, reason = "a panic is how a test fails, in its helpers too")]
 
 mod common;
 
 use std::fs::File;
 use std::io::{Read, Write};
 use std::os::unix::fs::FileExt;
-use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex};
-use std::time::{Duration, Instant};
+use std::os::unix::net::UnixStream;
 
 use common::migration::*;
 use common::{machine, memory_bank, withdraw};
-use farbus_machine_bank::cloud_hypervisor::{Refused, RestoreError, RestoreOptions, RestoreReport, SaveError, restore, save};
-use farbus_machine_bank::deposit::DepositReport;
+use farbus_machine_bank::PAGE;
+use farbus_machine_bank::cloud_hypervisor::{Refused, RestoreError, RestoreOptions, SaveError, restore};
 use farbus_machine_bank::index::{Index, Location};
-use farbus_machine_bank::lazy::{Area, Event, Features, Patience, StoreEvent, Uffd, Watch};
+use farbus_machine_bank::lazy::{Area, Event, Features, Uffd, Watch};
 use farbus_machine_bank::store::{Kind, Store};
-use farbus_machine_bank::{Bank, DepositOptions, PAGE, SectionKind};
 use rustix::fs::{SeekFrom, seek};
-
-/// Runs `vmm` as the other end of a deposit.
-fn saved(bank: &Bank, vmm: impl FnOnce(&mut UnixStream) + Send) -> Result<DepositReport, SaveError> {
-    let (ours, mut theirs) = UnixStream::pair().unwrap();
-    std::thread::scope(|scope| {
-        let vmm = scope.spawn(move || vmm(&mut theirs));
-        let disk: &[u8] = b"a disk";
-        let ended = save(bank, "vm7", &DepositOptions::default(), &[(SectionKind::Disk, "disk0", &disk)], ours, &|_, _| {});
-        vmm.join().unwrap();
-        ended
-    })
-}
-
-fn hand_over(stream: &mut UnixStream, last: u16) -> Option<u16> {
-    let memory = memfd(&memory());
-    assert_eq!(ask(stream, START, &[]), Some(1));
-    assert_eq!((pass(stream, 0, &[&memory]), pass(stream, 3, &[&memory])), (Some(1), Some(1)));
-    assert_eq!(ask(stream, CONFIG, config().as_bytes()), Some(1));
-    assert_eq!(ask(stream, STATE, b"{\"vcpus\":[]}"), Some(1));
-    ask(stream, last, &[])
-}
-
-fn place(folder: &Path) -> (PathBuf, UnixListener) {
-    let path = folder.join("restore");
-    let listener = UnixListener::bind(&path).unwrap();
-    (path, listener)
-}
-
-fn restored(bank: &Bank, options: RestoreOptions, faults: Option<Faults<'_>>) -> (Result<RestoreReport, RestoreError>, Received) {
-    let folder = tempfile::tempdir().unwrap();
-    let (path, listener) = place(folder.path());
-    std::thread::scope(|scope| {
-        let vmm = scope.spawn(|| receive(&listener, faults));
-        let ended = restore(bank, &bank.find("vm7").unwrap(), &path, &options, &|_| {});
-        // Who waits for somebody who never came fails, and does not wait for ever.
-        drop(UnixStream::connect(&path));
-        (ended, vmm.join().unwrap())
-    })
-}
-
-fn page_of(file: &File, at: u64) -> Vec<u8> {
-    let mut page = vec![0; PAGE];
-    file.read_exact_at(&mut page, at * PAGE as u64).unwrap();
-    page
-}
 
 #[test]
 fn a_machine_that_was_handed_over_is_handed_to_another_whole() {
@@ -197,55 +147,6 @@ fn a_page_that_cannot_be_had_and_an_address_without_memory_are_answered_by_an_er
     };
     let (report, _) = restored(&bank, options.clone(), Some(&mut damaged));
     assert!(report.is_err(), "{report:?}");
-}
-
-#[test]
-fn a_guest_waits_for_a_bank_that_is_away_and_one_that_goes_meanwhile_is_not_waited_for() {
-    let (store, bank) = memory_bank();
-    saved(&bank, |stream| assert_eq!(hand_over(stream, COMPLETE_PAUSED), Some(1))).unwrap();
-    let memory = memory();
-    let told = Arc::new(Mutex::new(Vec::new()));
-    let hear = told.clone();
-    let on_store = Arc::new(move |event: &StoreEvent| hear.lock().unwrap().push(event.clone()));
-    let options = RestoreOptions { on_demand: true, resume: true, on_store, ..RestoreOptions::default() };
-    let mut waits = |stream: &mut UnixStream, received: &Received| {
-        store.disappear();
-        let start = Instant::now();
-        std::thread::scope(|scope| {
-            scope.spawn(|| {
-                std::thread::sleep(Duration::from_millis(1500));
-                store.heal();
-            });
-            assert_eq!(fault(stream, 50 * PAGE as u64, PAGE as u64), Some(1));
-        });
-        assert!(start.elapsed() >= Duration::from_millis(1500));
-        assert!(page_of(&received.slots[0].1, 50) == memory[50 * PAGE..51 * PAGE]);
-    };
-    let (report, _) = restored(&bank, options.clone(), Some(&mut waits));
-    let report = report.unwrap();
-    assert!(report.faults == 1 && report.away_ms >= 1300, "{report:?}");
-    let heard = told.lock().unwrap().clone();
-    assert!(matches!(&heard[..], [StoreEvent::Away { .. }, StoreEvent::Back { .. }]), "{heard:?}");
-    // Who asks and goes is not waited for.
-    let mut goes = |stream: &mut UnixStream, _: &Received| {
-        store.disappear();
-        let range = [0_u64, PAGE as u64].map(u64::to_le_bytes).concat();
-        stream.write_all(&[&header(PAGE_FAULT, 16)[..], &range].concat()).unwrap();
-        std::thread::sleep(Duration::from_millis(300));
-    };
-    let start = Instant::now();
-    let (report, _) = restored(&bank, options.clone(), Some(&mut goes));
-    assert!(start.elapsed() < Duration::from_secs(20), "{report:?}");
-    assert_eq!(report.unwrap().faults, 0);
-    store.heal();
-    // With a limit the page is given up, and the other end hears of it.
-    let patience = Patience { give_up: Some(Duration::from_millis(200)), ..Patience::default() };
-    let mut given_up = |stream: &mut UnixStream, _: &Received| {
-        store.disappear();
-        assert_eq!(fault(stream, 0, PAGE as u64), Some(2));
-    };
-    let (report, _) = restored(&bank, RestoreOptions { patience, ..options }, Some(&mut given_up));
-    assert!(matches!(report, Err(RestoreError::Page(0))), "{report:?}");
 }
 
 #[test]

@@ -47,6 +47,7 @@ mod served;
 mod server;
 mod state;
 mod uffd;
+mod waits;
 mod working_set;
 
 pub use area::Area;

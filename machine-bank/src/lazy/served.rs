@@ -7,7 +7,7 @@
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant, SystemTime};
+use std::time::Duration;
 
 use rustix::io::Errno;
 
@@ -43,8 +43,8 @@ pub(super) struct Served {
     /// How often the store was asked again.
     pub retries: AtomicU64,
     on_failure: OnFailure,
-    state: Mutex<State>,
-    changed: Condvar,
+    pub(super) state: Mutex<State>,
+    pub(super) changed: Condvar,
 }
 
 /// What a pager does next.
@@ -86,7 +86,7 @@ impl Served {
         }
     }
 
-    fn lock(&self) -> MutexGuard<'_, State> {
+    pub(super) fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -108,71 +108,6 @@ impl Served {
         self.lock().over
     }
 
-    /// The pager has ended.
-    pub fn left(&self) {
-        self.lock().pager_gone = true;
-        self.changed.notify_all();
-    }
-
-    /// Waits until it has; false: it has not, in that time.
-    pub fn wait_left(&self, most: Duration) -> bool {
-        let state = self.lock();
-        self.changed.wait_timeout_while(state, most, |state| !state.pager_gone).unwrap_or_else(PoisonError::into_inner).0.pager_gone
-    }
-
-    /// The store is away since then.
-    pub fn away(&self, since: Option<SystemTime>) {
-        let since = since.and_then(|since| since.duration_since(SystemTime::UNIX_EPOCH).ok());
-        self.lock().report.away_since_ms = since.map(|since| since.as_millis() as u64);
-    }
-
-    /// It is back, after so long.
-    pub fn back(&self, away: Duration) {
-        let report = &mut self.lock().report;
-        report.away_since_ms = None;
-        report.away += 1;
-        report.away_ms += away.as_millis() as u64;
-    }
-
-    /// These could not be fetched yet. What is wanted goes behind what else is wanted, which may be where the store is not away.
-    pub fn later(&self, groups: &[u64], demanded: bool) {
-        let mut state = self.lock();
-        if demanded {
-            state.demand.extend(groups);
-        } else {
-            groups.iter().rev().for_each(|group| state.ahead.push_front(*group));
-        }
-    }
-
-    /// Until then the store is not asked; what can be answered without it is. False: it is over.
-    pub fn hold_out(&self, until: Instant) -> bool {
-        let mut state = self.lock();
-        loop {
-            if state.over {
-                return false;
-            }
-            if let Some(address) = state.again.pop() {
-                drop(state);
-                self.answer_again(address);
-                state = self.lock();
-                continue;
-            }
-            let cached = state.demand.iter().position(|group| self.cached.held(*group as usize) != Held::Absent);
-            if let Some(group) = cached.and_then(|at| state.demand.remove(at)) {
-                drop(state);
-                let placed = self.put_cached(group, true);
-                state = self.lock();
-                if placed {
-                    continue;
-                }
-                // It is tried again when something changes, or with the store.
-                state.demand.push_back(group);
-            }
-            let Some(left) = until.checked_duration_since(Instant::now()).filter(|left| !left.is_zero()) else { return true };
-            state = self.changed.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
-        }
-    }
-
     /// Has these fetched before they are asked for, and then all others if `rest`.
     pub fn fetch_ahead(&self, groups: &[u64], rest: bool) {
         let mut state = self.lock();
@@ -182,31 +117,6 @@ impl Served {
         state.planned = true;
         drop(state);
         self.changed.notify_all();
-    }
-
-    /// Waits until all groups are there; false: they are not, in that time, or never will.
-    pub fn wait_whole(&self, most: Duration) -> bool {
-        self.wait_until(most, |state| state.left == 0)
-    }
-
-    /// Waits until nothing is to be fetched ahead any more.
-    pub fn wait_ahead(&self, most: Duration) -> bool {
-        self.wait_until(most, |state| state.planned && !state.busy && state.ahead.is_empty() && state.rest.is_none())
-    }
-
-    /// Waits until its process or memory is gone; whether it is.
-    pub fn wait_over(&self, most: Duration) -> bool {
-        self.wait_until(most, |state| state.over)
-    }
-
-    fn wait_until(&self, most: Duration, done: impl Fn(&State) -> bool) -> bool {
-        let end = Instant::now() + most;
-        let mut state = self.lock();
-        while !done(&state) && !state.over {
-            let Some(left) = end.checked_duration_since(Instant::now()).filter(|left| !left.is_zero()) else { break };
-            state = self.changed.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
-        }
-        done(&state)
     }
 
     /// Reads what the kernel tells, and answers what can be answered at once. Called by the handler thread, which never waits here.
