@@ -17,10 +17,14 @@ use crate::values::{parse_duration, parse_mode, parse_pairs, parse_seconds, pars
 
 /// Lend a PCIe device to a virtual machine on another host, borrow it there.
 #[derive(Debug, Parser)]
-#[command(name = "farbus", version, about, long_about = None, after_help = "Exit status:
-  0  done; lend and borrow: ended by a signal or by a peer that said goodbye
-  1  failed
-  2  the arguments make no sense: one is missing, contradicts another, or means nothing here
+#[command(name = "farbus", version, about, long_about = None, after_help = "Times are a number and a unit, ns, us, ms, s, m, h or d: 80us, 10s, 5m, 30d. Sizes are a number and a unit, B, K, M, G or T, which are powers of 1024: 512M, 2G.
+Options that are called by their unit (--seconds, --days, --large-gib) take a number of it.
+
+Exit status:
+  0  done; lend, borrow, bank serve and serve-faults: ended by a signal, or by a peer that said goodbye
+  1  failed; bank list, stats and verify: something is damaged
+  2  the arguments make no sense, whatever is on this host: one is missing, contradicts another, is no name, time, size, key or address, asks a bank
+     for what cannot be done there, or means nothing here
   3  borrow: the lender is gone without a goodbye, or broke the protocol
   128 + N  demo: ended by signal N, 130 after Ctrl-C, 143 after SIGTERM; a bench is killed by the signal, which a shell shows as the same
 
@@ -77,6 +81,7 @@ impl Command {
             Self::Demo(args) => (args.json, Json::Object),
             Self::Cert(args) => (args.json(), Json::Object),
             Self::Devices(args) => (args.json, Json::Object),
+            Self::Bank(args) if args.is_server() => (args.json(), Json::Events),
             Self::Bank(args) => (args.json(), Json::Object),
             Self::Bench(BenchArgs { command: Some(BenchCommand::Compare(args)), .. }) => (args.json, Json::Object),
             Self::Bench(args) => (args.json, Json::Object),
@@ -108,8 +113,8 @@ pub struct LendArgs {
     /// How long to poll without work before sleeping, as in 50us, 1.5ms or 2s; longer is faster and costs a core
     #[arg(long, value_name = "TIME", default_value = "50us", value_parser = parse_duration)]
     pub spin: Duration,
-    /// How long the device is kept, at most, for a machine that leaves it on purpose and comes again from elsewhere; 0s resets it at once
-    #[arg(long, value_name = "TIME", default_value = "600s", value_parser = parse_duration)]
+    /// How long the device is kept, at most, for a machine that leaves it on purpose and comes again from elsewhere, as in 10m; 0s resets it at once
+    #[arg(long, value_name = "TIME", default_value = "10m", value_parser = parse_duration)]
     pub keep_at_most: Duration,
     /// Use guest memory that is not sealed against shrinking (memory-backend-file); whoever can shrink it can crash this process
     #[arg(long)]

@@ -77,6 +77,16 @@ pub fn hint(error: &anyhow::Error) -> Option<&str> {
     error.downcast_ref::<Advised>().map(|advised| advised.hint.as_str())
 }
 
+/// What people are told: for arguments that make no sense as the parser of arguments tells of those that it finds itself.
+pub fn for_people(error: &anyhow::Error) -> String {
+    let (story, hint) = (story(error), hint(error));
+    if is_misuse(error) {
+        let tip = hint.map_or(String::new(), |hint| format!("  tip: {hint}\n\n"));
+        return format!("error: {story}\n\n{tip}For more information, try '--help'.");
+    }
+    format!("farbus: {story}{}", hint.map_or(String::new(), |hint| format!("\nhint: {hint}")))
+}
+
 /// The same for machines: the whole story, the causes one by one from the outermost, and the advice or null.
 pub fn fields(error: &anyhow::Error) -> Value {
     let causes: Vec<_> = error.chain().skip(1).map(ToString::to_string).collect();
@@ -101,6 +111,9 @@ mod tests {
         let plain = Err::<(), _>(refusal("no such core", "name another")).context("no such core").unwrap_err();
         assert_eq!(story(&plain), "no such core");
         assert!(!is_misuse(&plain) && is_misuse(&misuse("no such core", "name another").context("cannot lend")));
+        let nonsense = for_people(&misuse("no such core", "name another"));
+        assert_eq!(nonsense, "error: no such core\n\n  tip: name another\n\nFor more information, try '--help'.");
+        assert_eq!(for_people(&refusal("no room", "make some")), "farbus: no room\nhint: make some");
         assert_eq!(fields(&anyhow::anyhow!("alone")), json!({ "error": "alone", "causes": [], "hint": null }));
     }
 }

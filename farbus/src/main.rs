@@ -11,6 +11,7 @@ mod borrow;
 mod cert;
 mod cli;
 mod cores;
+mod count;
 mod demo;
 mod device_spec;
 mod devices;
@@ -56,10 +57,7 @@ fn main() -> ExitCode {
         Command::Man(args) => manual::pages(&args).map(|()| ExitCode::SUCCESS),
     };
     let status = result.unwrap_or_else(|error| {
-        eprintln!("farbus: {}", failure::story(&error));
-        if let Some(hint) = failure::hint(&error) {
-            eprintln!("hint: {hint}");
-        }
+        eprintln!("{}", failure::for_people(&error));
         match shape {
             Json::No => {}
             Json::Events => Events::new(true).say("error", failure::fields(&error), ""),

@@ -35,10 +35,13 @@ pub fn parse() -> Result<Cli, ExitCode> {
     })
 }
 
-/// The command that is asked for, where there is one of that name.
+/// The command that is asked for, where there is one of that name: `lend`, `bank deposit`.
 fn command(words: &[OsString]) -> Option<String> {
-    let name = words.iter().skip(1).map(|word| word.to_string_lossy()).find(|word| !word.starts_with('-'))?;
-    Cli::command().find_subcommand(&*name).map(|found| found.get_name().to_owned())
+    let mut next = words.iter().skip(1).map(|word| word.to_string_lossy()).filter(|word| !word.starts_with('-'));
+    let all = Cli::command();
+    let first = all.find_subcommand(&*next.next()?)?;
+    let second = next.next().and_then(|word| first.find_subcommand(&*word));
+    Some(second.map_or_else(|| first.get_name().to_owned(), |second| format!("{} {}", first.get_name(), second.get_name())))
 }
 
 /// As [`crate::cli::Command::json`] says it of arguments that are right.
@@ -46,7 +49,8 @@ fn shape(words: &[OsString], command: Option<&str>) -> Json {
     let wanted = words.iter().take_while(|word| *word != "--").any(|word| word == "--json");
     match command {
         _ if !wanted => Json::No,
-        Some("lend" | "borrow") => Json::Events,
+        Some("lend" | "borrow" | "bank serve" | "bank serve-faults") => Json::Events,
+
         _ => Json::Object,
     }
 }

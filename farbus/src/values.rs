@@ -1,6 +1,6 @@
-//! Values of options that are neither text nor whole numbers: times, the length of a measurement, the mode of a socket.
+//! Values of options that are neither text nor whole numbers: times, sizes, the length of a measurement, the mode of a socket.
 //!
-//! `80us`, `1.5ms` and `2s` are times; `80` is none, and the error says that it needs a unit.
+//! `80us`, `1.5ms`, `2s`, `5m` and `30d` are times, `512M` and `2G` sizes; `80` is neither, and the error says that it needs a unit.
 
 use std::time::Duration;
 
@@ -13,42 +13,56 @@ const LONGEST: Duration = Duration::from_secs(3600);
 /// Seconds of a measurement, at least and at most: below, a case is over before its clock was looked at.
 const MEASURED: std::ops::RangeInclusive<f64> = 0.01..=3600.0;
 
-/// `80us`, `2s`, `1.5ms`, `100ns`, at most an hour.
+/// `80us`, `1.5ms`, `2s`, `5m`, at most an hour.
 pub fn parse_duration(text: &str) -> Result<Duration, String> {
-    const WANTED: &str = "use a number and its unit, ns, us, ms or s, as in 80us, 1.5ms or 2s";
+    match parse_age(text)? {
+        time if time <= LONGEST => Ok(time),
+        _ => Err(format!("{text} is longer than an hour, the longest time that is taken here")),
+    }
+}
+
+/// The same without a limit: `12h`, `30d`.
+pub fn parse_age(text: &str) -> Result<Duration, String> {
+    const WANTED: &str = "use a number and its unit, ns, us, ms, s, m, h or d, as in 80us, 1.5ms, 10s, 5m, 12h or 30d";
     let split = text.find(|c: char| c.is_ascii_alphabetic()).unwrap_or(text.len());
     let (number, unit) = text.split_at(split);
-    let (number, seconds) = match (number.trim().parse::<f64>(), unit) {
-        (Ok(number), "ns") => (number, 1e-9),
-        (Ok(number), "us") => (number, 1e-6),
-        (Ok(number), "ms") => (number, 1e-3),
-        (Ok(number), "s") => (number, 1.0),
-        (Ok(_), "") => return Err(format!("{text:?} has no unit: {WANTED}")),
-        (Ok(_), unit) => return Err(format!("{unit:?} is no unit of time: {WANTED}")),
-        (Err(_), _) => return Err(format!("{text:?} is no time: {WANTED}")),
+    let number = number.trim().parse::<f64>().map_err(|_| format!("{text:?} is no time: {WANTED}"))?;
+    let seconds = match unit {
+        "ns" => 1e-9,
+        "us" => 1e-6,
+        "ms" => 1e-3,
+        "s" => 1.0,
+        "m" => 60.0,
+        "h" => 3600.0,
+        "d" => 86_400.0,
+        "" => return Err(format!("{text:?} has no unit: {WANTED}")),
+        unit => return Err(format!("{unit:?} is no unit of time: {WANTED}")),
     };
     match Duration::try_from_secs_f64(number * seconds) {
-        Ok(time) if time <= LONGEST => Ok(time),
-        _ if number > 0.0 => Err(format!("{text} is longer than an hour, the longest time that is taken here")),
+        Ok(time) => Ok(time),
+        _ if number > 0.0 => Err(format!("{text} is longer than can be counted")),
         _ => Err(format!("{text} is no length of time")),
     }
 }
 
-/// `512MiB`, `4GiB`, `1TiB`, or bytes.
+/// `512M`, `4G`, `1.5T`, or with the units' other names, `512MiB`. All are powers of 1024.
 pub fn parse_size(text: &str) -> Result<u64, String> {
-    const WANTED: &str = "use a number and its unit, KiB, MiB, GiB or TiB, as in 512MiB";
-    let split = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
+    const WANTED: &str = "use a number and its unit, B, K, M, G or T (powers of 1024), as in 512M or 2G";
+    let split = text.find(|c: char| c.is_ascii_alphabetic()).unwrap_or(text.len());
     let (number, unit) = text.split_at(split);
-    let number: u64 = number.parse().map_err(|_| format!("{text:?} is no size: {WANTED}"))?;
-    let shift = match unit.trim_start() {
-        "" => 0,
-        "KiB" => 10,
-        "MiB" => 20,
-        "GiB" => 30,
-        "TiB" => 40,
+    let number = number.trim().parse::<f64>().map_err(|_| format!("{text:?} is no size: {WANTED}"))?;
+    let shift = match unit {
+        "B" => 0,
+        "K" | "KiB" => 10,
+        "M" | "MiB" => 20,
+        "G" | "GiB" => 30,
+        "T" | "TiB" => 40,
+        "" => return Err(format!("{text:?} has no unit: {WANTED}")),
         other => return Err(format!("{other:?} is no unit of size: {WANTED}")),
     };
-    number.checked_mul(1 << shift).ok_or_else(|| format!("{text} is more than can be counted"))
+    let bytes = number * (1_u64 << shift) as f64;
+    // Up to 2^53 every number of bytes is a number of this kind.
+    if (0.0..=(1_u64 << 53) as f64).contains(&bytes) { Ok(bytes as u64) } else { Err(format!("{text} is no size that can be")) }
 }
 
 /// A time that is not zero: who waits for nothing gets nothing.
@@ -100,21 +114,28 @@ mod tests {
             ("abc", "\"abc\" is no time"),
             ("", "\"\" is no time"),
             ("-1s", "no length"),
-            ("1m", "\"m\" is no unit"),
+            ("1y", "\"y\" is no unit"),
+            ("2h", "longer than an hour"),
             ("3601s", "longer than an hour"),
-            ("10000000000000000000000000s", "longer than an hour"),
+            ("10000000000000000000000000s", "longer than can be counted"),
         ] {
             let error = parse_duration(wrong).unwrap_err();
             assert!(error.contains(said), "{wrong}: {error}");
-            assert!(!error.contains("unit") || error.contains("ns, us, ms or s"), "{error}");
+            assert!(!error.contains("unit") || error.contains("ns, us, ms, s, m, h or d"), "{error}");
+        }
+        assert_eq!((parse_duration("5m"), parse_duration("1h")), (Ok(Duration::from_secs(300)), Ok(LONGEST)));
+        assert_eq!((parse_age("30d"), parse_age("12h")), (Ok(Duration::from_secs(30 * 86_400)), Ok(Duration::from_secs(43_200))));
+        for wrong in ["", "30", "d", "-1d", "nans", "infd", "99999999999999999999d", "ä"] {
+            assert!(parse_age(wrong).is_err(), "{wrong}");
         }
         assert!(parse_wait("0us").is_err() && parse_wait("1us").is_ok());
     }
 
     #[test]
     fn sizes_have_binary_units() {
-        assert_eq!((parse_size("4GiB"), parse_size("512 MiB"), parse_size("7")), (Ok(4 << 30), Ok(512 << 20), Ok(7)));
-        for wrong in ["", "GiB", "4GB", "-1", "1.5GiB", "99999999999TiB"] {
+        assert_eq!((parse_size("4GiB"), parse_size("512 MiB"), parse_size("7B")), (Ok(4 << 30), Ok(512 << 20), Ok(7)));
+        assert_eq!((parse_size("4G"), parse_size("512M"), parse_size("1.5K")), (Ok(4 << 30), Ok(512 << 20), Ok(1536)));
+        for wrong in ["", "GiB", "4GB", "7", "1g", "-1M", "nanM", "infT", "99999999999TiB"] {
             assert!(parse_size(wrong).is_err(), "{wrong}");
         }
     }

@@ -9,9 +9,10 @@ use std::time::Duration;
 
 use common::{deposit, machine, memory_bank, open, withdraw, work};
 use farbus_machine_bank::keep::{
-    CopyError, Keep, RemoveError, SweepError, SweepOptions, copy, diff, expired, remove, stats, sweep, verify,
+    CopyError, Keep, Look, RemoveError, SweepError, SweepOptions, copy, diff, expired, remove, stats, sweep, unreadable, verify,
 };
-use farbus_machine_bank::store::{Hold, Kind, MemoryStore, Store, StoreError};
+use farbus_machine_bank::manifest::split;
+use farbus_machine_bank::store::{Durability, Hold, Kind, MemoryStore, Store, StoreError};
 use farbus_machine_bank::{Bank, Changes, DepositOptions, PAGE, SectionKind};
 
 /// Five deposits of one machine, and what they were.
@@ -248,6 +249,24 @@ fn statistics_add_up() {
     let groups = stats.logical - saved;
     assert!(groups <= stats.pack_bytes && stats.pack_bytes - groups < stats.pack_bytes / 20, "{stats:?}");
     assert_eq!(stats.stored, bytes(&store, Kind::Pack) + bytes(&store, Kind::Manifest) + bytes(&store, Kind::Index));
+}
+
+#[test]
+fn what_a_later_version_wrote_cannot_be_read_and_is_not_damaged() {
+    let (store, bank, _) = series();
+    assert_eq!(unreadable(&bank, Look::Leaves).unwrap(), []);
+    let entry = bank.find("vm@5").unwrap();
+    let mut object = store.read_all(Kind::Manifest, &entry.object(), 1 << 20).unwrap();
+    let (head, table, _) = split(object.last_chunk().unwrap(), object.len() as u64).unwrap();
+    object[head as usize] += 1;
+    let root = bank.identity().root(&object[head as usize..table as usize]);
+    store.put(Kind::Manifest, &format!("later@00000001@{root}"), &object, Durability::Durable).unwrap();
+    store.flip(Kind::Manifest, &bank.find("vm@2").unwrap().object(), 100, 1);
+    let found = unreadable(&bank, Look::Leaves).unwrap();
+    let of = |machine: &str| found.iter().find(|one| one.machine == machine).unwrap();
+    assert!(!of("later@1").damaged && of("later@1").is_cause(), "{found:?}");
+    assert!(of("vm@2").damaged, "{found:?}");
+    assert_eq!(stats(&bank).unwrap().unreadable.iter().filter(|one| !one.damaged).count(), 1);
 }
 
 #[test]

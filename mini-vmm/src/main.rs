@@ -20,7 +20,20 @@ use farbus_remote_dma::wait::Waker;
 
 /// A small VMM whose bare guest reads, verifies and writes 256 blocks of 4 KiB of a borrowed NVMe drive, for ever.
 #[derive(Parser)]
-#[command(version)]
+#[command(
+    version,
+    after_help = "The host with the drive, and beside it a machine that is deposited while it runs. Kill the machine, and it goes on at home:
+  truncate -s 64M disk.img
+  farbus bank init /srv/bank
+  mini-vmm home disk.img --lend-at /run/drive --bank /srv/bank --machine vm7
+  mini-vmm run --from /run/drive --bank /srv/bank --deposit vm7 --seconds 30
+
+A machine that left its drive in order goes on in another process, which withdraws it:
+  mini-vmm run --from /run/drive --bank /srv/bank --deposit vm7 --seconds 5
+  mini-vmm go-on vm7 --from /run/drive --bank /srv/bank --seconds 5
+
+It needs /dev/kvm. Exit status: 0 done, 1 failed, 2 the arguments make no sense."
+)]
 struct Cli {
     #[command(subcommand)]
     command: Command,

@@ -3,6 +3,9 @@
 //! `Running::farbus(&["lend", "--device", "nvme:disk.img", "--listen", "shm:/tmp/x"])` starts a lender whose `event("listening", …)` says
 //! when it is up; whatever happens to the test, the process is gone when the value is dropped.
 
+pub mod bank_home;
+pub mod bank_lab;
+pub mod edu;
 pub mod fuzz_bodies;
 pub mod guest;
 pub mod place;

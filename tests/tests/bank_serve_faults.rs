@@ -85,18 +85,22 @@ fn a_vmm_reads_the_machine_as_it_uses_it_and_the_second_one_finds_it_there() {
     // The other server that came in vain looked whether this one lives, so it was refused first.
     server.line("the refusal", SOON, |line| line.contains("no list of regions").then_some(()));
     run_vmm(&socket, "2");
-    let ended = server.event("ended", SOON);
+    let ended = server.event("left", SOON);
     assert_eq!((ended["report"]["demanded"].as_u64(), ended["report"]["poisoned"].as_u64()), (Some(32), Some(0)), "{ended}");
     let kept = server.event("kept", SOON);
     assert_eq!((kept["machine"].as_str(), kept["groups"].as_u64()), (Some("vm7@2"), Some(32)), "{kept}");
     server.terminate();
+    let last = server.event("ended", SOON);
+    let served = ["clients", "demanded", "missed"].map(|name| last["served"][name].as_u64());
+    assert_eq!((last["reason"].as_str(), served), (Some("SIGTERM"), [Some(1), Some(32), Some(0)]), "{last}");
+    assert!(last["served"]["refused"].as_u64() >= Some(1), "{last}");
     assert_eq!(server.wait(SOON).code(), Some(0));
     assert!(!socket.exists());
 
     let mut server = serve("vm7", &[]);
     assert_eq!(server.event("serving", SOON)["machine"], "vm7@2");
     run_vmm(&socket, "1");
-    let ended = server.event("ended", SOON);
+    let ended = server.event("left", SOON);
     assert_eq!(
         ended["report"]["demanded"].as_u64().zip(ended["report"]["ahead"].as_u64()).map(|(a, b)| a + b),
         Some(64),
@@ -140,8 +144,8 @@ fn a_vmm_waits_while_the_bank_is_away_and_the_server_says_so() {
     let back = server.event("store_back", SOON);
     assert!(back["away_ms"].as_u64().unwrap() > 1300, "{back}");
     assert!(client.wait().unwrap().success());
-    let ended = server.event("ended", SOON);
-    assert_eq!((ended["report"]["poisoned"].as_u64(), ended["report"]["away"].as_u64()), (Some(0), Some(1)), "{ended}");
+    let left = server.event("left", SOON);
+    assert_eq!((left["report"]["poisoned"].as_u64(), left["report"]["away"].as_u64()), (Some(0), Some(1)), "{left}");
     server.terminate();
     assert_eq!(server.wait(SOON).code(), Some(0));
 }
@@ -179,8 +183,8 @@ fn a_vmm_waits_while_who_serves_the_bank_is_killed_and_started_again() {
     let serving = serve();
     server.event("store_back", SOON);
     assert!(client.wait().unwrap().success());
-    let ended = server.event("ended", SOON);
-    assert_eq!(ended["report"]["poisoned"].as_u64(), Some(0), "{ended}");
+    let left = server.event("left", SOON);
+    assert_eq!(left["report"]["poisoned"].as_u64(), Some(0), "{left}");
     for process in [server, serving] {
         process.terminate();
         assert_eq!(process.wait(SOON).code(), Some(0));

@@ -1,75 +1,23 @@
 //! `farbus bank serve` as its users run it: a link address is a bank, who may what is kept to, and whoever is killed, the bank is whole.
 //!
 //! `farbus bank deposit shm:link vm7 …` against a server that is killed in the middle says so, and against the next one sends what is missing.
-#![expect(clippy::unwrap_used, reason = "a panic is how a test fails, in its helpers too")]
 
 use std::os::unix::process::CommandExt;
 use std::process::Command;
 use std::time::Duration;
 
+use farbus_tests::bank_lab::BankLab;
 use farbus_tests::farbus;
-use farbus_tests::process::{AMPLE, End, Running, run};
-use serde_json::Value;
-use tempfile::TempDir;
+use farbus_tests::process::{AMPLE, Running, run};
 
-struct Lab(TempDir);
-
-impl Lab {
-    /// A bank with `web` and `db`.
-    fn new() -> Self {
-        let lab = Self(tempfile::tempdir().unwrap());
-        lab.ok(&["init", &lab.path("bank")]);
-        for (name, factor) in [("web", 700), ("db", 900)] {
-            std::fs::write(lab.path(name), memory(factor)).unwrap();
-            lab.ok(&["deposit", &lab.path("bank"), name, "--memory", &lab.path(name)]);
-        }
-        lab
+/// A bank with `web` and `db`.
+fn lab() -> BankLab {
+    let lab = BankLab::new();
+    for (name, factor) in [("web", 700), ("db", 900)] {
+        let file = lab.write(name, memory(factor));
+        lab.ok(&["deposit", &lab.bank(), name, "--memory", &file]);
     }
-
-    fn path(&self, name: &str) -> String {
-        self.0.path().join(name).to_str().unwrap().to_owned()
-    }
-
-    fn link(&self) -> String {
-        format!("shm:{}", self.path("link"))
-    }
-
-    fn serve(&self, options: &[&str]) -> Running {
-        let (bank, link) = (self.path("bank"), self.link());
-        let mut server = Running::farbus(&[&["bank", "serve", &bank, "--listen", &link, "--json"][..], options].concat());
-        assert_eq!(server.event("serving", AMPLE)["address"], link);
-        server
-    }
-
-    fn run(words: &[&str]) -> End {
-        run(&[&["bank"], words].concat())
-    }
-
-    #[track_caller]
-    fn ok(&self, words: &[&str]) -> Value {
-        let end = Self::run(&[words, &["--json"]].concat());
-        assert_eq!(end.code(), Some(0), "{words:?}: {}", end.stderr);
-        serde_json::from_str(&end.stdout).unwrap()
-    }
-
-    fn names(&self, bank: &str) -> Vec<String> {
-        let listed = self.ok(&["list", bank]);
-        listed["machines"].as_array().unwrap().iter().map(|machine| machine["machine"].as_str().unwrap().to_owned()).collect()
-    }
-
-    #[track_caller]
-    fn assert_whole(&self) {
-        let verified = self.ok(&["verify", &self.path("bank")]);
-        assert_eq!(verified["faults"].as_array().unwrap().len(), 0, "{verified}");
-    }
-
-    #[track_caller]
-    fn assert_out(&self, bank: &str, machine: &str, expected: &[u8]) -> Value {
-        let out = self.path("out");
-        let said = self.ok(&["withdraw", bank, machine, "--to", &out, "--replace"]);
-        assert!(std::fs::read(self.path("out/memory")).unwrap() == expected, "{machine} from {bank}");
-        said
-    }
+    lab
 }
 
 /// 4 MB, of which each page is another one for each factor.
@@ -88,7 +36,7 @@ fn end_in_order(mut server: Running) {
 
 #[test]
 fn a_link_address_is_a_bank() {
-    let lab = Lab::new();
+    let lab = lab();
     let (link, server) = (lab.link(), lab.serve(&[]));
     assert_eq!(lab.names(&link), ["db@1", "web@1"]);
     let said = lab.assert_out(&link, "web", &memory(700));
@@ -115,38 +63,38 @@ fn a_link_address_is_a_bank() {
     assert_eq!(lab.ok(&["copy", &second, "web", &link])["was_there"], true);
     // What is done where the bank is.
     for (words, said) in [
-        (&["verify", &link][..], "run farbus bank verify DIRECTORY on the host"),
-        (&["gc", &link], "run farbus bank gc DIRECTORY on the host"),
-        (&["remove", &link, "web@1"], "run farbus bank remove DIRECTORY on the host"),
+        (&["verify", &link][..], "`farbus bank verify DIRECTORY` on the host"),
+        (&["gc", &link], "`farbus bank gc DIRECTORY` on the host"),
+        (&["remove", &link, "web@1"], "`farbus bank remove DIRECTORY` on the host"),
         (&["init", &link], "run farbus bank init where it is to be"),
     ] {
-        Lab::run(words).assert_refusal(1, &[said]);
+        lab.misused(words, &[said]);
     }
     end_in_order(server);
-    Lab::run(&["list", &link]).assert_refusal(1, &["nobody listens", "is `farbus bank serve` running there?"]);
+    BankLab::run(&["list", &link]).assert_refusal(1, &["nobody listens", "is `farbus bank serve` running there?"]);
     lab.assert_whole();
 }
 
 #[test]
 fn a_client_has_what_the_rules_say_and_no_more() {
-    let lab = Lab::new();
+    let lab = lab();
     let link = lab.link();
     let server = lab.serve(&["--read", "web*", "--write", "web-*"]);
     assert_eq!(lab.names(&link), ["web@1"]);
-    Lab::run(&["withdraw", &link, "db", "--to", &lab.path("out")]).assert_refusal(1, &["no machine", "farbus bank list"]);
-    Lab::run(&["deposit", &link, "db", "--memory", &lab.path("db")])
+    BankLab::run(&["withdraw", &link, "db", "--to", &lab.path("out")]).assert_refusal(1, &["no machine", "farbus bank list"]);
+    BankLab::run(&["deposit", &link, "db", "--memory", &lab.path("db")])
         .assert_refusal(1, &["may not deposit db", "farbus bank serve"]);
-    Lab::run(&["stats", &link]).assert_refusal(1, &["every machine"]);
+    BankLab::run(&["stats", &link]).assert_refusal(1, &["every machine"]);
     lab.ok(&["deposit", &link, "web-2", "--memory", &lab.path("db")]);
     lab.assert_out(&link, "web-2", &memory(900));
     end_in_order(server);
     // What is for another is for nobody else.
     let server = lab.serve(&["--read", "*=uid:4711", "--write", "*=uid:4711"]);
     assert_eq!(lab.names(&link), Vec::<String>::new());
-    Lab::run(&["deposit", &link, "web", "--memory", &lab.path("web")]).assert_refusal(1, &["deposit nothing here"]);
+    BankLab::run(&["deposit", &link, "web", "--memory", &lab.path("web")]).assert_refusal(1, &["deposit nothing here"]);
     if rustix::process::geteuid().is_root() {
         // Another user, who is let in because a rule names it.
-        std::os::unix::fs::chown(lab.0.path(), Some(4711), None).unwrap();
+        std::os::unix::fs::chown(lab.path(""), Some(4711), None).unwrap();
         let mut other = Command::new(farbus());
         let end = other.args(["bank", "list", &link]).uid(4711).gid(4711).current_dir("/").output().unwrap();
         let said = String::from_utf8_lossy(&end.stdout).into_owned();
@@ -164,7 +112,7 @@ fn a_client_has_what_the_rules_say_and_no_more() {
 
 #[test]
 fn a_stranger_of_another_user_is_turned_away_and_a_borrower_is_told_that_this_is_a_bank() {
-    let lab = Lab::new();
+    let lab = lab();
     let mut server = lab.serve(&[]);
     let vmm = lab.path("vmm");
     let end = run(&["borrow", "--from", &lab.link(), "--vfio-user", &vmm]);
@@ -179,14 +127,14 @@ fn a_stranger_of_another_user_is_turned_away_and_a_borrower_is_told_that_this_is
 
 #[test]
 fn more_clients_than_may_be_are_told_so() {
-    let lab = Lab::new();
+    let lab = lab();
     let mut server = lab.serve(&["--clients", "1"]);
     // One that withdraws into a pipe that nobody reads would do; a lazy one stays as long as it is wanted.
     let (socket, link) = (lab.path("faults"), lab.link());
     let mut first = Running::farbus(&["bank", "serve-faults", &link, "--socket", &socket, "--machine", "web", "--json"]);
     first.event("serving", AMPLE);
     server.event("begun", AMPLE);
-    Lab::run(&["list", &link]).assert_refusal(1, &["as many are served", "try again"]);
+    BankLab::run(&["list", &link]).assert_refusal(1, &["as many are served", "try again"]);
     first.terminate();
     first.wait(AMPLE);
     server.event("left", AMPLE);
@@ -196,7 +144,7 @@ fn more_clients_than_may_be_are_told_so() {
 
 #[test]
 fn whoever_is_killed_the_bank_is_whole_and_the_deposit_is_resumed() {
-    let lab = Lab::new();
+    let lab = lab();
     let link = lab.link();
     let mut server = lab.serve(&[]);
     // 24 MB of pages that nothing has, in several packs.
@@ -229,13 +177,13 @@ fn whoever_is_killed_the_bank_is_whole_and_the_deposit_is_resumed() {
     assert!(said["counts"]["new"].as_u64().unwrap() < pages, "nothing of the deposits before was found: {said}");
     lab.assert_out(&link, "big", &big);
     // A withdrawal that is killed goes on where it was.
-    let (out, part) = (lab.path("resumed"), lab.path("resumed/memory.part"));
+    let (out, part) = (lab.path("resumed"), lab.path("resumed/memory.farbus-part"));
     let client = Running::farbus(&["bank", "withdraw", &link, "big", "--to", &out]);
     std::thread::sleep(Duration::from_millis(30));
     client.kill();
     client.wait(AMPLE);
     let was_there = std::path::Path::new(&part).exists();
-    let said = lab.ok(&["withdraw", &link, "big", "--to", &out, "--replace"]);
+    let said = lab.ok(&["withdraw", &link, "big", "--to", &out]);
     assert!(std::fs::read(lab.path("resumed/memory")).unwrap() == big, "{was_there}: {said}");
     end_in_order(server);
     lab.assert_whole();
@@ -243,7 +191,7 @@ fn whoever_is_killed_the_bank_is_whole_and_the_deposit_is_resumed() {
 
 #[test]
 fn what_makes_no_sense_is_refused_with_what_to_do() {
-    let lab = Lab::new();
+    let lab = lab();
     let (bank, link) = (lab.path("bank"), lab.link());
     for (words, said) in [
         (&["serve", &bank, "--listen", &link, "--read", "a/b"][..], "no pattern for machines"),
@@ -261,10 +209,11 @@ fn what_makes_no_sense_is_refused_with_what_to_do() {
         (&["list", "rdma:nas:0"], "port 0"),
         (&["list", "shm:"], "needs a path"),
     ] {
-        Lab::run(words).assert_refusal(2, &[said]);
+        BankLab::run(words).assert_refusal(2, &[said]);
     }
-    Lab::run(&["serve", &lab.path("nothing"), "--listen", &link]).assert_refusal(1, &["cannot open the bank", "farbus bank init"]);
+    BankLab::run(&["serve", &lab.path("nothing"), "--listen", &link])
+        .assert_refusal(1, &["cannot open the bank", "farbus bank init"]);
     let taken = lab.serve(&[]);
-    Lab::run(&["serve", &bank, "--listen", &link]).assert_refusal(1, &["in use", "--listen"]);
+    BankLab::run(&["serve", &bank, "--listen", &link]).assert_refusal(1, &["in use", "--listen"]);
     end_in_order(taken);
 }

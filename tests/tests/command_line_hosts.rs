@@ -124,7 +124,7 @@ fn certificates_that_make_no_sense_are_refused_with_what_would() {
 #[test]
 fn without_a_word_about_security_nothing_is_lent_or_borrowed() {
     let place = lab();
-    lend(&place, "rdma:127.0.0.1:0", &[]).assert_refusal(2, &["needs TLS", "hint: ", "--tls DIR", "farbus cert"]);
+    lend(&place, "rdma:127.0.0.1:0", &[]).assert_refusal(2, &["needs TLS", "tip: ", "--tls DIR", "farbus cert"]);
     borrow(&place, "rdma:127.0.0.1:7000", &[]).assert_refusal(2, &["needs TLS", "--tls DIR", "farbus cert"]);
     let (nas, vm7) = (place.name("lab/lender/nas"), place.name("lab/borrower/vm7"));
     lend(&place, "rdma:127.0.0.1:0", &["--tls", &nas]).assert_refusal(2, &["nobody is allowed", "--allow NAME", "--allow '*'"]);

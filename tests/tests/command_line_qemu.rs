@@ -1,11 +1,8 @@
 //! `farbus bank deposit --qemu` and `withdraw --qemu` as their users run them, with a file as QEMU writes it, made here; that a real QEMU takes it is tests/tests/bank_qemu.rs.
 //!
 //! A file of one block of 2 MiB goes in, out again byte for byte, and in once more with only its first page read; a disk image in its place is refused.
-#![expect(clippy::unwrap_used, reason = "a panic is how a test fails, in its helpers too")]
 
-use farbus_tests::process::{End, run};
-use serde_json::Value;
-use tempfile::TempDir;
+use farbus_tests::bank_lab::BankLab;
 
 const PAGE: usize = 4096;
 /// Where the pages are.
@@ -36,44 +33,16 @@ fn saved(capability: &str, fill: u8) -> Vec<u8> {
     file
 }
 
-struct Lab(TempDir);
-
-impl Lab {
-    fn new() -> Self {
-        let lab = Self(tempfile::tempdir().unwrap());
-        std::fs::write(lab.path("vm7.mig"), saved("mapped-ram", 9)).unwrap();
-        std::fs::write(lab.path("vm7.disk"), vec![5; 10_000]).unwrap();
-        lab.ok(&["init", &lab.path("bank")]);
-        lab
-    }
-
-    fn path(&self, name: &str) -> String {
-        self.0.path().join(name).to_str().unwrap().to_owned()
-    }
-
-    fn run(words: &[&str]) -> End {
-        run(&[&["bank"], words].concat())
-    }
-
-    #[track_caller]
-    fn ok(&self, words: &[&str]) -> Value {
-        let end = Self::run(&[words, &["--json"]].concat());
-        assert_eq!(end.code(), Some(0), "{words:?}: {}", end.stderr);
-        serde_json::from_str(&end.stdout).unwrap()
-    }
-
-    #[track_caller]
-    fn refused(&self, words: &[&str], said: &[&str]) {
-        Self::run(words).assert_refusal(1, said);
-        let end = Self::run(&[words, &["--json"]].concat());
-        let object: Value = serde_json::from_str(&end.stdout).unwrap();
-        assert!(object["error"].is_string() && object["hint"].is_string(), "{object}");
-    }
+fn lab() -> BankLab {
+    let lab = BankLab::new();
+    lab.write("vm7.mig", saved("mapped-ram", 9));
+    lab.write("vm7.disk", vec![5; 10_000]);
+    lab
 }
 
 #[test]
 fn a_file_that_qemu_saved_goes_in_and_out_with_its_disk() {
-    let lab = Lab::new();
+    let lab = lab();
     let (bank, mig, disk, out) = (lab.path("bank"), lab.path("vm7.mig"), lab.path("vm7.disk"), lab.path("out.mig"));
     lab.ok(&["deposit", &bank, "vm7", "--qemu", &mig, "--disk", &disk]);
     let shown = lab.ok(&["show", &bank, "vm7"]);
@@ -87,13 +56,13 @@ fn a_file_that_qemu_saved_goes_in_and_out_with_its_disk() {
     let others: Vec<_> = std::fs::read_dir(&folder).unwrap().map(|entry| entry.unwrap().file_name()).collect();
     assert_eq!(others, ["disk0"]);
     lab.refused(&["withdraw", &bank, "vm7", "--qemu", &out], &["is there", "--replace"]);
-    let end = Lab::run(&["withdraw", &bank, "vm7", "--qemu", &out, "--replace"]);
+    let end = BankLab::run(&["withdraw", &bank, "vm7", "--qemu", &out, "--replace"]);
     assert!(end.code() == Some(0) && end.stdout.contains("of 2 sections"), "{}", end.stdout);
 }
 
 #[test]
 fn of_a_block_only_what_changed_is_read_where_that_is_told() {
-    let lab = Lab::new();
+    let lab = lab();
     let (bank, mig, bitmap) = (lab.path("bank"), lab.path("vm7.mig"), lab.path("bitmap"));
     lab.ok(&["deposit", &bank, "vm7", "--qemu", &mig]);
     std::fs::write(&mig, saved("mapped-ram", 11)).unwrap();
@@ -102,12 +71,12 @@ fn of_a_block_only_what_changed_is_read_where_that_is_told() {
     assert_eq!((&report["counts"]["new"], &report["parent"]), (&1.into(), &"vm7@1".into()));
     lab.ok(&["withdraw", &bank, "vm7@2", "--qemu", &lab.path("out")]);
     assert!(std::fs::read(lab.path("out")).unwrap() == saved("mapped-ram", 11));
-    lab.refused(&["deposit", &bank, "vm7", "--qemu", &mig, "--dirty", &format!("memory={bitmap}")], &["no section is called that"]);
+    lab.misused(&["deposit", &bank, "vm7", "--qemu", &mig, "--dirty", &format!("memory={bitmap}")], &["no section is called that"]);
 }
 
 #[test]
 fn what_is_no_such_file_or_machine_is_refused_with_what_to_do() {
-    let lab = Lab::new();
+    let lab = lab();
     let (bank, disk, out) = (lab.path("bank"), lab.path("vm7.disk"), lab.path("out"));
     lab.refused(&["deposit", &bank, "vm7", "--qemu", &disk], &["no file that QEMU saved", "migrate file:FILE"]);
     std::fs::write(lab.path("stream"), saved("multifd", 1)).unwrap();
@@ -121,5 +90,5 @@ fn what_is_no_such_file_or_machine_is_refused_with_what_to_do() {
         &["withdraw", &bank, "vm7", "--qemu", &out, "--to", &lab.path("folder")],
         &["not deposited from a mapped-ram file"],
     );
-    assert!(!std::fs::exists(&out).unwrap() && !std::fs::exists(format!("{out}.part")).unwrap());
+    assert!(!std::fs::exists(&out).unwrap() && !std::fs::exists(format!("{out}.farbus-part")).unwrap());
 }

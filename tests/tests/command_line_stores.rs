@@ -116,10 +116,13 @@ fn a_bucket_that_does_not_answer_or_lets_nobody_in_is_told_with_what_to_do() {
     let bank = "s3://bank/lab";
     lab.ok(&["init", bank]);
     service.wire.be(Mood::Gone);
-    lab.refused(&["list", bank], &["does not answer", "AWS_ENDPOINT_URL"]);
+    lab.refused(&["list", bank], &["cannot reach http://", "the store does not answer", "AWS_ENDPOINT_URL"]);
     service.wire.be(Mood::Says(403, "Forbidden"));
-    lab.refused(&["list", bank], &["AWS_ACCESS_KEY_ID"]);
+    lab.refused(&["list", bank], &["access to the bucket bank is denied", "AWS_ACCESS_KEY_ID"]);
+    service.wire.be(Mood::Says(503, "Service Unavailable"));
+    lab.refused(&["list", bank], &["cannot serve now", "wait, and run the same again"]);
     service.wire.be(Mood::Fine);
+    lab.refused(&["list", "s3://other/lab"], &["there is no bucket other at http://", "make the bucket"]);
     lab.ok(&["list", bank]);
     let lab = Lab { environment: vec![("AWS_ENDPOINT_URL".to_owned(), "http://127.0.0.1:1".to_owned())], ..lab };
     lab.refused(&["list", bank], &["AWS_ALLOW_HTTP"]);

@@ -13,26 +13,14 @@ use std::time::{Duration, Instant};
 use farbus_pci_shim::vfio_user::client::{Client, ClientMemory};
 use farbus_pci_shim::vfio_user::wire::{CONFIG_REGION, MAP_READABLE, MAP_WRITEABLE, MSI, SET_ACTION_TRIGGER, SET_DATA_EVENTFD};
 use farbus_tests::Running;
+use farbus_tests::edu::{
+    ACKNOWLEDGE, BUFFER, COMMAND, COUNT, DESTINATION, FACTORIAL, IDENTIFICATION, INTERRUPT, INTERRUPT_STATUS, LIVENESS, SOURCE,
+    START, STATUS, TO_GUEST,
+};
 use farbus_tests::process::{AMPLE, text};
 use farbus_transport::Memory;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd};
 use rustix::io::Errno;
-
-// QEMU, docs/specs/edu.rst.
-const IDENTIFICATION: u64 = 0x00;
-const LIVENESS: u64 = 0x04;
-const FACTORIAL: u64 = 0x08;
-const STATUS: u64 = 0x20;
-const INTERRUPT_STATUS: u64 = 0x24;
-const ACKNOWLEDGE: u64 = 0x64;
-const SOURCE: u64 = 0x80;
-const DESTINATION: u64 = 0x88;
-const COUNT: u64 = 0x90;
-const COMMAND: u64 = 0x98;
-const BUFFER: u64 = 0x4_0000;
-const START: u64 = 1;
-const TO_GUEST: u64 = 2;
-const INTERRUPT: u64 = 4;
 
 const GUEST_BASE: u64 = 0x10_0000;
 const GUEST_BYTES: u64 = 64 << 10;

@@ -6,31 +6,26 @@
 
 use std::io::{Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::{Path, PathBuf};
-use std::process::{Child, Command};
-use std::sync::Arc;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use farbus_machine_bank::Bank;
 use farbus_machine_bank::lazy::Area;
-use farbus_machine_bank::store::Directory;
 use farbus_mini_vmm::kvm::guest::{self, BLOCK_BYTES, BLOCKS, MEMORY_BYTES};
 use farbus_mini_vmm::kvm::machine::Machine;
 use farbus_mini_vmm::link::borrow;
 use farbus_mini_vmm::moving::receive;
-use farbus_mini_vmm::{BankArgs, Depositor, Device, Home, Withdrawn, meanwhile, say};
+use farbus_mini_vmm::{Depositor, Device, Home, Withdrawn, meanwhile, say};
 use farbus_pci_shim::FunctionState;
-use farbus_remote_dma::Backend;
 use farbus_remote_dma::lender::PollOptions;
-use farbus_remote_dma::model::{Nvme, NvmeOptions};
 use farbus_remote_dma::native::Native;
 use farbus_remote_dma::wait::Waker;
+use farbus_tests::bank_home::{BankHome, Part, bank_at, part};
 use farbus_tests::process::Running;
 use farbus_transport::Memory;
 
 const LEASE: Duration = Duration::from_secs(60);
 const LIMIT: Duration = Duration::from_secs(60);
-const PART: &str = "FARBUS_TEST_KVM_BORROWER";
 
 /// Whether there is a KVM that can do what is asked of it here; otherwise the test is not run.
 fn kvm(what: &str) -> bool {
@@ -44,65 +39,23 @@ fn kvm(what: &str) -> bool {
     }
 }
 
-struct Place {
-    folder: tempfile::TempDir,
-    image: Arc<Memory>,
+fn place() -> BankHome {
+    BankHome::new(BLOCKS * BLOCK_BYTES)
 }
 
-impl Place {
-    fn new() -> Self {
-        let folder = tempfile::tempdir().unwrap();
-        Bank::init(Box::new(Directory::create(folder.path().join("bank")).unwrap()), None).unwrap();
-        Self { folder, image: Memory::memfd("image", BLOCKS * BLOCK_BYTES).unwrap() }
-    }
-
-    fn socket(&self) -> PathBuf {
-        self.folder.path().join("lender")
-    }
-
-    fn bank(&self) -> Bank {
-        bank(&self.folder.path().join("bank"))
-    }
-
-    fn nvme(&self) -> Box<dyn Backend> {
-        Box::new(Nvme::in_memory(Arc::clone(&self.image), NvmeOptions::default()).unwrap())
-    }
-
-    /// Every block is of the generation that the guest knows; but one, whose write may be under way.
-    #[track_caller]
-    fn judge(&self, memory: &Memory) {
-        let mut ahead = 0;
-        for block in 0..BLOCKS {
-            let mut bytes = vec![0; BLOCK_BYTES as usize];
-            self.image.read(block * BLOCK_BYTES, &mut bytes).unwrap();
-            let known = guest::generation(memory, block).unwrap();
-            if bytes != guest::pattern(block, known) {
-                assert_eq!(bytes, guest::pattern(block, known + 1), "block {block} is not of generation {known}, nor of the next");
-                ahead += 1;
-            }
+/// Every block is of the generation that the guest knows; but one, whose write may be under way.
+#[track_caller]
+fn judge(place: &BankHome, memory: &Memory) {
+    let mut ahead = 0;
+    for block in 0..BLOCKS {
+        let bytes = place.block(block, BLOCK_BYTES);
+        let known = guest::generation(memory, block).unwrap();
+        if bytes != guest::pattern(block, known) {
+            assert_eq!(bytes, guest::pattern(block, known + 1), "block {block} is not of generation {known}, nor of the next");
+            ahead += 1;
         }
-        assert!(ahead <= 1, "{ahead} blocks are ahead of a guest that writes one at a time");
     }
-
-    fn borrower(&self, part: &str) -> Child {
-        self.borrower_with(part, &self.folder.path().join("bank").display().to_string())
-    }
-
-    /// One that has the bank by this address.
-    fn borrower_with(&self, part: &str, bank: &str) -> Child {
-        let part = format!("{part}\n{}\n{bank}", self.socket().display());
-        let mut command = Command::new(std::env::current_exe().unwrap());
-        command.args(["--exact", "the_other_process", "--nocapture"]).env(PART, part).spawn().unwrap()
-    }
-}
-
-fn bank(path: &Path) -> Bank {
-    bank_at(path.to_str().unwrap())
-}
-
-/// A bank as the VMM's command line names it.
-fn bank_at(address: &str) -> Bank {
-    BankArgs { bank: Some(address.parse().unwrap()), tenant_key: None }.open().unwrap().unwrap()
+    assert!(ahead <= 1, "{ahead} blocks are ahead of a guest that writes one at a time");
 }
 
 /// Runs until so many more blocks are verified.
@@ -123,16 +76,12 @@ fn run(machine: &mut Machine, blocks: u64) {
 /// Not a test of its own: what a borrower does in its process.
 #[test]
 fn the_other_process() {
-    let Ok(part) = std::env::var(PART) else { return };
-    let mut words = part.split('\n');
-    let (part, socket, folder) = (words.next().unwrap(), Path::new(words.next().unwrap()), words.next().unwrap());
-    let bank = bank_at(folder);
-    let folder = Path::new(folder);
-    match part {
+    let Some(Part { name, socket, bank }) = part() else { return };
+    match name.as_str() {
         "works and deposits until it is killed" => {
             let area = Area::shared(MEMORY_BYTES).unwrap();
             let mut depositor = Depositor::new(&area).unwrap();
-            let mut machine = Machine::begin(&area, borrow(socket, None).unwrap()).unwrap();
+            let mut machine = Machine::begin(&area, borrow(&socket, None).unwrap()).unwrap();
             loop {
                 run(&mut machine, 20);
                 let frozen = machine.freeze(&mut depositor).unwrap();
@@ -143,7 +92,7 @@ fn the_other_process() {
         "goes on from the bank and ends" => {
             let withdrawn = Withdrawn::from_bank(&bank, "vm").unwrap();
             let token = withdrawn.state().unwrap().rest().token;
-            let (mut machine, restored) = Machine::again(&withdrawn, borrow(socket, Some(token)).unwrap()).unwrap();
+            let (mut machine, restored) = Machine::again(&withdrawn, borrow(&socket, Some(token)).unwrap()).unwrap();
             assert!(!restored.revived, "a device that was kept was reset");
             let mut depositor = Depositor::new(&withdrawn.area).unwrap();
             depositor.follow(&withdrawn.entry);
@@ -151,7 +100,7 @@ fn the_other_process() {
             let frozen = machine.freeze_and_leave(&mut depositor, LEASE).unwrap();
             frozen.put(&bank, "vm").unwrap();
         }
-        "moves, first" | "moves, second" => moves(part == "moves, first", socket, folder),
+        "moves, first" | "moves, second" => moves(name == "moves, first", &socket, &bank),
         other => panic!("no such part: {other}"),
     }
 }
@@ -160,8 +109,8 @@ fn the_other_process() {
 const MOVES: u64 = 3;
 
 /// One of two processes between which a machine moves; the last to have it deposits it.
-fn moves(first: bool, socket: &Path, folder: &Path) {
-    let place = |first: bool| folder.with_file_name(if first { "first" } else { "second" });
+fn moves(first: bool, socket: &Path, bank: &Bank) {
+    let place = |first: bool| socket.with_file_name(if first { "first" } else { "second" });
     let listener = UnixListener::bind(place(first)).unwrap();
     let mut here = first.then(|| {
         let area = Area::shared(MEMORY_BYTES).unwrap();
@@ -187,7 +136,7 @@ fn moves(first: bool, socket: &Path, folder: &Path) {
         run(&mut machine, 30);
         if at == 2 * MOVES {
             let mut depositor = Depositor::new(&area).unwrap();
-            machine.freeze_and_leave(&mut depositor, LEASE).unwrap().put(&bank(folder), "vm").unwrap();
+            machine.freeze_and_leave(&mut depositor, LEASE).unwrap().put(bank, "vm").unwrap();
             return;
         }
         let began = Instant::now();
@@ -208,7 +157,7 @@ fn a_kvm_guest_drives_a_function_by_interrupts_and_finds_every_block_right() {
     if !kvm("a KVM guest on a function") {
         return;
     }
-    let place = Place::new();
+    let place = place();
     let area = Area::shared(MEMORY_BYTES).unwrap();
     let native = Native::threaded(place.nvme(), PollOptions::default()).unwrap();
     let mut machine = Machine::begin(&area, Box::new(native)).unwrap();
@@ -218,7 +167,7 @@ fn a_kvm_guest_drives_a_function_by_interrupts_and_finds_every_block_right() {
     println!("{counts:?}, {exits:?}, {time:?}: {:?} a command", time / (counts.verified + counts.written) as u32);
     // Two that come while the guest has interrupts off are one.
     assert!(counts.interrupts > (counts.verified + counts.written) / 2, "the guest did not hear of its completions: {counts:?}");
-    place.judge(area.memory());
+    judge(&place, area.memory());
 }
 
 #[test]
@@ -226,7 +175,7 @@ fn a_kvm_guest_is_deposited_while_it_runs_and_goes_on_in_another_process_and_hom
     if !kvm("a KVM guest in a bank") {
         return;
     }
-    let place = Place::new();
+    let place = place();
     let bank = place.bank();
     let home = Home::open(&place.socket()).unwrap();
     let lending = home.serve_aside(Device::Reset(place.nvme()), Waker::new().unwrap()).unwrap();
@@ -251,7 +200,7 @@ fn a_kvm_guest_is_deposited_while_it_runs_and_goes_on_in_another_process_and_hom
     let (mut machine, restored) = Machine::again(&withdrawn, left.device.attach_here(&token).unwrap()).unwrap();
     assert!(!restored.revived);
     run(&mut machine, 100);
-    place.judge(withdrawn.area.memory());
+    judge(&place, withdrawn.area.memory());
 }
 
 #[test]
@@ -259,9 +208,9 @@ fn a_kvm_guest_goes_on_from_a_bank_that_another_process_serves() {
     if !kvm("a KVM guest out of a served bank") {
         return;
     }
-    let place = Place::new();
-    let folder = place.folder.path().join("bank");
-    let listen = format!("shm:{}", place.folder.path().join("bank.link").display());
+    let place = place();
+    let folder = place.folder().join("bank");
+    let listen = format!("shm:{}", place.folder().join("bank.link").display());
     let mut serving = Running::farbus(&["bank", "serve", folder.to_str().unwrap(), "--listen", &listen, "--json"]);
     serving.event("serving", LIMIT);
     let bank = bank_at(&listen);
@@ -290,7 +239,7 @@ fn a_kvm_guest_goes_on_from_a_bank_that_another_process_serves() {
     let (mut machine, restored) = Machine::again(&withdrawn, left.device.attach_here(&token).unwrap()).unwrap();
     assert!(!restored.revived);
     run(&mut machine, 100);
-    place.judge(withdrawn.area.memory());
+    judge(&place, withdrawn.area.memory());
     serving.terminate();
     assert_eq!(serving.wait(LIMIT).code(), Some(0));
 }
@@ -300,7 +249,7 @@ fn a_kvm_guest_moves_back_and_forth_between_two_processes_while_it_runs() {
     if !kvm("a KVM guest between two processes") {
         return;
     }
-    let place = Place::new();
+    let place = place();
     let home = Home::open(&place.socket()).unwrap();
     let nvme = place.nvme();
     let lending = std::thread::spawn(move || {
@@ -314,7 +263,7 @@ fn a_kvm_guest_moves_back_and_forth_between_two_processes_while_it_runs() {
     assert!(processes.iter_mut().all(|process| process.wait().unwrap().success()), "the machine did not come through");
     lending.join().unwrap();
     let withdrawn = Withdrawn::from_bank(&place.bank(), "vm").unwrap();
-    place.judge(withdrawn.area.memory());
+    judge(&place, withdrawn.area.memory());
 }
 
 #[test]
@@ -323,7 +272,7 @@ fn a_killed_borrowers_kvm_guest_restarts_at_home_from_its_last_deposit() {
         return;
     }
     for round in 0..2u64 {
-        let place = Place::new();
+        let place = place();
         let bank = place.bank();
         let home = Home::open(&place.socket()).unwrap();
         let lending = home.serve_aside(Device::Reset(place.nvme()), Waker::new().unwrap()).unwrap();
@@ -348,6 +297,6 @@ fn a_killed_borrowers_kvm_guest_restarts_at_home_from_its_last_deposit() {
         let counts = machine.vm.counts();
         let reported: u64 = since.ranges.iter().chain(&since.torn).map(|range| range.blocks / 8).sum();
         assert!(counts.learnt <= reported, "{counts:?}: more blocks were newer than the {reported} that the report names");
-        place.judge(withdrawn.area.memory());
+        judge(&place, withdrawn.area.memory());
     }
 }

@@ -5,77 +5,40 @@
 //! does not know, and no other; the guest is told of these, goes on, and at the end every block of the image is what it says.
 #![expect(clippy::unwrap_used, reason = "a panic is how a test fails")]
 
-use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use farbus_machine_bank::store::Directory;
 use farbus_machine_bank::{Bank, Entry, keep};
 use farbus_mini_vmm::link::{borrow, borrow_again};
 use farbus_mini_vmm::{Depositor, Device as HomeDevice, Home, Pause, Withdrawn, meanwhile, say};
 use farbus_pci_shim::Embedded;
 use farbus_remote_dma::guest_memory::SliceMemory;
-use farbus_remote_dma::model::{Nvme, NvmeOptions};
 use farbus_remote_dma::wait::Waker;
 use farbus_remote_dma::{Attachment, BlockRange, GuestAddress, Since};
+use farbus_tests::bank_home::{BankHome, Part, part};
 use farbus_tests::scripted_guest::{BLOCK_BYTES, BLOCKS, Device, FlagSink, Guest, LOGICAL, MEMORY_BYTES, generation_of};
 use farbus_transport::{CloseReason, Memory, Nanos};
 
 const DEPTH: u64 = 24;
 const LIMIT: Duration = Duration::from_secs(60);
 const LEASE: Duration = Duration::from_secs(60);
-/// Says to this program that it is a borrower: its part, the lender's socket and the bank's folder.
-const PART: &str = "FARBUS_TEST_BORROWER";
-
-struct Place {
-    folder: tempfile::TempDir,
-    image: Arc<Memory>,
+fn place() -> BankHome {
+    BankHome::new(BLOCKS * BLOCK_BYTES)
 }
 
-impl Place {
-    fn new() -> Self {
-        let folder = tempfile::tempdir().unwrap();
-        Bank::init(Box::new(Directory::create(folder.path().join("bank")).unwrap()), None).unwrap();
-        Self { folder, image: Memory::memfd("image", BLOCKS * BLOCK_BYTES).unwrap() }
-    }
-
-    fn socket(&self) -> PathBuf {
-        self.folder.path().join("lender")
-    }
-
-    fn bank(&self) -> Bank {
-        bank(&self.folder.path().join("bank"))
-    }
-
-    fn device(&self) -> HomeDevice {
-        HomeDevice::Reset(Box::new(Nvme::in_memory(Arc::clone(&self.image), NvmeOptions::default()).unwrap()))
-    }
-
-    fn on_disk(&self, block: u64) -> Option<u64> {
-        let mut bytes = vec![0; BLOCK_BYTES as usize];
-        self.image.read(block * BLOCK_BYTES, &mut bytes).unwrap();
-        generation_of(block, &bytes)
-    }
-
-    #[track_caller]
-    fn judge(&self, guest: &Guest) {
-        for block in 0..BLOCKS {
-            assert_eq!(self.on_disk(block), Some(guest.generation(block)), "block {block}");
-        }
-    }
-
-    /// This test program as a borrower in a process of its own.
-    fn borrower(&self, part: &str) -> Child {
-        let part = format!("{part}\n{}\n{}", self.socket().display(), self.folder.path().join("bank").display());
-        let mut command = Command::new(std::env::current_exe().unwrap());
-        command.args(["--exact", "the_other_process", "--nocapture"]).env(PART, part).stdout(Stdio::inherit());
-        command.spawn().unwrap()
-    }
+fn device(place: &BankHome) -> HomeDevice {
+    HomeDevice::Reset(place.nvme())
 }
 
-fn bank(path: &Path) -> Bank {
-    Bank::open(Box::new(Directory::open(path).unwrap()), None).unwrap()
+fn on_disk(place: &BankHome, block: u64) -> Option<u64> {
+    generation_of(block, &place.block(block, BLOCK_BYTES))
+}
+
+#[track_caller]
+fn judge(place: &BankHome, guest: &Guest) {
+    for block in 0..BLOCKS {
+        assert_eq!(on_disk(place, block), Some(guest.generation(block)), "block {block}");
+    }
 }
 
 struct Machine {
@@ -131,15 +94,12 @@ impl Machine {
 /// Not a test of its own: what a borrower does in its process.
 #[test]
 fn the_other_process() {
-    let Ok(part) = std::env::var(PART) else { return };
-    let mut words = part.split('\n');
-    let (part, socket, folder) = (words.next().unwrap(), Path::new(words.next().unwrap()), Path::new(words.next().unwrap()));
-    let bank = bank(folder);
-    match part {
+    let Some(Part { name, socket, bank }) = part() else { return };
+    match name.as_str() {
         "works and deposits until it is killed" => {
             let area = farbus_machine_bank::lazy::Area::shared(MEMORY_BYTES).unwrap();
             let mut depositor = Depositor::new(&area).unwrap();
-            let mut machine = Machine::begin(area.share().unwrap(), borrow(socket, None).unwrap(), u64::from(std::process::id()));
+            let mut machine = Machine::begin(area.share().unwrap(), borrow(&socket, None).unwrap(), u64::from(std::process::id()));
             loop {
                 machine.run(50);
                 machine.deposit(&mut depositor, &bank);
@@ -148,7 +108,7 @@ fn the_other_process() {
         "goes on from the bank and ends" => {
             let withdrawn = Withdrawn::from_bank(&bank, "vm").unwrap();
             let token = withdrawn.state().unwrap().rest().token;
-            let (mut machine, revived) = Machine::again(&withdrawn, borrow(socket, Some(token)).unwrap());
+            let (mut machine, revived) = Machine::again(&withdrawn, borrow(&socket, Some(token)).unwrap());
             assert!(!revived, "a device that was kept was reset");
             let mut depositor = Depositor::new(&withdrawn.area).unwrap();
             depositor.follow(&withdrawn.entry);
@@ -164,10 +124,10 @@ fn the_other_process() {
 
 #[test]
 fn a_machine_is_deposited_while_it_works_and_goes_on_elsewhere_with_its_device() {
-    let place = Place::new();
+    let place = place();
     let bank = place.bank();
     let home = Home::open(&place.socket()).unwrap();
-    let lending = home.serve_aside(place.device(), Waker::new().unwrap()).unwrap();
+    let lending = home.serve_aside(device(&place), Waker::new().unwrap()).unwrap();
     let area = farbus_machine_bank::lazy::Area::shared(MEMORY_BYTES).unwrap();
     let mut depositor = Depositor::new(&area).unwrap();
     let mut machine = Machine::begin(area.share().unwrap(), borrow(&place.socket(), None).unwrap(), 17);
@@ -195,7 +155,7 @@ fn a_machine_is_deposited_while_it_works_and_goes_on_elsewhere_with_its_device()
     let after = Withdrawn::from_bank(&bank, "vm").unwrap();
     let guest = Guest::new(after.area.share().unwrap());
     assert!(guest.verified() >= machine.guest.verified() + 500);
-    place.judge(&guest);
+    judge(&place, &guest);
 
     // And home again, without a link, from the bank.
     let token = after.state().unwrap().rest().token;
@@ -205,12 +165,12 @@ fn a_machine_is_deposited_while_it_works_and_goes_on_elsewhere_with_its_device()
     machine.guest.begin_at_most(u64::MAX);
     machine.run(300);
     machine.guest.drain(&mut machine.device).unwrap();
-    place.judge(&machine.guest);
+    judge(&place, &machine.guest);
 }
 
 /// Tears every pack, and has the bank find out what it lost by it.
-fn lose_all(place: &Place, bank: &Bank) {
-    for pack in std::fs::read_dir(place.folder.path().join("bank/packs")).unwrap() {
+fn lose_all(place: &BankHome, bank: &Bank) {
+    for pack in std::fs::read_dir(place.folder().join("bank/packs")).unwrap() {
         let pack = std::fs::OpenOptions::new().write(true).open(pack.unwrap().path()).unwrap();
         pack.set_len(pack.metadata().unwrap().len() - 10).unwrap();
     }
@@ -235,10 +195,10 @@ fn assert_healed(bank: &Bank, area: &farbus_machine_bank::lazy::Area) {
 
 #[test]
 fn what_a_bank_has_lost_the_next_deposit_brings_back_though_it_looks_at_changes_only() {
-    let place = Place::new();
+    let place = place();
     let bank = place.bank();
     let home = Home::open(&place.socket()).unwrap();
-    let lending = home.serve_aside(place.device(), Waker::new().unwrap()).unwrap();
+    let lending = home.serve_aside(device(&place), Waker::new().unwrap()).unwrap();
     let area = farbus_machine_bank::lazy::Area::shared(MEMORY_BYTES).unwrap();
     let mut depositor = Depositor::new(&area).unwrap();
     let mut machine = Machine::begin(area.share().unwrap(), borrow(&place.socket(), None).unwrap(), 23);
@@ -284,10 +244,10 @@ fn what_a_bank_has_lost_the_next_deposit_brings_back_though_it_looks_at_changes_
 
 #[test]
 fn a_lease_that_is_over_leaves_a_device_that_is_reset_and_brought_back() {
-    let place = Place::new();
+    let place = place();
     let bank = place.bank();
     let home = Home::open(&place.socket()).unwrap();
-    let lending = home.serve_aside(place.device(), Waker::new().unwrap()).unwrap();
+    let lending = home.serve_aside(device(&place), Waker::new().unwrap()).unwrap();
     let area = farbus_machine_bank::lazy::Area::shared(MEMORY_BYTES).unwrap();
     let mut depositor = Depositor::new(&area).unwrap();
     let mut machine = Machine::begin(area.share().unwrap(), borrow(&place.socket(), None).unwrap(), 23);
@@ -306,7 +266,7 @@ fn a_lease_that_is_over_leaves_a_device_that_is_reset_and_brought_back() {
     machine.device.resume();
     machine.run(200);
     machine.guest.drain(&mut machine.device).unwrap();
-    place.judge(&machine.guest);
+    judge(&place, &machine.guest);
     drop(machine);
     lending.join().unwrap().unwrap();
 }
@@ -316,10 +276,10 @@ fn among(ranges: &[BlockRange], block: u64) -> bool {
 }
 
 /// The report says the truth about every block, and the guest is told what it cannot know.
-fn check_and_tell(place: &Place, guest: &Guest, since: &Since) {
+fn check_and_tell(place: &BankHome, guest: &Guest, since: &Since) {
     assert_eq!(since.unlisted, 0);
     for block in 0..BLOCKS {
-        let (found, known) = (place.on_disk(block), guest.acknowledged_generation(block));
+        let (found, known) = (on_disk(place, block), guest.acknowledged_generation(block));
         match (among(&since.ranges, block), among(&since.torn, block)) {
             (false, false) => assert_eq!(found, Some(known), "block {block} was written, and the report does not say so"),
             (true, false) => {
@@ -336,10 +296,10 @@ fn check_and_tell(place: &Place, guest: &Guest, since: &Since) {
 fn a_killed_borrowers_machine_restarts_at_home_and_is_told_what_its_device_did_meanwhile() {
     let mut most = 0;
     for round in 0..6u64 {
-        let place = Place::new();
+        let place = place();
         let bank = place.bank();
         let home = Home::open(&place.socket()).unwrap();
-        let lending = home.serve_aside(place.device(), Waker::new().unwrap()).unwrap();
+        let lending = home.serve_aside(device(&place), Waker::new().unwrap()).unwrap();
         let mut borrower = place.borrower("works and deposits until it is killed");
         let began = Instant::now();
         while bank.listing().unwrap().0.len() < 2 {
@@ -365,7 +325,7 @@ fn a_killed_borrowers_machine_restarts_at_home_and_is_told_what_its_device_did_m
         machine.device.resume();
         machine.run(500);
         machine.guest.drain(&mut machine.device).unwrap();
-        place.judge(&machine.guest);
+        judge(&place, &machine.guest);
     }
     assert!(most > 0, "the borrower was never killed between a deposit and a write: nothing was tried");
 }

@@ -14,26 +14,13 @@ use farbus_bench::driver::Registers as _;
 use farbus_pci_shim::irq::Told;
 use farbus_remote_dma::dirty_log::PAGE_BYTES;
 use farbus_remote_dma::{AttachmentError, Iova, MapError, ResetKind, Width, Window, WindowMemory};
+use farbus_tests::edu::{
+    ACKNOWLEDGE, BUFFER, COMMAND, COUNT, DESTINATION, FACTORIAL, IDENTIFICATION, INTERRUPT, INTERRUPT_STATUS, LIVENESS, RAISE,
+    SOURCE, START, STATUS, TO_GUEST,
+};
 use farbus_transport::{Access, Memory, Nanos};
 use vfio_support::careless::{Careless, LeaveOut};
 use vfio_support::{Lent, Registers, is_bus_master, lab, wait_until};
-
-// QEMU, docs/specs/edu.rst.
-const IDENTIFICATION: u64 = 0x00;
-const LIVENESS: u64 = 0x04;
-const FACTORIAL: u64 = 0x08;
-const STATUS: u64 = 0x20;
-const INTERRUPT_STATUS: u64 = 0x24;
-const RAISE: u64 = 0x60;
-const ACKNOWLEDGE: u64 = 0x64;
-const SOURCE: u64 = 0x80;
-const DESTINATION: u64 = 0x88;
-const COUNT: u64 = 0x90;
-const COMMAND: u64 = 0x98;
-const BUFFER: u64 = 0x4_0000;
-const START: u64 = 1;
-const TO_GUEST: u64 = 2;
-const INTERRUPT: u64 = 4;
 
 const BASE: u64 = 0x10_0000;
 const BYTES: u64 = 64 << 10;

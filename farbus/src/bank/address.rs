@@ -53,10 +53,9 @@ impl AtPlace for BankAddress {
             Self::Directory(path) if path.join("config/bank").exists() => {
                 Err(refusal(format!("there is a bank in {self}"), "use it as it is, or choose another directory"))
             }
-            Self::Link(_) => Err(refusal(
-                "no bank is made over a link",
-                format!("run farbus bank init where it is to be, and serve it: {SERVE}"),
-            )),
+            Self::Link(_) => {
+                Err(misuse("no bank is made over a link", format!("run farbus bank init where it is to be, and serve it: {SERVE}")))
+            }
             Self::Directory(path) => Ok(Box::new(Directory::create(path).helped(what(), place)?)),
             Self::Objects(path) => Ok(Box::new(ObjectStore::local(path, true, ObjectOptions::default()).helped(what(), place)?)),
             Self::Bucket { .. } => here(self).helped(what(), place),

@@ -3,7 +3,7 @@
 //! `farbus bank export /srv/bank vm7 - | ssh other farbus bank import /srv/bank -` takes the last deposit of `vm7` to another host's bank; each says what it did
 //! when it has, the first on standard error, because its standard output is the archive.
 
-use std::fs::{self, File};
+use std::fs::File;
 use std::io::{self, BufReader, BufWriter, IsTerminal, Write};
 use std::path::Path;
 
@@ -11,9 +11,11 @@ use farbus_machine_bank::archive::{self, ExportReport};
 
 use super::archive_args::{ExportArgs, ImportArgs};
 use super::help::Helped;
+use super::parts::{self, PLACE, Part};
 use super::progress::Bar;
 use super::{find, open, say, size};
-use crate::failure::{Advise, refusal};
+use crate::count::count;
+use crate::failure::{Advise, misuse};
 
 /// Where a pipe is meant.
 const PIPE: &str = "-";
@@ -31,7 +33,7 @@ pub fn export(args: &ExportArgs) -> anyhow::Result<()> {
     if args.file == Path::new(PIPE) {
         let out = io::stdout();
         if out.is_terminal() {
-            return Err(refusal(
+            return Err(misuse(
                 "an archive is nothing for a terminal",
                 "name a file, or pipe it: farbus bank export BANK MACHINE - | …",
             ));
@@ -43,27 +45,28 @@ pub fn export(args: &ExportArgs) -> anyhow::Result<()> {
     }
     let file = &args.file;
     if file.exists() && !args.replace {
-        return Err(refusal(format!("{} is there", file.display()), "choose another name, or say --replace"));
+        return Err(parts::there(file));
     }
-    let advice = "choose a place that this user can write, on a file system with room for it";
-    let part = super::withdraw::part(file);
-    let target = File::create(&part).advise(format!("cannot write {}", part.display()), advice)?;
-    let written = write(&mut BufWriter::new(&target)).and_then(|report| {
-        target.sync_all().and_then(|()| fs::rename(&part, file)).advise(format!("cannot write {}", file.display()), advice)?;
-        Ok(report)
-    });
-    let report = written.inspect_err(|_| {
-        // Half an archive is of no use to anybody.
-        if let Err(error) = fs::remove_file(&part) {
-            tracing::debug!(%error, "a part of an archive stays");
+    let part = Part::begin(file)?;
+    let what = || format!("cannot write {}", file.display());
+    // What an earlier process wrote of it is nothing to go on with.
+    let written = part.target().set_len(0).advise(what(), PLACE).and_then(|()| write(&mut BufWriter::new(part.target())));
+    let synced = written.and_then(|report| part.target().sync_all().advise(what(), PLACE).map(|()| report));
+    let report = match synced {
+        Ok(report) => report,
+        Err(error) => {
+            // Half an archive is of no use to anybody.
+            part.forget();
+            return Err(error);
         }
-    })?;
+    };
+    part.finish(args.replace)?;
     say(&args.place, &report, || told(&report))
 }
 
 fn told(report: &ExportReport) -> String {
     let since = report.since.as_ref().map_or(String::new(), |since| format!(" since {since}"));
-    format!("{}{since}: {} pages in {}; root {}", report.machine, report.pages, size(report.bytes), report.root)
+    format!("{}{since}: {} in {}; root {}", report.machine, count(report.pages, "page"), size(report.bytes), report.root)
 }
 
 /// Imports a machine.
@@ -83,7 +86,7 @@ pub fn import(args: &ImportArgs) -> anyhow::Result<()> {
         if report.was_there {
             return format!("{} is the machine with the root {}: it was there", report.machine, report.root);
         }
-        let (machine, pages, new) = (&report.machine, report.pages, report.new);
-        format!("{machine}: {pages} pages verified, {new} new in {}; root {}", size(report.pack_bytes), report.root)
+        let (machine, pages, new) = (&report.machine, count(report.pages, "page"), report.new);
+        format!("{machine}: {pages} verified, {new} new in {}; root {}", size(report.pack_bytes), report.root)
     })
 }

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 
 use clap::Args;
 
-use super::args::Place;
+use super::args::{Place, parse_wish};
 
 /// `farbus bank export`
 #[derive(Debug, Args)]
@@ -22,13 +22,13 @@ pub struct ExportArgs {
     #[command(flatten)]
     pub place: Place,
     /// The machine
-    #[arg(value_name = "MACHINE")]
+    #[arg(value_name = "MACHINE", value_parser = parse_wish)]
     pub machine: String,
     /// The archive, or - for standard output; what was done is then said on standard error
     #[arg(value_name = "FILE")]
     pub file: PathBuf,
     /// Leave out what this machine has: the archive is then imported only where it is
-    #[arg(long, value_name = "MACHINE")]
+    #[arg(long, value_name = "MACHINE", value_parser = parse_wish)]
     pub since: Option<String>,
     /// Put it in the place of a file that is there
     #[arg(long)]

@@ -9,24 +9,14 @@ use clap::{Args, Subcommand};
 
 use super::address::BankAddress;
 use super::archive_args::{ExportArgs, ImportArgs};
+use super::keep_args::{CopyArgs, GcArgs, RemoveArgs, StatsArgs, VerifyArgs};
 use super::serve_args::{BankLinkArgs, ServeArgs};
-use super::vmm_help;
-use crate::values::{parse_duration, parse_size, parse_wait};
+use super::{help_text, vmm_help};
+use crate::values::{parse_duration, parse_size};
 
 /// `farbus bank`
 #[derive(Debug, Args)]
-#[command(after_help = "A machine is what people write: vm7 (its last deposit), vm7@3 (its third), or at least 6 digits of a root.
-
-A bank is a directory of this host (/srv/bank), a bucket of an S3-compatible service (s3://BUCKET/PREFIX), or a directory that is used as if it were one
-(file:///DIRECTORY). Where the service is and who asks say AWS_ENDPOINT_URL, AWS_REGION, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and the others of their kind;
-http:// without encryption is used only with AWS_ALLOW_HTTP=true. What was read from a bucket is kept in a local cache (--cache).
-
-Save a machine twice, look, and take it out again:
-  farbus bank init /srv/bank
-  farbus bank deposit /srv/bank vm7 --memory vm7.ram --disk vm7.img --device-state vm7.dev
-  farbus bank deposit /srv/bank vm7 --memory vm7.ram --disk vm7.img --device-state vm7.dev
-  farbus bank list /srv/bank
-  farbus bank withdraw /srv/bank vm7@1 --to vm7-yesterday")]
+#[command(help_template = help_text::grouped(), after_help = help_text::BANK)]
 pub struct BankArgs {
     /// What to do.
     #[command(subcommand)]
@@ -74,6 +64,11 @@ impl BankArgs {
         self.place().json
     }
 
+    /// Whether it runs until it is told to end, and prints an object for each thing that happens.
+    pub fn is_server(&self) -> bool {
+        matches!(self.command, BankCommand::Serve(_) | BankCommand::ServeFaults(_))
+    }
+
     /// The bank that it is about.
     pub fn place(&self) -> &Place {
         match &self.command {
@@ -96,24 +91,26 @@ impl BankArgs {
     }
 }
 
+/// Over the options that all commands have.
+const HEADING: &str = "The bank";
+
 /// Which bank, and how to use it.
-#[derive(Debug, Args)]
+#[derive(Clone, Debug, Args)]
 pub struct Place {
     /// The bank: a directory, s3://BUCKET/PREFIX, file:///DIRECTORY, or where farbus bank serve serves one (shm:PATH, rdma:HOST:PORT[,dev=NAME])
     #[arg(value_name = "BANK")]
     pub bank: BankAddress,
     /// A file with the tenant's key, 32 bytes or 64 hexadecimal digits: the bank then names pages so that nobody without it can ask for one
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, help_heading = HEADING, value_name = "FILE")]
     pub tenant_key: Option<PathBuf>,
-    /// How long to wait for a process that uses the bank in another way (a deposit during a gc)
-    #[arg(long, value_name = "TIME", default_value = "10s", value_parser = parse_duration)]
+    /// How long to wait for a process that uses the bank in another way (a deposit during a gc), as in 10s or 5m
+    #[arg(long, help_heading = HEADING, value_name = "TIME", default_value = "10s", value_parser = parse_duration)]
     pub wait: Duration,
-    /// Keep what is read from the bank in this directory, for all banks and processes, or nowhere: "none". Without it a bucket has
-    /// $XDG_CACHE_HOME/farbus/bank or ~/.cache/farbus/bank, and other banks none. A sealed bank's cache is as sealed as the bank; verify reads past it
-    #[arg(long, value_name = "DIR")]
+    /// Keep what is read from the bank in this directory, or nowhere: "none"; without it buckets have ~/.cache/farbus/bank, and other banks none
+    #[arg(long, help_heading = HEADING, value_name = "DIR")]
     pub cache: Option<PathBuf>,
-    /// How large a cache becomes that is made now, or is of another size and not in use: 512MiB, 4GiB
-    #[arg(long, value_name = "SIZE", default_value = "4GiB", value_parser = parse_size)]
+    /// How large a cache becomes that is made now, or is of another size and not in use, as in 512M or 4G
+    #[arg(long, help_heading = HEADING, value_name = "SIZE", default_value = "4G", value_parser = parse_size)]
     pub cache_size: u64,
     /// Print one JSON object
     #[arg(long)]
@@ -167,6 +164,24 @@ fn parse_named(text: &str) -> Result<Part, String> {
     parse_part(text).and_then(|part| if part.name.is_some() { Ok(part) } else { Err("write SECTION=FILE".to_owned()) })
 }
 
+/// What a machine can be called.
+pub(super) fn parse_machine(text: &str) -> Result<String, String> {
+    if farbus_machine_bank::manifest::valid_machine(text) {
+        Ok(text.to_owned())
+    } else {
+        Err("a machine is called by 1 to 64 letters, digits, '.', '_' and '-', and does not begin with '.' or '-'".to_owned())
+    }
+}
+
+/// What people call a machine that is there: its name, one of its deposits, digits of its root.
+pub(super) fn parse_wish(text: &str) -> Result<String, String> {
+    let (machine, number) = text.split_once('@').map_or((text, None), |(machine, number)| (machine, Some(number)));
+    if number.is_some_and(|number| number.parse::<u64>().is_err()) {
+        return Err("write MACHINE, MACHINE@NUMBER, or 6 or more digits of a root".to_owned());
+    }
+    parse_machine(machine).map(|_| text.to_owned())
+}
+
 /// `farbus bank deposit`
 #[derive(Debug, Args)]
 #[command(after_help = vmm_help::DEPOSIT)]
@@ -175,7 +190,7 @@ pub struct DepositArgs {
     #[command(flatten)]
     pub place: Place,
     /// What the machine is called
-    #[arg(value_name = "MACHINE")]
+    #[arg(value_name = "MACHINE", value_parser = parse_machine)]
     pub machine: String,
     /// A memory image (section "memory", or NAME; repeatable)
     #[arg(long, value_name = "[NAME=]FILE", value_parser = parse_part)]
@@ -196,7 +211,7 @@ pub struct DepositArgs {
     #[arg(long, value_name = "SECTION=FILE", value_parser = parse_named)]
     pub dirty: Vec<Part>,
     /// What to compare with: a machine, or "none"; without it the last deposit of this machine
-    #[arg(long, value_name = "MACHINE")]
+    #[arg(long, value_name = "MACHINE", value_parser = parse_wish)]
     pub parent: Option<String>,
 }
 
@@ -210,7 +225,7 @@ pub struct WithdrawArgs {
     #[command(flatten)]
     pub place: Place,
     /// The machine
-    #[arg(value_name = "MACHINE")]
+    #[arg(value_name = "MACHINE", value_parser = parse_wish)]
     pub machine: String,
     /// Write all sections to files of their names in this folder, which is made where it is missing
     #[arg(long, value_name = "DIR", required_unless_present_any = ["section", "qemu", "cloud_hypervisor"])]
@@ -255,7 +270,7 @@ pub struct ServeFaultsArgs {
     #[arg(long, value_name = "PATH")]
     pub socket: PathBuf,
     /// The machine
-    #[arg(long, value_name = "MACHINE")]
+    #[arg(long, value_name = "MACHINE", value_parser = parse_wish)]
     pub machine: String,
     /// Which section is the memory
     #[arg(long, value_name = "SECTION", default_value = "memory")]
@@ -266,8 +281,8 @@ pub struct ServeFaultsArgs {
     /// Keep with the machine, as a deposit of its own, what the first VMM used, in that order: the next withdrawal fetches it ahead
     #[arg(long)]
     pub keep_working_set: bool,
-    /// MiB of verified pages that are kept for VMMs to come
-    #[arg(long, value_name = "MIB", default_value_t = 1024)]
+    /// How much of verified pages is kept in memory for VMMs to come, as in 512M or 2G
+    #[arg(long, value_name = "SIZE", default_value = "1G", value_parser = parse_size)]
     pub memory_cache: u64,
     /// Take what is needed of a bank that is away for so long for lost: its use is then a SIGBUS in the VMM, for ever
     #[arg(long, value_name = "SECONDS")]
@@ -281,7 +296,7 @@ pub struct ListArgs {
     #[command(flatten)]
     pub place: Place,
     /// Only deposits of this machine
-    #[arg(value_name = "MACHINE")]
+    #[arg(value_name = "MACHINE", value_parser = parse_machine)]
     pub machine: Option<String>,
 }
 
@@ -292,7 +307,7 @@ pub struct ShowArgs {
     #[command(flatten)]
     pub place: Place,
     /// The machine
-    #[arg(value_name = "MACHINE")]
+    #[arg(value_name = "MACHINE", value_parser = parse_wish)]
     pub machine: String,
 }
 
@@ -303,113 +318,14 @@ pub struct DiffArgs {
     #[command(flatten)]
     pub place: Place,
     /// The earlier machine
-    #[arg(value_name = "BEFORE")]
+    #[arg(value_name = "BEFORE", value_parser = parse_wish)]
     pub before: String,
     /// The later one
-    #[arg(value_name = "AFTER")]
+    #[arg(value_name = "AFTER", value_parser = parse_wish)]
     pub after: String,
     /// List at most so many stretches of each section that differ
     #[arg(long, value_name = "N", default_value_t = 10)]
     pub ranges: usize,
-}
-
-/// `farbus bank verify`
-#[derive(Debug, Args)]
-#[command(
-    after_help = "With --repair, while nobody deposits: packs that are damaged are put aside, with what is whole in them moved to new packs, and what is lost
-is noted, so that the next deposit of the same machine, a copy or an import stores it again. That heals every machine that needs it. The next
-farbus bank gc removes what was put aside."
-)]
-pub struct VerifyArgs {
-    /// The bank.
-    #[command(flatten)]
-    pub place: Place,
-    /// Put damaged packs aside, so that what they had can be stored again
-    #[arg(long)]
-    pub repair: bool,
-}
-
-/// `farbus bank remove`
-#[derive(Debug, Args)]
-#[command(after_help = "Examples:
-  farbus bank remove /srv/bank vm7@1 vm7@2
-  farbus bank remove /srv/bank --keep-last 7 --keep-within 30d --machine vm7
-  farbus bank gc /srv/bank
-
-With both --keep-last and --keep-within a deposit stays that either of them keeps.")]
-pub struct RemoveArgs {
-    /// The bank.
-    #[command(flatten)]
-    pub place: Place,
-    /// Machines to remove
-    #[arg(value_name = "MACHINE", required_unless_present_any = ["keep_last", "keep_within"])]
-    pub machines: Vec<String>,
-    /// Remove all but the last N deposits of each machine
-    #[arg(long, value_name = "N", conflicts_with = "machines", value_parser = clap::value_parser!(u32).range(1..))]
-    pub keep_last: Option<u32>,
-    /// Remove deposits older than this: 90m, 12h, 30d
-    #[arg(long, value_name = "AGE", conflicts_with = "machines", value_parser = parse_age)]
-    pub keep_within: Option<Duration>,
-    /// Only deposits of this machine
-    #[arg(long, value_name = "MACHINE", conflicts_with = "machines")]
-    pub machine: Option<String>,
-    /// Only say what would be removed
-    #[arg(long)]
-    pub dry_run: bool,
-}
-
-/// `farbus bank gc`
-#[derive(Debug, Args)]
-pub struct GcArgs {
-    /// The bank.
-    #[command(flatten)]
-    pub place: Place,
-    /// Keep packs that no machine needs while they are younger than this: an interrupted deposit finds its pages there
-    #[arg(long, value_name = "AGE", default_value = "0s", value_parser = parse_age)]
-    pub grace: Duration,
-    /// Write packs anew of which less than this part is needed
-    #[arg(long, value_name = "PERCENT", default_value_t = 50, value_parser = clap::value_parser!(u8).range(0..=100))]
-    pub repack_below: u8,
-    /// Only say what would be removed
-    #[arg(long)]
-    pub dry_run: bool,
-}
-
-/// `farbus bank stats`
-#[derive(Debug, Args)]
-pub struct StatsArgs {
-    /// The bank.
-    #[command(flatten)]
-    pub place: Place,
-}
-
-/// `farbus bank copy`
-#[derive(Debug, Args)]
-#[command(
-    after_help = "The other bank has to be there (farbus bank init), and to have the same tenant key or none. The machine keeps its root."
-)]
-pub struct CopyArgs {
-    /// The bank.
-    #[command(flatten)]
-    pub place: Place,
-    /// The machine
-    #[arg(value_name = "MACHINE")]
-    pub machine: String,
-    /// The other bank
-    #[arg(value_name = "TO")]
-    pub to: BankAddress,
-}
-
-/// `90s`, `15m`, `12h`, `30d`.
-fn parse_age(text: &str) -> Result<Duration, String> {
-    let unit = match text.chars().next_back() {
-        Some('m') => 60,
-        Some('h') => 3600,
-        Some('d') => 86_400,
-        _ => return if text == "0s" { Ok(Duration::ZERO) } else { parse_wait(text) },
-    };
-    let number: u64 = text[..text.len() - 1].parse().map_err(|_| format!("{text:?} is no age: use 90s, 15m, 12h or 30d"))?;
-    number.checked_mul(unit).map(Duration::from_secs).ok_or_else(|| format!("{text} is no length of time"))
 }
 
 #[cfg(test)]
@@ -423,14 +339,5 @@ mod tests {
         assert_eq!(parse_part("ram1=vm7.ram"), part(Some("ram1"), "vm7.ram"));
         assert_eq!(parse_part("./a=b"), part(None, "./a=b"));
         assert!(parse_part("ram=").is_err() && parse_named("vm7.ram").is_err());
-    }
-
-    #[test]
-    fn ages_have_units() {
-        assert_eq!(parse_age("30d"), Ok(Duration::from_secs(30 * 86_400)));
-        assert_eq!((parse_age("0s"), parse_age("90s")), (Ok(Duration::ZERO), Ok(Duration::from_secs(90))));
-        for wrong in ["", "30", "d", "-1d", "99999999999999999999d", "ä"] {
-            assert!(parse_age(wrong).is_err(), "{wrong}");
-        }
     }
 }

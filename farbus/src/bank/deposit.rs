@@ -16,13 +16,14 @@ use super::args::{DepositArgs, Part};
 use super::help::Helped;
 use super::progress::Bar;
 use super::{cloud_hypervisor, open, say, size, wire, wire_line};
-use crate::failure::{Advise, refusal};
+use crate::count::count;
+use crate::failure::{Advise, misuse, refusal};
 
 /// Deposits a machine.
 pub fn run(args: &DepositArgs) -> anyhow::Result<()> {
     let sections = sections(args);
     if sections.is_empty() && args.qemu.is_none() && args.cloud_hypervisor.is_none() {
-        return Err(refusal("nothing to deposit", "name files: --memory FILE, --disk FILE, --device-state FILE, --qemu FILE"));
+        return Err(misuse("nothing to deposit", "name files: --memory FILE, --disk FILE, --device-state FILE, --qemu FILE"));
     }
     let qemu = args.qemu.as_deref().map(file).transpose()?;
     let saved = qemu.as_ref().map(|file| Saved::open(file)).transpose().or_else(|refused| refused_qemu(args, refused))?;
@@ -30,14 +31,19 @@ pub fn run(args: &DepositArgs) -> anyhow::Result<()> {
         let name = part.name.as_deref().unwrap_or_default();
         let of_qemu = saved.iter().flat_map(Saved::blocks).any(|block| block.section == name);
         if !of_qemu && !sections.iter().any(|(_, section, _)| section == name) {
-            return Err(refusal(
+            return Err(misuse(
                 format!("--dirty names {name}, and no section is called that"),
                 "use the section's name, \"memory\" say",
             ));
         }
     }
+    for (at, (_, name, _)) in sections.iter().enumerate() {
+        if sections[..at].iter().any(|(_, other, _)| other == name) {
+            return Err(misuse(format!("there are two sections {name}"), "name one of them otherwise: NAME=FILE"));
+        }
+    }
     if !args.dirty.is_empty() && args.parent.is_none() {
-        return Err(refusal(
+        return Err(misuse(
             "--dirty says what changed since a deposit, and none is named",
             "name it: --parent MACHINE@NUMBER; the last one may be somebody else's",
         ));
@@ -91,9 +97,9 @@ fn tell(args: &DepositArgs, bank: &Bank, report: &DepositReport) -> anyhow::Resu
     say(&args.place, &object, || {
         let counts = &report.counts;
         let line = format!(
-            "{}: {} pages: {} zero, {} as in {}, {} known, {} new; {} added",
+            "{}: {}: {} zero, {} as in {}, {} known, {} new; {} added",
             report.machine,
-            counts.pages,
+            count(counts.pages, "page"),
             counts.zero,
             counts.position,
             report.parent.as_deref().unwrap_or("a parent"),
@@ -154,8 +160,8 @@ fn bitmap(path: &Path) -> anyhow::Result<Vec<u64>> {
     )?;
     let (words, rest) = bytes.as_chunks::<8>();
     if !rest.is_empty() {
-        let what = format!("{} is no bitmap: it has {} bytes", path.display(), bytes.len());
-        return Err(refusal(what, "a bitmap is 64-bit words, 8 bytes each, of which bit j of word i is page 64 i + j"));
+        let what = format!("{} is no bitmap: it has {}", path.display(), count(bytes.len() as u64, "byte"));
+        return Err(misuse(what, "a bitmap is 64-bit words, 8 bytes each, of which bit j of word i is page 64 i + j"));
     }
     Ok(words.iter().map(|word| u64::from_le_bytes(*word)).collect())
 }

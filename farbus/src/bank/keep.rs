@@ -5,12 +5,15 @@
 use std::process::ExitCode;
 
 use farbus_machine_bank::Bank;
-use farbus_machine_bank::keep::{self, Keep, RepairReport, SweepOptions};
+use farbus_machine_bank::keep::{self, CopyError, Keep, Look, RepairReport, SweepOptions};
+use farbus_machine_bank::store::StoreError;
 
-use super::args::{CopyArgs, GcArgs, RemoveArgs, VerifyArgs};
+use super::args::Place;
 use super::help::Helped;
+use super::keep_args::{CopyArgs, GcArgs, RemoveArgs, VerifyArgs};
 use super::progress::Bar;
-use super::{find, open, open_at, open_itself, say, size};
+use super::{damage, find, open, open_itself, say, size};
+use crate::count::count;
 
 /// Verifies a bank.
 pub fn verify(args: &VerifyArgs) -> anyhow::Result<ExitCode> {
@@ -22,17 +25,23 @@ pub fn verify(args: &VerifyArgs) -> anyhow::Result<ExitCode> {
     let report = keep::verify(&bank, &|progress| bar.show(progress)).helped("cannot verify the bank", &args.place)?;
     drop(bar);
     say(&args.place, &report, || {
-        let read = format!("{} packs, {} pages, {} machines", report.packs, report.pages, report.machines);
+        let read =
+            format!("{}, {}, {}", count(report.packs, "pack"), count(report.pages, "page"), count(report.machines, "machine"));
         if report.faults.is_empty() {
             return format!("{read}: all is well");
         }
         let faults = report.faults.iter().map(|fault| format!("  {fault}\n")).collect::<String>();
-        let whole = "Machines that are not named are whole.";
-        let bank = &args.place.bank;
-        let next =
-            format!("farbus bank verify {bank} --repair puts damaged packs aside, so that what they had can be stored again.");
-        format!("{read}: {} faults\n{faults}{whole} {next}", report.faults.len())
+        let mut text =
+            format!("{read}: {}\n{faults}Machines that are not named are whole.", count(report.faults.len() as u64, "fault"));
+        if report.damaged_packs > 0 {
+            let bank = &args.place.bank;
+            text += &format!(
+                "\nfarbus bank verify {bank} --repair puts damaged packs aside, so that what they had can be stored again."
+            );
+        }
+        text
     })?;
+    damage::status(&args.place, &report.unreadable);
     Ok(if report.faults.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
@@ -41,31 +50,38 @@ fn repair(bank: &Bank, args: &VerifyArgs) -> anyhow::Result<ExitCode> {
     let report = keep::repair(bank, &|progress| bar.show(progress)).helped("cannot repair the bank", &args.place)?;
     drop(bar);
     say(&args.place, &report, || {
-        let RepairReport { packs, damaged, put_aside, moved, lost, machines } = &report;
+        let RepairReport { packs, damaged, put_aside, moved, lost, machines, .. } = &report;
         if damaged.is_empty() && machines.is_empty() {
-            return format!("{packs} packs: all is well");
+            return format!("{}: all is well", count(*packs, "pack"));
         }
         let lines = |faults: &[keep::Fault]| faults.iter().map(|fault| format!("  {fault}\n")).collect::<String>();
         let mut text = format!(
-            "{} of {packs} packs are put aside, {moved} pages of them are in new packs, {lost} are lost\n",
-            put_aside.len()
+            "of {}, {} put aside; {} of them in new packs, {lost} lost\n",
+            count(*packs, "pack"),
+            put_aside.len(),
+            count(*moved, "page")
         );
         text += &lines(damaged);
         text += &lines(machines);
-        text += if machines.is_empty() {
-            "Every machine is whole."
-        } else {
-            "The next deposit of such a machine as it was, a copy from another bank or an import stores again what is lost."
+        text += match (machines.is_empty(), *lost) {
+            (true, _) => "Every machine is whole.",
+            (_, 0) => "No page is lost.",
+            _ => "The next deposit of such a machine as it was, a copy from another bank or an import stores again what is lost.",
         };
         text
     })?;
+    damage::status(&args.place, &report.unreadable);
     Ok(if report.machines.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
 /// Removes machines.
 pub fn remove(args: &RemoveArgs) -> anyhow::Result<()> {
     let bank = open_itself(&args.place)?;
-    let entries = if args.machines.is_empty() {
+    let entries = if args.damaged {
+        let found = keep::unreadable(&bank, Look::Leaves).helped("cannot tell what is damaged", &args.place)?;
+        // What a later version wrote is none of it.
+        found.into_iter().filter(|one| one.damaged).map(|one| one.entry).collect()
+    } else if args.machines.is_empty() {
         let keep = Keep { last: args.keep_last.map(|last| last as usize), within: args.keep_within };
         keep::expired(&bank, args.machine.as_deref(), &keep).helped("cannot tell what has expired", &args.place)?
     } else {
@@ -93,12 +109,12 @@ pub fn gc(args: &GcArgs) -> anyhow::Result<()> {
     let report = keep::sweep(&bank, &options).helped("cannot collect garbage", &args.place)?;
     say(&args.place, &report, || {
         let verb = if args.dry_run { "would remove" } else { "removed" };
-        let mut text = format!("{verb} {} of {} packs, {}", report.removed, report.packs, size(report.removed_bytes));
+        let mut text = format!("{verb} {} of {}, {}", report.removed, count(report.packs, "pack"), size(report.removed_bytes));
         if report.moved > 0 {
-            text += &format!("; {} pages of them are needed", report.moved);
+            text += &format!("; {} of them still needed", count(report.moved, "page"));
         }
         if report.written_bytes > 0 {
-            text += &format!(" and are in {} of new packs", size(report.written_bytes));
+            text += &format!(", now in {} of new packs", size(report.written_bytes));
         }
         if report.put_aside_bytes > 0 {
             text += &format!("; {} of packs that a repair had put aside", size(report.put_aside_bytes));
@@ -107,7 +123,8 @@ pub fn gc(args: &GcArgs) -> anyhow::Result<()> {
             text += &format!("\npack {pack} is damaged and stays");
         }
         if report.missing > 0 {
-            text += &format!("\n{} pages that machines name are missing: farbus bank verify tells whose", report.missing);
+            text +=
+                &format!("\nmachines miss {}: `farbus bank verify {}` tells which", count(report.missing, "page"), args.place.bank);
         }
         text
     })
@@ -115,17 +132,22 @@ pub fn gc(args: &GcArgs) -> anyhow::Result<()> {
 
 /// Copies a machine.
 pub fn copy(args: &CopyArgs) -> anyhow::Result<()> {
-    let (from, to) = (open(&args.place)?, open_at(&args.to, &args.place)?);
+    // Of which of the two banks something is said decides what to do.
+    let there = Place { bank: args.to.clone(), ..args.place.clone() };
+    let (from, to) = (open(&args.place)?, open(&there)?);
     let entry = find(&from, &args.place, &args.machine)?;
-    let bar = Bar::new(&args.machine);
-    let report =
-        keep::copy(&from, &to, &entry, &|progress| bar.show(progress)).helped(format!("cannot copy {entry}"), &args.place)?;
+    let bar = Bar::new("copy");
+    let report = keep::copy(&from, &to, &entry, &|progress| bar.show(progress)).or_else(|error| {
+        // Only the other one is written.
+        let writes = matches!(error, CopyError::Store(StoreError::Full(_) | StoreError::ReadOnly(_) | StoreError::Lapsed { .. }));
+        Err(error).helped(format!("cannot copy {entry}"), if writes { &there } else { &args.place })
+    })?;
     drop(bar);
     say(&args.place, &report, || {
         let to = &args.to;
         if report.was_there {
             return format!("{entry} is in {to} already, as {}", report.machine);
         }
-        format!("{entry} is in {to} as {}: {} pages in {} were copied", report.machine, report.pages, size(report.pack_bytes))
+        format!("{entry} is in {to} as {}: copied {} in {}", report.machine, count(report.pages, "page"), size(report.pack_bytes))
     })
 }

@@ -2,15 +2,19 @@
 //!
 //! `farbus bank list /srv/bank` prints a line for each deposit: "vm7@2  2026-11-27 09:14:03  512.00 MiB  9f02ab31c4d5".
 
+use std::process::ExitCode;
+
 use farbus_machine_bank::keep;
-use farbus_machine_bank::manifest::Counts;
+use farbus_machine_bank::manifest::{Counts, ManifestError};
 use serde::Serialize;
 use time::OffsetDateTime;
 use time::macros::format_description;
 
-use super::args::{DiffArgs, ListArgs, ShowArgs, StatsArgs};
+use super::args::{DiffArgs, ListArgs, ShowArgs};
 use super::help::Helped;
-use super::{find, open, say, size};
+use super::keep_args::StatsArgs;
+use super::{damage, find, open, say, size};
+use crate::count::count;
 
 #[derive(Serialize)]
 struct Deposited {
@@ -24,6 +28,14 @@ struct Deposited {
     sections: Vec<Part>,
 }
 
+/// A line of the list.
+#[derive(Serialize)]
+#[serde(untagged)]
+enum Listed {
+    Whole(Deposited),
+    Damaged(keep::Unreadable),
+}
+
 #[derive(Serialize)]
 struct Part {
     name: String,
@@ -33,7 +45,7 @@ struct Part {
     counts: Counts,
 }
 
-fn deposited(bank: &farbus_machine_bank::Bank, entry: &farbus_machine_bank::Entry) -> Result<Deposited, keep::RemoveError> {
+fn deposited(bank: &farbus_machine_bank::Bank, entry: &farbus_machine_bank::Entry) -> Result<Deposited, ManifestError> {
     let manifest = bank.manifest(entry)?;
     let part = |section: &farbus_machine_bank::manifest::Section| Part {
         name: section.name.clone(),
@@ -53,26 +65,50 @@ fn deposited(bank: &farbus_machine_bank::Bank, entry: &farbus_machine_bank::Entr
     })
 }
 
-/// Lists what is there.
-pub fn list(args: &ListArgs) -> anyhow::Result<()> {
+/// Lists what is there. One that cannot be read keeps no other from being listed.
+pub fn list(args: &ListArgs) -> anyhow::Result<ExitCode> {
     let bank = open(&args.place)?;
     let listing = bank.listing().helped("cannot list the machines", &args.place)?;
     let wanted = listing.0.iter().filter(|entry| args.machine.as_ref().is_none_or(|machine| *machine == entry.machine));
-    let mut machines = Vec::new();
+    let (mut machines, mut unreadable) = (Vec::new(), Vec::new());
     for entry in wanted {
-        machines.push(deposited(&bank, entry).helped(format!("cannot read {entry}"), &args.place)?);
+        match deposited(&bank, entry) {
+            Ok(machine) => machines.push(Listed::Whole(machine)),
+            Err(error) => {
+                let why = keep::why_unreadable(&bank, entry, error).helped(format!("cannot read {entry}"), &args.place)?;
+                unreadable.extend(why.iter().cloned());
+                machines.extend(why.map(Listed::Damaged));
+            }
+        }
     }
-    say(&args.place, &serde_json::json!({ "machines": machines }), || {
-        let width = machines.iter().map(|machine| machine.machine.len()).max().unwrap_or(0);
-        let line = |machine: &Deposited| {
-            format!("{:width$}  {}  {:>10}  {:.12}", machine.machine, when(machine.created_ms), size(machine.bytes), machine.root)
+    let hint = (!unreadable.is_empty()).then(|| damage::way_out(&args.place, &unreadable));
+    say(&args.place, &serde_json::json!({ "machines": machines, "hint": hint }), || {
+        let name = |machine: &Listed| match machine {
+            Listed::Whole(Deposited { machine, .. }) | Listed::Damaged(keep::Unreadable { machine, .. }) => machine.clone(),
+        };
+        let width = machines.iter().map(|machine| name(machine).len()).max().unwrap_or(0);
+        let line = |machine: &Listed| match machine {
+            Listed::Whole(Deposited { machine, created_ms, bytes, root, .. }) => {
+                format!("{machine:width$}  {}  {:>10}  {root:.12}", when(*created_ms), size(*bytes))
+            }
+            Listed::Damaged(one) => format!("{:width$}  {:31}  {:.12}", one.machine, condition(one), one.root),
         };
         if machines.is_empty() {
             "no machine is there".to_owned()
         } else {
             machines.iter().map(line).collect::<Vec<_>>().join("\n")
         }
-    })
+    })?;
+    Ok(damage::status(&args.place, &unreadable))
+}
+
+/// In the place of when it was deposited and how large it is.
+fn condition(one: &keep::Unreadable) -> String {
+    match one {
+        keep::Unreadable { damaged: false, .. } => "cannot be read".to_owned(),
+        one if one.is_cause() => "damaged".to_owned(),
+        one => format!("rests on {}", one.because_of),
+    }
 }
 
 /// Shows one machine.
@@ -88,8 +124,9 @@ pub fn show(args: &ShowArgs) -> anyhow::Result<()> {
         for Part { name, kind, bytes, counts } in &machine.sections {
             let Counts { pages, zero, position, content, new, new_bytes } = counts;
             text += &format!(
-                "{name} ({kind:?}, {}): {pages} pages: {zero} zero, {position} as in the parent, {content} known, {new} new in {}\n",
+                "{name} ({kind:?}, {}): {}: {zero} zero, {position} as in the parent, {content} known, {new} new in {}\n",
                 size(*bytes),
+                count(*pages, "page"),
                 size(*new_bytes)
             );
         }
@@ -112,8 +149,11 @@ pub fn diff(args: &DiffArgs) -> anyhow::Result<()> {
                 _ => String::new(),
             };
             text += &format!(
-                "{}{here}: {} of {} pages differ, {} became zero\n",
-                section.name, section.changed, section.pages, section.became_zero
+                "{}{here}: {} of {} changed, {} of them to zero\n",
+                section.name,
+                section.changed,
+                count(section.pages, "page"),
+                section.became_zero
             );
             section.ranges.iter().for_each(|(offset, bytes)| text += &format!("  {offset:#x}  {}\n", size(*bytes)));
             text += if section.more_ranges { "  …\n" } else { "" };
@@ -123,27 +163,37 @@ pub fn diff(args: &DiffArgs) -> anyhow::Result<()> {
 }
 
 /// Adds up.
-pub fn stats(args: &StatsArgs) -> anyhow::Result<()> {
+pub fn stats(args: &StatsArgs) -> anyhow::Result<ExitCode> {
     let bank = open(&args.place)?;
     let stats = keep::stats(&bank).helped("cannot add up the bank", &args.place)?;
     say(&args.place, &stats, || {
+        let counted = match stats.unreadable.len() as u64 {
+            0 => String::new(),
+            unreadable => format!(", without {} that cannot be read", count(unreadable, "deposit")),
+        };
         [
-            format!("{} deposits of {} machines: {}", stats.deposits, stats.machines, size(stats.logical)),
+            format!(
+                "{} of {}: {}{counted}",
+                count(stats.deposits, "deposit"),
+                count(stats.machines, "machine"),
+                size(stats.logical)
+            ),
             format!("  zero pages          {:>12}", size(stats.saved_zero)),
             format!("  as in the parent    {:>12}", size(stats.saved_position)),
             format!("  in the bank already {:>12}", size(stats.saved_content)),
             format!("  by compression      {:>12}", size(stats.saved_compression)),
             format!("stored: {}", size(stats.stored)),
             format!(
-                "  {} packs {}, manifests {}, index {}",
-                stats.packs,
+                "  {} {}, manifests {}, index {}",
+                count(stats.packs, "pack"),
                 size(stats.pack_bytes),
                 size(stats.manifest_bytes),
                 size(stats.index_bytes)
             ),
         ]
         .join("\n")
-    })
+    })?;
+    Ok(damage::status(&args.place, &stats.unreadable))
 }
 
 /// `2026-11-27 09:14:03`, UTC; what is no time is shown as the number that it is.

@@ -7,11 +7,16 @@ mod address;
 mod archive;
 pub mod archive_args;
 pub mod args;
+mod bucket;
 mod cloud_hypervisor;
+mod damage;
 mod deposit;
 mod help;
+mod help_text;
 mod keep;
+mod keep_args;
 mod look;
+mod parts;
 mod progress;
 mod serve;
 mod serve_args;
@@ -22,31 +27,35 @@ mod withdraw;
 use std::process::ExitCode;
 use std::sync::Arc;
 
+use farbus_control::read::ReadError;
 use farbus_machine_bank::page::{KEY, key_of};
 use farbus_machine_bank::remote::WireCounts;
-use farbus_machine_bank::store::{CacheCounters, Store};
-use farbus_machine_bank::{Bank, Entry};
+use farbus_machine_bank::store::{CacheCounters, Kind, Store, StoreError};
+use farbus_machine_bank::{Bank, BankError, Entry};
 use serde::Serialize;
 
 use crate::bank::address::{AtPlace, BankAddress};
 use crate::bank::args::{BankArgs, BankCommand, InitArgs, Place};
-use crate::failure::{Advise, misuse, refusal};
+use crate::count::count;
+use crate::failure::{Advise, misuse};
 use crate::output::print_line;
 use help::Helped;
 
 /// Runs one of its commands.
 pub fn run(args: &BankArgs) -> anyhow::Result<ExitCode> {
     check_link(args)?;
+    // What is no key makes no sense, whatever the bank is.
+    key(args.place())?;
     match &args.command {
         BankCommand::Init(args) => init(args)?,
         BankCommand::Deposit(args) => deposit::run(args)?,
         BankCommand::Withdraw(args) => withdraw::run(args)?,
         BankCommand::ServeFaults(args) => serve_faults::run(args)?,
         BankCommand::Serve(args) => serve::run(args)?,
-        BankCommand::List(args) => look::list(args)?,
+        BankCommand::List(args) => return look::list(args),
         BankCommand::Show(args) => look::show(args)?,
         BankCommand::Diff(args) => look::diff(args)?,
-        BankCommand::Stats(args) => look::stats(args)?,
+        BankCommand::Stats(args) => return look::stats(args),
         BankCommand::Verify(args) => return keep::verify(args),
         BankCommand::Remove(args) => keep::remove(args)?,
         BankCommand::Gc(args) => keep::gc(args)?,
@@ -72,8 +81,8 @@ fn check_link(args: &BankArgs) -> anyhow::Result<()> {
         _ => None,
     };
     if let (Some(command), BankAddress::Link(_)) = (here, &place.bank) {
-        let hint = format!("run farbus bank {command} DIRECTORY on the host that serves it; it can be served meanwhile");
-        return Err(refusal(format!("{command} needs the bank itself, and {} is a link to one", place.bank), hint));
+        let hint = format!("run `farbus bank {command} DIRECTORY` on the host that has it; it can be served meanwhile");
+        return Err(misuse(format!("{command} needs the bank itself, and {} is a link to one", place.bank), hint));
     }
     if place.link.is_given() && !over_link {
         return Err(misuse(format!("{} takes no options of TLS and the like", place.bank), "leave them out: it is on this host"));
@@ -102,42 +111,46 @@ fn init(args: &InitArgs) -> anyhow::Result<()> {
 
 /// Opens the bank that the arguments name.
 fn open(place: &Place) -> anyhow::Result<Bank> {
-    open_at(&place.bank, place)
-}
-
-fn open_at(address: &BankAddress, place: &Place) -> anyhow::Result<Bank> {
-    Ok(open_counted(address, place)?.0)
+    Ok(open_counted(place)?.0)
 }
 
 /// Opens a bank, and says where what its cache does is counted.
-fn open_counted(address: &BankAddress, place: &Place) -> anyhow::Result<(Bank, Option<Arc<CacheCounters>>)> {
-    let (store, counters) = address.open_cached(place)?;
-    Ok((with_key(store, address, place)?, counters))
+fn open_counted(place: &Place) -> anyhow::Result<(Bank, Option<Arc<CacheCounters>>)> {
+    let (store, counters) = place.bank.open_cached(place)?;
+    Ok((with_key(store, place)?, counters))
 }
 
 /// Opens the bank without a cache, for what must see what is really there.
 fn open_itself(place: &Place) -> anyhow::Result<Bank> {
-    with_key(place.bank.open(place)?, &place.bank, place)
+    with_key(place.bank.open(place)?, place)
 }
 
-fn with_key(store: Box<dyn Store>, address: &BankAddress, place: &Place) -> anyhow::Result<Bank> {
+fn with_key(store: Box<dyn Store>, place: &Place) -> anyhow::Result<Bank> {
+    let address = &place.bank;
     let bank = Bank::open(store, key(place)?.as_ref());
+    if address.is_bucket()
+        && let Err(BankError::Store(StoreError::Missing { .. })) = &bank
+    {
+        // Asked for one object a service does not say that there is no bucket; asked for a list it does.
+        address.open(place)?.list(Kind::Config).helped(format!("cannot open the bank {address}"), place)?;
+    }
     Ok(bank.helped(format!("cannot open the bank {address}"), place)?.patience(place.wait))
 }
 
 /// The tenant's key, where a file is named.
 fn key(place: &Place) -> anyhow::Result<Option<[u8; KEY]>> {
     let Some(path) = &place.tenant_key else { return Ok(None) };
-    let bytes = farbus_control::read::read(path).advise(
-        format!("cannot read the tenant key {}", path.display()),
-        "name a file that this user can read; head -c 32 /dev/urandom >FILE makes a key",
-    )?;
-    key_of(&bytes).map(Some).ok_or_else(|| {
-        refusal(
-            format!("{} is no tenant key", path.display()),
-            "a key is 32 bytes, or 64 lower-case hexadecimal digits on one line",
-        )
-    })
+    let no_key = || {
+        misuse(format!("{} is no tenant key", path.display()), "a key is 32 bytes, or 64 lower-case hexadecimal digits on one line")
+    };
+    let bytes = match farbus_control::read::read(path) {
+        Err(ReadError::TooLong | ReadError::Kind(_)) => return Err(no_key()),
+        read => read.advise(
+            format!("cannot read the tenant key {}", path.display()),
+            "name a file that this user can read; head -c 32 /dev/urandom >FILE makes a key",
+        )?,
+    };
+    key_of(&bytes).map(Some).ok_or_else(no_key)
 }
 
 /// A machine by what people write.
@@ -163,9 +176,11 @@ fn wire_line(wire: Option<WireCounts>, leaves: u64) -> String {
     };
     let messages = messages_sent + messages_received;
     format!(
-        "\nover the link: {} fetched in {reads} reads, {} offered, {messages} messages of {} ({:.1} for each 16 MiB)",
+        "\nover the link: {} fetched in {}, {} offered, {} of {} ({:.1} for each 16 MiB)",
         size(read_bytes),
+        count(reads, "read"),
         size(offered_bytes),
+        count(messages, "message"),
         size(message_bytes),
         messages as f64 / leaves.max(1) as f64
     )

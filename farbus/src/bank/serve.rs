@@ -21,6 +21,7 @@ use super::address::BankAddress;
 use super::help::Helped;
 use super::serve_args::{Rule, ServeArgs};
 use super::{open, size};
+use crate::count::count;
 use crate::failure::misuse;
 use crate::link::{Arrival, Door, Greeted, Linked, Purpose};
 use crate::output::Events;
@@ -205,12 +206,12 @@ fn shown(name: &str) -> &str {
 
 fn left(events: Events, name: &str, Served { reason, wire }: &Served) {
     let text = format!(
-        "{}: gone ({reason}): {} offered, {} read in {} reads, {} messages",
+        "{}: gone ({reason}): {} offered, {} read in {}, {}",
         shown(name),
         size(wire.offered_bytes),
         size(wire.read_bytes),
-        wire.reads,
-        wire.messages_sent + wire.messages_received
+        count(wire.reads, "read"),
+        count(wire.messages_sent + wire.messages_received, "message")
     );
     events.say("left", json!({ "client": name, "reason": reason, "wire": wire }), &text);
 }

@@ -13,7 +13,7 @@ use crate::link_address::LinkAddress;
 use crate::security::{AllowArgs, PeerArgs, SecurityArgs};
 
 /// How the two sides of a link to a bank know each other.
-#[derive(Debug, Args)]
+#[derive(Clone, Debug, Args)]
 pub struct BankLinkArgs {
     /// What this side shows.
     #[command(flatten)]

@@ -30,8 +30,8 @@ Cloud Hypervisor with --memory shared=on hands its machine over, and ends:
   ch-remote --api-socket API send-migration destination_url=unix:/run/vm7.save,local=on";
 
 /// Behind the options of `farbus bank withdraw`.
-pub const WITHDRAW: &str = "A file is written as FILE.part and renamed when all of it is there. A withdrawal that was interrupted is resumed by running it again, with
---replace where the file of another section was finished already.
+pub const WITHDRAW: &str = "Files are written as FILE.farbus-part, and get their names when all of all of them is there. A withdrawal that was interrupted at any instant is resumed by
+running it again. No file that is there is touched without --replace.
 
 A machine that was deposited with --qemu comes out with --qemu, and QEMU, started as it was with what it had, goes on with it:
   farbus bank withdraw BANK vm7 --qemu /var/tmp/vm7.mig --section disk0=vm7.img

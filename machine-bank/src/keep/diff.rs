@@ -2,7 +2,7 @@
 //!
 //! `diff(&bank, vm7@1, vm7@2)` says that of 131,072 pages of memory 53,740 differ, 812 of which became zero, and between which bytes the first of them lie.
 
-use serde::Serialize;
+use serde::{Serialize, Serializer};
 
 use crate::bank::Bank;
 use crate::manifest::{Entry, LEAF, ManifestError};
@@ -21,8 +21,10 @@ pub struct SectionDiff {
     /// Its name.
     pub name: String,
     /// Bytes in the first; nothing where it has none.
+    #[serde(rename = "before_bytes")]
     pub len_before: Option<u64>,
     /// Bytes in the second.
+    #[serde(rename = "after_bytes")]
     pub len_after: Option<u64>,
     /// Pages that either has.
     pub pages: u64,
@@ -31,9 +33,19 @@ pub struct SectionDiff {
     /// Of these, those that are zero in the second.
     pub became_zero: u64,
     /// The first stretches that differ: offset and bytes.
+    #[serde(serialize_with = "with_units")]
     pub ranges: Vec<(u64, u64)>,
     /// Whether there are more.
     pub more_ranges: bool,
+}
+
+fn with_units<S: Serializer>(ranges: &[(u64, u64)], serializer: S) -> Result<S::Ok, S::Error> {
+    #[derive(Serialize)]
+    struct Range {
+        offset_bytes: u64,
+        bytes: u64,
+    }
+    serializer.collect_seq(ranges.iter().map(|(offset_bytes, bytes)| Range { offset_bytes: *offset_bytes, bytes: *bytes }))
 }
 
 /// Compares two machines, and lists at most `ranges` stretches of each section.

@@ -9,6 +9,7 @@ mod remove;
 mod repair;
 mod stats;
 mod sweep;
+mod unreadable;
 mod verify;
 
 pub use copy::{CopyError, CopyReport, copy};
@@ -18,4 +19,5 @@ pub use remove::{Keep, RemoveError, RemoveReport, expired, remove};
 pub use repair::{RepairError, RepairReport, repair};
 pub use stats::{Stats, stats};
 pub use sweep::{SweepError, SweepOptions, SweepReport, sweep};
+pub use unreadable::{Look, Unreadable, unreadable, why_unreadable};
 pub use verify::{Fault, VerifyReport, verify};

@@ -12,7 +12,8 @@ use serde::Serialize;
 use thiserror::Error;
 
 use super::lost::Lost;
-use super::verify::{Fault, Packs, Reading, Unreadable, VerifyReport, machine, packs, read_what_opens};
+use super::unreadable::Unreadable;
+use super::verify::{Fault, PackFault, Packs, Reading, VerifyReport, machine, packs, read_what_opens};
 use crate::bank::Bank;
 use crate::deposit::Progress;
 use crate::index::{Index, IndexError};
@@ -44,6 +45,8 @@ pub struct RepairReport {
     pub lost: u64,
     /// What machines miss, until somebody stores it again.
     pub machines: Vec<Fault>,
+    /// Those of them whose manifests cannot be read, which nobody brings back by storing pages.
+    pub unreadable: Vec<Unreadable>,
 }
 
 /// Why a bank was not repaired.
@@ -89,6 +92,7 @@ pub fn repair(bank: &Bank, progress: &dyn Fn(Progress)) -> Result<RepairReport, 
     }
     report.lost = lost.len() as u64;
     report.machines = verified.faults;
+    report.unreadable = verified.unreadable;
     Lost::new(lost).write(store)?;
     // One of which nothing can be read stays where it is, and nothing is looked for in it.
     let mut copied = Vec::new();
@@ -126,9 +130,9 @@ fn move_whole(
             Err(error) => failed = Some(error),
         });
         match (read, failed) {
-            (Err(Unreadable::Store(error)), _) | (_, Some(error)) => return Err(error.into()),
+            (Err(PackFault::Store(error)), _) | (_, Some(error)) => return Err(error.into()),
             // Nobody can tell where its groups begin.
-            (Err(Unreadable::Pack(_)) | Ok(_), None) => {}
+            (Err(PackFault::Pack(_)) | Ok(_), None) => {}
         }
         for sealed in full {
             put(bank, index, &sealed, report)?;

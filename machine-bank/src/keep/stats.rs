@@ -4,27 +4,33 @@
 
 use serde::Serialize;
 
+use super::unreadable::{Unreadable, why_unreadable};
 use crate::bank::Bank;
-use crate::manifest::{Counts, Manifest, ManifestError};
+use crate::manifest::{Counts, Manifest};
 use crate::page::PAGE;
-use crate::store::Kind;
+use crate::store::{Kind, StoreError};
 
 /// Statistics of a bank, in bytes unless they say otherwise.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct Stats {
     /// Machines by name.
     pub machines: u64,
     /// Deposits.
     pub deposits: u64,
     /// Bytes of all sections of all deposits.
+    #[serde(rename = "logical_bytes")]
     pub logical: u64,
     /// Pages of zeros, named only.
+    #[serde(rename = "saved_zero_bytes")]
     pub saved_zero: u64,
     /// As in the parent at the same place.
+    #[serde(rename = "saved_position_bytes")]
     pub saved_position: u64,
     /// In the bank already.
+    #[serde(rename = "saved_content_bytes")]
     pub saved_content: u64,
     /// What compression took from the rest.
+    #[serde(rename = "saved_compression_bytes")]
     pub saved_compression: u64,
     /// Packs.
     pub packs: u64,
@@ -35,26 +41,35 @@ pub struct Stats {
     /// Bytes of the index.
     pub index_bytes: u64,
     /// Bytes of all of it.
+    #[serde(rename = "stored_bytes")]
     pub stored: u64,
+    /// Deposits that cannot be read, which no other figure has but their number and the bytes of their manifests.
+    pub unreadable: Vec<Unreadable>,
 }
 
 /// Adds up a bank. What machines that were removed had brought is in the packs until a sweep, and in no other figure.
 ///
 /// # Errors
-/// A manifest is damaged, or the store's fault.
-pub fn stats(bank: &Bank) -> Result<Stats, ManifestError> {
+/// The store's fault.
+pub fn stats(bank: &Bank) -> Result<Stats, StoreError> {
     let store = bank.store();
     let listing = bank.listing()?;
     let mut stats = Stats { deposits: listing.0.len() as u64, ..Stats::default() };
     stats.machines = listing.0.chunk_by(|a, b| a.machine == b.machine).count() as u64;
     let mut counts = Counts::default();
     for entry in &listing.0 {
-        let manifest = Manifest::open(store, bank.identity(), &listing, &entry.root)?;
+        stats.manifest_bytes += entry.len;
+        let manifest = match Manifest::open(store, bank.identity(), &listing, &entry.root) {
+            Ok(manifest) => manifest,
+            Err(error) => {
+                stats.unreadable.extend(why_unreadable(bank, entry, error)?);
+                continue;
+            }
+        };
         for section in &manifest.head.sections {
             stats.logical = stats.logical.saturating_add(section.len);
             counts.add(&section.counts);
         }
-        stats.manifest_bytes += entry.len;
     }
     let bytes = |pages: u64| pages.saturating_mul(PAGE as u64);
     (stats.saved_zero, stats.saved_position, stats.saved_content) =

@@ -8,6 +8,7 @@ use std::fmt;
 
 use serde::Serialize;
 
+use super::unreadable::{Unreadable, why_unreadable};
 use crate::bank::Bank;
 use crate::deposit::Progress;
 use crate::index::{Index, IndexError};
@@ -42,12 +43,16 @@ impl fmt::Display for Fault {
 pub struct VerifyReport {
     /// Packs.
     pub packs: u64,
+    /// Those of them that are damaged.
+    pub damaged_packs: u64,
     /// Pages in them.
     pub pages: u64,
     /// Machines.
     pub machines: u64,
     /// What is wrong.
     pub faults: Vec<Fault>,
+    /// Deposits whose manifests cannot be read, each of which is a fault too: these no repair of packs brings back.
+    pub unreadable: Vec<Unreadable>,
 }
 
 /// Verifies all of a bank. Deposits and withdrawals may go on.
@@ -92,19 +97,20 @@ pub(super) fn packs(bank: &Bank, report: &mut VerifyReport, progress: &dyn Fn(Pr
                 damaged.push(id);
                 report.faults.push(Fault { what: format!("pack {}", object.name), fault: format!("{wrong} pages are damaged") });
             }
-            Err(Unreadable::Pack(fault)) => {
+            Err(PackFault::Pack(fault)) => {
                 damaged.push(id);
                 report.faults.push(Fault { what: format!("pack {}", object.name), fault });
             }
-            Err(Unreadable::Store(error)) => return Err(error.into()),
+            Err(PackFault::Store(error)) => return Err(error.into()),
         }
         progress(Progress { done, total });
     }
+    report.damaged_packs = damaged.len() as u64;
     Ok(Packs { good, damaged })
 }
 
 /// Why nothing of a pack can be read.
-pub(super) enum Unreadable {
+pub(super) enum PackFault {
     /// It is damaged.
     Pack(String),
     /// The store's fault.
@@ -149,22 +155,22 @@ impl Reading {
         bank: &Bank,
         pack: PackId,
         good: &mut dyn FnMut(PageId, &[u8; PAGE]),
-    ) -> Result<Option<(u64, u64)>, Unreadable> {
+    ) -> Result<Option<(u64, u64)>, PackFault> {
         let bytes = match bank.store().read_all(Kind::Pack, &pack.name(), MOST_PACK) {
             Ok(bytes) => bytes,
             Err(StoreError::Missing { .. }) => return Ok(None),
             // Where objects are sealed one changed bit is a block that does not open, and the others are what they were.
             Err(error @ StoreError::Unsealed { .. }) => match read_what_opens(bank.store(), &pack.name()) {
                 Ok(Some(bytes)) => bytes,
-                Ok(None) => return Err(Unreadable::Pack(error.to_string())),
-                Err(error) => return Err(Unreadable::Store(error)),
+                Ok(None) => return Err(PackFault::Pack(error.to_string())),
+                Err(error) => return Err(PackFault::Store(error)),
             },
             Err(error @ (StoreError::TooLong { .. } | StoreError::Ends { .. })) => {
-                return Err(Unreadable::Pack(error.to_string()));
+                return Err(PackFault::Pack(error.to_string()));
             }
-            Err(error) => return Err(Unreadable::Store(error)),
+            Err(error) => return Err(PackFault::Store(error)),
         };
-        let entries = parse_pack(pack, &bytes).map_err(|error| Unreadable::Pack(error.to_string()))?;
+        let entries = parse_pack(pack, &bytes).map_err(|error| PackFault::Pack(error.to_string()))?;
         Ok(Some((entries.len() as u64, self.pages(bank, &bytes, &entries, good))))
     }
 
@@ -203,10 +209,13 @@ pub(super) fn machine(
         // Removed meanwhile.
         Err(ManifestError::Store(StoreError::Missing { .. })) if !listed(bank, entry)? => return Ok(()),
         Err(error) => {
-            fault(error.to_string());
+            let Some(why) = why_unreadable(bank, entry, error)? else { return Ok(()) };
+            fault(why.fault.clone());
+            report.unreadable.push(why);
             return Ok(());
         }
     };
+    let mut broken = None;
     let mut wrong: BTreeMap<&str, u64> = BTreeMap::new();
     for (at, section) in manifest.head.sections.iter().enumerate() {
         for leaf in 0..section.leaves.len() {
@@ -220,13 +229,19 @@ pub(super) fn machine(
                         }
                     }
                 }
-                Err(error) => fault(error.to_string()),
+                Err(error) => {
+                    if let Some(why) = why_unreadable(bank, entry, error)? {
+                        fault(why.fault.clone());
+                        broken.get_or_insert(why);
+                    }
+                }
             }
         }
     }
     for (section, pages) in wrong {
         fault(format!("{pages} pages of {section} are damaged or missing"));
     }
+    report.unreadable.extend(broken);
     Ok(())
 }
 

@@ -28,12 +28,16 @@ impl Entry {
     }
 
     pub(crate) fn parse(object: &Object) -> Option<Self> {
-        let mut parts = object.name.split('@');
+        Self::named(&object.name, object.len)
+    }
+
+    fn named(object: &str, len: u64) -> Option<Self> {
+        let mut parts = object.split('@');
         let (machine, number, root) = (parts.next()?, parts.next()?, parts.next()?);
         let number = number.bytes().all(|digit| digit.is_ascii_digit()).then(|| number.parse().ok())??;
         let root = Root::from_hex(root)?;
         let whole = parts.next().is_none() && valid_machine(machine);
-        whole.then(|| Self { machine: machine.to_owned(), number, root, len: object.len })
+        whole.then(|| Self { machine: machine.to_owned(), number, root, len })
     }
 }
 
@@ -41,6 +45,11 @@ impl fmt::Display for Entry {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}@{}", self.machine, self.number)
     }
+}
+
+/// What people call the deposit that an object holds: `vm7@3`.
+pub fn deposit_of(object: &str) -> Option<String> {
+    Entry::named(object, 0).map(|entry| entry.to_string())
 }
 
 /// All of them, by machine and number.
@@ -115,5 +124,6 @@ mod tests {
         for wrong in ["vm7@+3@", "@00000003@", "vm7@3@@"] {
             assert_eq!(Entry::parse(&object(format!("{wrong}{}", entry.root))), None);
         }
+        assert_eq!((deposit_of(&entry.object()).as_deref(), deposit_of("vm7")), (Some("vm7@3"), None));
     }
 }

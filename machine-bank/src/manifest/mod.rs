@@ -24,7 +24,7 @@ mod writer;
 
 pub use head::{Counts, Head, Section, SectionKind, valid_machine};
 pub use leaf::LEAF;
-pub use listing::{Entry, Listing};
+pub use listing::{Entry, Listing, deposit_of};
 pub use opened::{Manifest, ManifestError};
 pub use rewrite::rewrite;
 pub use table::{Table, split};

@@ -10,7 +10,7 @@ use thiserror::Error;
 
 use super::leaf::{Form, apply_delta, named, parse_full};
 use super::table::{Table, split};
-use super::{DEEPEST, Head, Listing, TRAILER};
+use super::{DEEPEST, Head, Listing, TRAILER, deposit_of};
 use crate::codec::Malformed;
 use crate::page::{Identity, PageId, Root};
 use crate::remote::Service;
@@ -23,7 +23,7 @@ pub enum ManifestError {
     #[error(transparent)]
     Store(#[from] StoreError),
     /// It is damaged, or somebody changed it.
-    #[error("manifest {object}: {error}")]
+    #[error("the manifest of {}: {error}", called(.object))]
     Malformed {
         /// The object.
         object: String,
@@ -31,13 +31,17 @@ pub enum ManifestError {
         error: Malformed,
     },
     /// Its pages are named by another manifest, which is missing.
-    #[error("manifest {object} rests on {base}, which is missing")]
+    #[error("the manifest of {} rests on the machine with the root {base}, which is missing", called(.object))]
     NoBase {
         /// The object.
         object: String,
         /// What is missing.
         base: Root,
     },
+}
+
+fn called(object: &str) -> String {
+    deposit_of(object).unwrap_or_else(|| object.to_owned())
 }
 
 /// A machine's manifest, with those that it rests on.
