@@ -9,7 +9,6 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use farbus_control::identity::Name;
 
 use crate::bank::args::BankArgs;
-use crate::bench::BankPart;
 use crate::device_spec::{DeviceSpec, HELP};
 use crate::link_address::{LinkAddress, lender_address, socket_path};
 use crate::security::{AllowArgs, PeerArgs, SecurityArgs};
@@ -373,9 +372,8 @@ pub struct BenchArgs {
     /// GiB of the large machine (bank)
     #[arg(long, value_name = "GIB", default_value_t = 10.0)]
     pub large_gib: f64,
-    /// Only these rows (bank)
-    #[arg(long, value_enum, value_name = "PART")]
-    pub only: Option<BankPart>,
+    #[arg(long, value_enum, value_name = "PART", help = "Only these rows (bank)")]
+    pub only: Option<crate::bench::BankPart>,
     /// Print one JSON object
     #[arg(long)]
     pub json: bool,
