@@ -8,14 +8,14 @@ use std::process::ExitCode;
 
 use anyhow::{Context, bail};
 use farbus_pci_shim::vfio_user::{BindError, ClientInterrupts, Ended, OnUnshared, Options, Server};
-use farbus_pci_shim::{Function, FunctionOptions, InterruptOwner};
+use farbus_pci_shim::{Function, FunctionOptions, InterruptOwner, Reconnector, Search};
 use farbus_remote_dma::borrower::BorrowerOptions;
 use farbus_transport::CloseReason;
 use serde_json::json;
 use tokio::sync::oneshot;
 
 use crate::attach::attach;
-use crate::cli::{BorrowArgs, Unshared};
+use crate::borrow_args::{BorrowArgs, Unshared};
 use crate::failure::Advise;
 use crate::output::Events;
 use crate::signals::EndSignals;
@@ -49,6 +49,9 @@ pub fn run(args: &BorrowArgs) -> anyhow::Result<ExitCode> {
     let name = session.description().name.clone();
     let interrupts = ClientInterrupts::new(session.description());
     let mut function = Function::new(session, interrupts, FunctionOptions { interrupts: InterruptOwner::Client })?;
+    if !args.reconnect.is_zero() {
+        function.reattach_by(Box::new(search(args, options, events)));
+    }
     let socket = args.vfio_user.display().to_string();
     events.say(
         "serving",
@@ -90,6 +93,24 @@ pub fn run(args: &BorrowArgs) -> anyhow::Result<ExitCode> {
     };
     events.say("ended", json!({ "reason": reason, "status": code }), &format!("ended: {reason}"));
     Ok(ExitCode::from(code))
+}
+
+/// How the lender is looked for when it is gone, and what is said of it.
+fn search(args: &BorrowArgs, options: BorrowerOptions, events: Events) -> Reconnector {
+    let (from, security, peer) = (args.from.clone(), args.security.clone(), args.peer.clone());
+    let again = move || attach(&from, &security, &peer, options).map_err(|error| format!("{error:#}"));
+    let limit = args.reconnect;
+    Reconnector::new(limit, again).telling(move |search| match search {
+        Search::Lost(why) => {
+            let what = format!("{}: looking for it for {limit:?}, the VM waits", culprit(why));
+            events.say("lender-lost", json!({ "reason": why.to_string(), "limit_ms": limit.as_millis() }), &what);
+        }
+        Search::Back(away) => {
+            let what = format!("the lender is back after {away:.0?}, and has what the VM had no answer to");
+            events.say("lender-back", json!({ "away_us": away.as_micros() }), &what);
+        }
+        Search::GaveUp(why) => events.say("lender-given-up", json!({ "reason": why }), &format!("the lender is given up: {why}")),
+    })
 }
 
 /// Why there is no lender any more, with whose doing it was.

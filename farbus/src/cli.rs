@@ -9,10 +9,11 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use farbus_control::identity::Name;
 
 use crate::bank::args::BankArgs;
+use crate::borrow_args::BorrowArgs;
 use crate::device_spec::{DeviceSpec, HELP};
-use crate::link_address::{LinkAddress, lender_address, socket_path};
+use crate::link_address::{LinkAddress, lender_address};
 use crate::security::{AllowArgs, PeerArgs, SecurityArgs};
-use crate::values::{parse_duration, parse_mode, parse_pairs, parse_seconds, parse_wait};
+use crate::values::{parse_duration, parse_pairs, parse_seconds};
 
 /// Lend a PCIe device to a virtual machine on another host, borrow it there.
 #[derive(Debug, Parser)]
@@ -130,66 +131,6 @@ pub struct LendArgs {
     /// Who may borrow.
     #[command(flatten)]
     pub allow: AllowArgs,
-}
-
-/// What to do with guest memory whose descriptor is not the guest's memory.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum Unshared {
-    /// Reach it by messages to the VMM: slow, and right
-    Messages,
-    /// Send the VMM away with a message that says what to do
-    Refuse,
-}
-
-/// `farbus borrow`
-#[derive(Debug, Args)]
-#[command(after_help = "Then start the VMM, for QEMU 10.1 or newer:
-  qemu-system-x86_64 … -object memory-backend-memfd,id=mem,size=2G,share=on -machine q35,memory-backend=mem \\
-    -device '{\"driver\":\"vfio-user-pci\",\"socket\":{\"type\":\"unix\",\"path\":\"SOCKET\"}}'
-
-Do not migrate such a virtual machine: stock QEMU (11.1.3) moves it without the state of this device, and without a word.
-
-Where the lender is gone while a VM is connected, that is said at once (with --json as the event \"lender-gone\"); the VM reads all ones,
-and the command stays until the VM leaves.
-
-Exit status: 0 after a signal or the lender's goodbye, 3 where the lender is gone without one or broke the protocol.")]
-pub struct BorrowArgs {
-    /// The lender.
-    #[arg(
-        long,
-        value_name = "ADDR",
-        help = "The lender: shm:PATH, or rdma:HOST:PORT[,dev=NAME][,port=N][,gid=N] with the lender's host and TCP port, and the RDMA device \
-                of this host to use",
-        value_parser = lender_address
-    )]
-    pub from: LinkAddress,
-    /// The socket that the VMM connects to
-    #[arg(long, value_name = "SOCKET", value_parser = socket_path)]
-    pub vfio_user: PathBuf,
-    /// Who may connect to the socket, as the octal mode of a file (a VMM must be allowed to write); without it 600, with --socket-group 660
-    #[arg(long, value_name = "MODE", value_parser = parse_mode)]
-    pub socket_mode: Option<u32>,
-    /// The group of the socket, by name or number, for a VMM that runs as another user
-    #[arg(long, value_name = "GROUP")]
-    pub socket_group: Option<String>,
-    /// What to do where the VMM's memory is not shared (share=off)
-    #[arg(long, value_enum, default_value = "messages")]
-    pub unshared: Unshared,
-    /// How long to poll without work before sleeping, as in 20us, 1.5ms or 2s
-    #[arg(long, value_name = "TIME", default_value = "20us", value_parser = parse_duration)]
-    pub spin: Duration,
-    /// How long the guest waits for a register read before it gets all ones, as in 500ms or 2s
-    #[arg(long, value_name = "TIME", default_value = "2s", value_parser = parse_wait)]
-    pub read_deadline: Duration,
-    /// Print one JSON object a line
-    #[arg(long)]
-    pub json: bool,
-    /// How it is known to the lender.
-    #[command(flatten)]
-    pub security: SecurityArgs,
-    /// Which lender it wants.
-    #[command(flatten)]
-    pub peer: PeerArgs,
 }
 
 /// `farbus demo`

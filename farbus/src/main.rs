@@ -8,6 +8,7 @@ mod attach;
 mod bank;
 mod bench;
 mod borrow;
+mod borrow_args;
 mod cert;
 mod cli;
 mod cores;

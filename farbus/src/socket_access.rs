@@ -5,7 +5,7 @@
 use farbus_control::read::read_text;
 use farbus_pci_shim::vfio_user::SocketAccess;
 
-use crate::cli::BorrowArgs;
+use crate::borrow_args::BorrowArgs;
 use crate::failure::{Advise, misuse};
 
 /// Where the groups of a host have their numbers (group(5)).

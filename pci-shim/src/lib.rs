@@ -11,6 +11,7 @@ mod interrupt;
 pub mod irq;
 pub mod mediation;
 pub mod profile;
+pub mod reattach;
 mod routes;
 #[cfg(test)]
 mod scripted;
@@ -23,4 +24,5 @@ pub use embed::{Embedded, FunctionThread, FunctionThreadOptions, VcpuPort};
 pub use function::{Counters, Function, FunctionError, FunctionOptions, InterruptOwner, QuiesceError, RestoreError, Restored};
 pub use irq::{CallbackSink, IrqSink, IrqfdSink, MessageInterrupt, RecorderSink};
 pub use mediation::{MediationKind, MediationRequest};
+pub use reattach::{Reattach, Reconnector, Search};
 pub use state::{FunctionState, StateError};

@@ -168,6 +168,14 @@ impl Mediations {
         self.deferred.clear();
     }
 
+    /// Whoever asked is gone: nothing is asked any more, and an answer that is still to come is to nobody.
+    pub(crate) fn forget(&mut self) {
+        self.queue.clear();
+        self.open.clear();
+        self.deferred.clear();
+        self.refused.clear();
+    }
+
     /// Refuses a mediation: it touches nothing, and the attachment is told of a fault.
     pub(crate) fn refuse(&mut self, ticket: Ticket) {
         self.refused.push_back(ticket);

@@ -225,6 +225,11 @@ pub trait Attachment: Send {
     /// Why the device is gone, once it is.
     fn gone(&self) -> Option<CloseReason>;
 
+    /// Of a device that is gone: whether its side may still touch guest memory. It did not let go of it in time, and is not known to be dead.
+    fn in_doubt(&self) -> bool {
+        false
+    }
+
     /// Asks the device to come to rest under `token`: it begins nothing more, and what it began ends with all its effects. [`Attachment::rest`] says when.
     /// Mediations go on meanwhile, and must be answered.
     ///

@@ -59,7 +59,15 @@ impl Place {
 
     /// Borrows it; returns when a VMM can connect to `socket`.
     pub fn borrow(&self, socket: &str) -> Running {
-        let mut borrower = Running::farbus(&["borrow", "--json", "--from", &self.link(), "--vfio-user", &self.name(socket)]);
+        // No lender comes back where nobody starts one.
+        self.borrow_for(socket, "100ms")
+    }
+
+    /// As [`Place::borrow`], by a borrower that looks for its lender for so long.
+    pub fn borrow_for(&self, socket: &str, reconnect: &str) -> Running {
+        let (link, socket) = (self.link(), self.name(socket));
+        let mut borrower =
+            Running::farbus(&["borrow", "--json", "--reconnect", reconnect, "--from", &link, "--vfio-user", &socket]);
         borrower.event("serving", AMPLE);
         borrower
     }

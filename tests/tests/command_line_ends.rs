@@ -121,6 +121,40 @@ fn a_killed_lender_is_a_dead_slot_to_the_vmm_until_that_leaves() {
 }
 
 #[test]
+fn a_killed_lender_that_is_started_again_is_found_and_the_vmm_reads_late_and_not_wrong() {
+    let place = Place::new();
+    let mut lender = place.lend();
+    let mut borrower = place.borrow_for("vmm", "30s");
+    lender.event("lent", AMPLE);
+    let mut vmm = place.vmm("vmm");
+    assert_nvme(&mut vmm);
+    for _ in 0..3 {
+        lender.kill();
+        borrower.event("lender-lost", AMPLE);
+        let path = place.path("link");
+        lender = std::thread::scope(|scope| {
+            let again = scope.spawn(|| {
+                // Long enough for the read to have to wait.
+                std::thread::sleep(Duration::from_millis(100));
+                place.lend()
+            });
+            // CSTS: it is not constant, so it is the device's to say.
+            let mut status = [0; 4];
+            vmm.region_read(0, 0x1c, &mut status).unwrap();
+            assert_eq!(u32::from_le_bytes(status), 0, "a controller that is not enabled was read as something else");
+            again.join().unwrap()
+        });
+        assert!(path.exists());
+        let away = borrower.event("lender-back", AMPLE)["away_us"].as_u64().unwrap();
+        assert!(away >= 50_000, "{away}");
+        assert_nvme(&mut vmm);
+    }
+    drop(vmm);
+    assert_end_in_order(borrower);
+    assert_end_in_order(lender);
+}
+
+#[test]
 fn a_signal_ends_a_borrower_in_order_also_over_a_dead_device_which_it_names() {
     let place = Place::new();
     let mut lender = place.lend();
@@ -142,13 +176,14 @@ fn sigterm_ends_both_in_order_and_removes_their_sockets() {
     let place = Place::new();
     for lender_first in [false, true] {
         let mut lender = place.lend();
-        let borrower = place.borrow("vmm");
+        let mut borrower = place.borrow("vmm");
         lender.event("lent", AMPLE);
         let mut vmm = place.vmm("vmm");
         assert_nvme(&mut vmm);
         assert!(is_socket(&place.path("link")) && is_socket(&place.path("vmm")));
         if lender_first {
             assert_end_in_order(lender);
+            borrower.event("lender-gone", AMPLE);
             assert_eq!(version(&mut vmm), u32::MAX);
             assert_end_in_order(borrower);
         } else {

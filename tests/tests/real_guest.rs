@@ -152,6 +152,44 @@ fn a_lender_killed_mid_io_gives_the_guest_an_error_and_a_clean_power_off() {
 }
 
 #[test]
+fn a_lender_killed_and_started_again_five_times_mid_io_costs_a_linux_guest_a_pause_and_nothing_else() {
+    const KILLS: usize = 5;
+    let _turn = turn();
+    let mut lab = Lab::new();
+    let mut borrower = lab.borrow(&["--reconnect", "60s"]);
+    let socket = lab.socket();
+    let folder = lab.folder.path().to_owned();
+    let (script, last) = (folder.join("restarts"), folder.join("last-lender"));
+    let lend = format!(
+        "{} lend --json --device {} --listen shm:{}/link",
+        farbus_tests::program::farbus().display(),
+        lab.image.device(),
+        folder.display()
+    );
+    let steps = format!(
+        "pid={}\nfor i in $(seq {KILLS}); do\n  kill -9 $pid\n  sleep 0.2\n  {lend} >/dev/null 2>&1 &\n  pid=$!\n  echo $pid >{}\n  sleep 2\ndone\n",
+        lab.lender.id(),
+        last.display()
+    );
+    std::fs::write(&script, steps).unwrap();
+    let when = Some(("io-running", format!("setsid sh {} >/dev/null 2>&1 &", script.display())));
+    let verdict = Boot { when, ..boot(&socket, "lender-restarts") }.run();
+    verdict.assert_ok();
+    println!("{} rounds of IO over {KILLS} kills", verdict.number("went-on", "rounds"));
+    for _ in 0..KILLS {
+        let away = borrower.event("lender-back", AMPLE)["away_us"].as_u64().unwrap();
+        println!("away for {away} us");
+    }
+    assert!(lab.lender.has_ended());
+    borrower.terminate();
+    let end = borrower.wait(AMPLE);
+    assert_eq!(end.code(), Some(0), "{end:?}");
+    end.assert_no_panic();
+    let pid: i32 = std::fs::read_to_string(&last).unwrap().trim().parse().unwrap();
+    rustix::process::kill_process(rustix::process::Pid::from_raw(pid).unwrap(), rustix::process::Signal::TERM).unwrap();
+}
+
+#[test]
 fn memory_that_is_not_shared_is_found_and_served_by_messages() {
     let _turn = turn();
     let mut lab = Lab::new();

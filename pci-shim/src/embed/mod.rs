@@ -33,6 +33,7 @@ use crate::access::AccessError;
 use crate::function::{Function, FunctionError, FunctionOptions, InterruptOwner, QuiesceError, RestoreError, Restored};
 use crate::irq::IrqSink;
 use crate::mediation::{MAX_MEDIATIONS, MediationKind, MediationRequest};
+use crate::reattach::Reattach;
 
 pub use self::thread::{FunctionThread, FunctionThreadOptions};
 pub use self::vcpu::VcpuPort;
@@ -69,6 +70,13 @@ impl<S: IrqSink, M: GuestMemory> Embedded<S, M> {
     pub fn restore(attachment: Box<dyn Attachment>, sink: S, memory: M, state: &[u8]) -> Result<(Self, Restored), RestoreError> {
         let (function, restored) = Function::restore(attachment, sink, OPTIONS, state, windows(&memory))?;
         Ok((Self { function, memory, buffer: Vec::new() }, restored))
+    }
+
+    /// As [`Function::reattaching`].
+    #[must_use]
+    pub fn reattaching(mut self, reattach: Box<dyn Reattach>) -> Self {
+        self.function.reattach_by(reattach);
+        self
     }
 
     /// Brings the device to rest, with all mediations made, so that the function can be saved. Stop the guest's CPUs first. Takes as long as what the

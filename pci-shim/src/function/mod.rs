@@ -12,32 +12,32 @@
 
 mod front;
 mod lazy;
+mod memory;
 mod options;
+mod recovery;
 mod restore;
 mod save;
 #[cfg(test)]
 mod tests;
 mod windows;
+mod workbench;
 
 use std::os::fd::BorrowedFd;
-use std::sync::Arc;
 
-use farbus_remote_dma::dirty_log::DirtyLog;
 use farbus_remote_dma::{
-    Activity, Attachment, AttachmentError, BarAddress, DeviceDescription, InterruptMode, Iova, MapError, MediationAnswer,
-    ResetKind, Ticket, Width, Window,
+    Activity, Attachment, AttachmentError, BarAddress, DeviceDescription, InterruptMode, MediationAnswer, ResetKind, Width,
 };
-use farbus_transport::{CloseReason, Memory, Nanos};
+use farbus_transport::{CloseReason, Nanos};
 
 use crate::access::AccessError;
 use crate::config::{AddressSpace, Space, Written};
 use crate::irq::IrqSink;
-use crate::mediation::MediationRequest;
 use crate::profile::{Profile, RegisterName, Verdict};
 use crate::routes::{Route, Routes};
 use front::Front;
 use lazy::Lazy;
 pub use options::{Counters, FunctionError, FunctionOptions, InterruptOwner};
+use recovery::Recovery;
 pub use restore::{RestoreError, Restored};
 pub use save::QuiesceError;
 use windows::Windows;
@@ -61,6 +61,8 @@ pub struct Function<S: IrqSink> {
     decoded: u8,
     gone: bool,
     windows: Windows,
+    /// How it gets its device again; `None` where it does not.
+    recovery: Option<Recovery>,
     /// How often something that changes the device was done, to tell that nothing was since it came to rest.
     quiesced: Option<u64>,
     map_changes: u64,
@@ -170,7 +172,11 @@ impl<S: IrqSink> Function<S> {
         }
         self.front.counters.bar_reads_remote += 1;
         self.release_lazy();
-        let value = width.truncate(self.attachment.bar_read(at, width, &mut self.front));
+        let mut value = width.truncate(self.attachment.bar_read(at, width, &mut self.front));
+        // Late rather than wrong: what it would have said, it says when it is back.
+        while self.is_lost() && self.wait_for_device() {
+            value = width.truncate(self.attachment.bar_read(at, width, &mut self.front));
+        }
         self.profile.answered(at, width, value);
         self.settle();
         tracing::trace!(%at, value, register = self.profile.register(at).map(tracing::field::display), "read");
@@ -233,61 +239,6 @@ impl<S: IrqSink> Function<S> {
         Ok(())
     }
 
-    /// Lets the device use a range of DMA addresses.
-    ///
-    /// # Errors
-    /// [`MapError`]; nothing was mapped.
-    pub fn map(&mut self, window: Window) -> Result<(), MapError> {
-        self.map_changes += 1;
-        self.release_lazy();
-        let mapped = self.attachment.map(window.clone(), &mut self.front);
-        // The attachment's book has the same windows, so this one cannot refuse what that one took.
-        let mapped = mapped.and_then(|()| self.windows.insert(window));
-        self.settle();
-        mapped
-    }
-
-    /// Takes every window inside a range away. When it returns, neither the device nor [`Function::next_mediation`] touches the range;
-    /// what was handed out before is the owner's to end first.
-    ///
-    /// # Errors
-    /// [`MapError`]; nothing was taken.
-    pub fn unmap(&mut self, iova: Iova, len: u64) -> Result<(), MapError> {
-        self.map_changes += 1;
-        self.release_lazy();
-        let unmapped = self.attachment.unmap(iova, len, &mut self.front);
-        if unmapped.is_ok() {
-            self.front.mediations.withdraw(iova, len);
-        }
-        let unmapped = unmapped.and_then(|()| self.windows.remove(iova, len));
-        self.settle();
-        unmapped
-    }
-
-    /// Says that `memory` is what the guest sees: its windows need no mediation from now on.
-    pub fn prove(&mut self, memory: &Arc<Memory>) {
-        self.windows.prove(memory);
-        self.attachment.prove(memory, &mut self.front);
-        self.settle();
-    }
-
-    /// The next access to guest memory that the owner must make. Interrupts that the device raised after a store wait for its answer.
-    pub fn next_mediation(&mut self) -> Option<MediationRequest> {
-        let request = self.front.mediations.take()?;
-        self.front.counters.mediations += 1;
-        Some(request)
-    }
-
-    /// The outcome of a mediation that was handed out. Anything that does not fit the request counts as a fault.
-    pub fn answer(&mut self, ticket: Ticket, answer: MediationAnswer<'_>) {
-        let Some(answer) = self.front.mediations.close(ticket, answer) else {
-            tracing::error!(?ticket, "an answer to no mediation");
-            return;
-        };
-        self.attachment.answer(ticket, answer, &mut self.front);
-        self.settle();
-    }
-
     /// What the client of a vfio-user server enabled. Ignored with [`InterruptOwner::Function`], whose registers say.
     pub fn set_client_interrupts(&mut self, mode: InterruptMode) {
         self.front.client_mode = mode;
@@ -306,7 +257,11 @@ impl<S: IrqSink> Function<S> {
         if std::mem::take(&mut self.bus_master) {
             self.attachment.set_bus_master(false, &mut self.front);
         }
-        let reset = self.attachment.reset(kind, &mut self.front);
+        let mut reset = self.attachment.reset(kind, &mut self.front);
+        if self.is_lost() {
+            // The one that takes its place is reset, too.
+            reset = Ok(());
+        }
         self.profile.reset(kind);
         self.front.restart(kind);
         // Said again even if it is the same: the device may have forgotten.
@@ -325,9 +280,8 @@ impl<S: IrqSink> Function<S> {
         }
         let activity = self.attachment.poll(now, &mut self.front);
         self.settle();
-        if !self.gone && self.gone().is_some() {
-            self.gone = true;
-            self.front.gone();
+        if self.attachment.gone().is_some() {
+            return self.mourn(activity);
         }
         activity
     }
@@ -338,24 +292,23 @@ impl<S: IrqSink> Function<S> {
             self.send_all();
         }
         self.armed = true;
+        if self.is_lost() {
+            // What it said while it was looked for is in its descriptor.
+            return true;
+        }
         let idle = !self.front.mediations.waiting() && self.front.mediations.refused() == 0;
         idle && self.attachment.arm()
     }
 
     /// Readable when an armed function has events.
     pub fn wake_fd(&self) -> Option<BorrowedFd<'_>> {
-        self.attachment.wake_fd()
+        if self.lost_since().is_some() { self.search_fd() } else { self.attachment.wake_fd() }
     }
 
-    /// Why the device is gone, once it is. Then every read is all ones, as from an empty slot.
+    /// Why the device is gone for good, once it is. Then every read is all ones, as from an empty slot. One that is looked for
+    /// ([`Function::reattaching`]) is not.
     pub fn gone(&self) -> Option<CloseReason> {
-        self.attachment.gone()
-    }
-
-    /// The pages that the device wrote in `memory`, complete up to this call; `None` where `memory` has no window and nothing is left to take
-    /// of one that it had.
-    pub fn dirty_log(&mut self, memory: &Arc<Memory>) -> Option<&DirtyLog> {
-        self.attachment.dirty_log(memory, &mut self.front)
+        self.attachment.gone().filter(|_| self.recovery.as_ref().is_none_or(Recovery::is_over))
     }
 
     /// The attachment itself.

@@ -4,20 +4,16 @@
 //! lent for that, the queues are created and moved to where they were; then the guest's memory is mapped. Nothing reaches the guest before
 //! [`Function::resume`].
 
-use std::sync::Arc;
-
-use farbus_remote_dma::{
-    Attachment, AttachmentError, BarAddress, InterruptMode, Iova, MapError, ResetKind, Rest, Width, Window, WindowMemory,
-};
-use farbus_transport::{Access, Memory, Nanos};
+use farbus_remote_dma::{Attachment, AttachmentError, InterruptMode, Iova, MapError, ResetKind, Rest, Window};
 use thiserror::Error;
 
 use super::front::Front;
 use super::lazy::Lazy;
 use super::windows::{Windows, state_of};
+use super::workbench::Workbench;
 use super::{Function, FunctionError, FunctionOptions};
 use crate::irq::IrqSink;
-use crate::profile::{self, ReviveError, Reviving};
+use crate::profile::{self, ReviveError};
 use crate::routes::Routes;
 use crate::state::{DeviceIdentity, FunctionState, StateError};
 
@@ -87,6 +83,7 @@ impl<S: IrqSink> Function<S> {
             decoded: 0,
             gone: false,
             windows: Windows::default(),
+            recovery: None,
             quiesced: None,
             map_changes: 0,
         };
@@ -139,19 +136,22 @@ impl<S: IrqSink> Function<S> {
         Ok((function, Restored { rest: state.rest, revived }))
     }
 
-    /// Brings a device that was reset to where the profile's state has it.
-    fn revive(&mut self) -> Result<(), RestoreError> {
+    /// Resets the device, whose profile will bring it back.
+    pub(super) fn reset_for_revival(&mut self) -> Result<(), AttachmentError> {
         self.attachment.set_bus_master(false, &mut self.front);
         self.attachment.reset(ResetKind::Function, &mut self.front)?;
         self.attachment.set_interrupt_mode(InterruptMode::Msix, &mut self.front);
         self.attachment.set_bus_master(true, &mut self.front);
-        let Self { attachment, front, profile, .. } = self;
-        let mut workbench = Workbench { attachment: &mut **attachment, front, lent: Vec::new() };
-        let revived = profile.revive(&mut workbench);
-        let taken_back = workbench.take_back();
-        revived?;
-        taken_back?;
         Ok(())
+    }
+
+    /// Brings a device that was reset to where the profile's state has it. No guest memory is mapped yet.
+    fn revive(&mut self) -> Result<(), RestoreError> {
+        self.reset_for_revival()?;
+        let Self { attachment, front, profile, windows, .. } = self;
+        let mut workbench = Workbench::new(&mut **attachment, front, windows);
+        profile.revive(&mut workbench)?;
+        Ok(workbench.end()?)
     }
 }
 
@@ -169,49 +169,4 @@ fn same_windows(state: &FunctionState, windows: &[Window]) -> Result<(), Restore
         }
     }
     Ok(())
-}
-
-/// A device on memory of ours.
-struct Workbench<'f, S: IrqSink> {
-    attachment: &'f mut dyn Attachment,
-    front: &'f mut Front<S>,
-    lent: Vec<(Iova, u64)>,
-}
-
-impl<S: IrqSink> Workbench<'_, S> {
-    fn take_back(mut self) -> Result<(), MapError> {
-        for (iova, len) in std::mem::take(&mut self.lent) {
-            self.attachment.unmap(iova, len, self.front)?;
-        }
-        Ok(())
-    }
-}
-
-impl<S: IrqSink> Reviving for Workbench<'_, S> {
-    fn lend_memory(&mut self, iova: Iova, len: u64) -> Result<Arc<Memory>, ReviveError> {
-        let failed = |error: String| ReviveError::Unknown(format!("{len:#x} bytes at {iova} cannot be lent to it: {error}"));
-        let memory = Memory::memfd("farbus-revive", len).map_err(|error| failed(error.to_string()))?;
-        let behind = WindowMemory::Mapped { memory: Arc::clone(&memory), offset: 0, proven: true };
-        let window = Window { iova, len, access: Access::READ_WRITE, memory: behind };
-        self.attachment.map(window, self.front).map_err(|error| failed(error.to_string()))?;
-        self.lent.push((iova, len));
-        Ok(memory)
-    }
-
-    fn write(&mut self, at: BarAddress, width: Width, value: u64) {
-        self.attachment.bar_write(at, width, value, self.front);
-        self.attachment.flush();
-    }
-
-    fn read(&mut self, at: BarAddress, width: Width) -> u64 {
-        self.attachment.bar_read(at, width, self.front)
-    }
-
-    fn work(&mut self) -> Result<(), ReviveError> {
-        self.attachment.poll(Nanos::now(), self.front);
-        match self.attachment.gone() {
-            Some(reason) => Err(ReviveError::Device(reason.to_string())),
-            None => Ok(()),
-        }
-    }
 }

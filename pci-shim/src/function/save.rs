@@ -129,6 +129,8 @@ impl<S: IrqSink> Function<S> {
     pub fn leave(&mut self, lease: Duration) -> Result<(), QuiesceError> {
         self.quiesced()?.ok_or(QuiesceError::NotAtRest)?;
         self.attachment.keep(lease, &mut self.front)?;
+        // It left on purpose.
+        self.recovery = None;
         Ok(())
     }
 

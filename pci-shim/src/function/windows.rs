@@ -39,6 +39,11 @@ impl Windows {
         }
     }
 
+    /// All, in address order.
+    pub(crate) fn iter(&self) -> impl Iterator<Item = &Window> {
+        self.0.targets()
+    }
+
     /// For a saved state.
     pub(crate) fn save(&self) -> Vec<WindowState> {
         self.0.targets().map(state_of).collect()

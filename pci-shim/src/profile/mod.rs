@@ -95,6 +95,25 @@ pub trait Profile: Send {
         Err(ReviveError::Unknown("its class has no profile that could bring it back".into()))
     }
 
+    /// Keeps from now on what the device is told and has not answered, so that it can be told again should the device be lost. False where the class
+    /// cannot.
+    fn remember(&mut self) -> bool {
+        false
+    }
+
+    /// The device is lost, and another one, or itself after a reset, is here in its place: brings it to where the lost one was, and tells it again what that one
+    /// had not answered. Answers come to guest memory while this waits for them.
+    ///
+    /// # Errors
+    /// [`ReviveError`]: the device is in an unknown state.
+    fn recover(&mut self, _device: &mut dyn Reviving) -> Result<GoOn, ReviveError> {
+        Err(ReviveError::Unknown("its class has no profile that could bring it back".into()))
+    }
+
+    /// Breaks a rule of [`Profile::recover`] from now on.
+    #[doc(hidden)]
+    fn break_rule(&mut self, _rule: RecoveryRule) {}
+
     /// After a restore, when the device may go on: register writes that make it look at what the guest had told it and it had not begun, and the vectors of
     /// what the guest has perhaps not heard of.
     fn go_on(&mut self, _guest: &dyn Peek) -> GoOn {
@@ -122,6 +141,15 @@ pub trait Reviving {
     /// Reads a register.
     fn read(&mut self, at: BarAddress, width: Width) -> u64;
 
+    /// Takes all lent memory back but for what was lent at `keep`, and lets the device use the guest's memory everywhere else.
+    ///
+    /// # Errors
+    /// [`ReviveError`].
+    fn give_guest_memory(&mut self, keep: &[Iova]) -> Result<(), ReviveError>;
+
+    /// The guest's memory, to look at.
+    fn guest(&self) -> &dyn Peek;
+
     /// Lets the device work; an error when it is gone.
     ///
     /// # Errors
@@ -140,7 +168,26 @@ pub enum ReviveError {
     Device(String),
 }
 
-/// What a restored device is told when it goes on.
+/// A rule of a recovery, to be broken on purpose by a test that must then fail.
+#[doc(hidden)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RecoveryRule {
+    /// What was not answered is told again.
+    TellAgain,
+    /// What was answered is not, whether the guest has taken the answer or not.
+    TellOnce,
+    /// It is told as it was submitted, not as the guest's slots are by now.
+    TellTheCopy,
+    /// The guest is interrupted for what it has perhaps not heard of.
+    InterruptAgain,
+}
+
+impl RecoveryRule {
+    /// All of them.
+    pub const ALL: [Self; 4] = [Self::TellAgain, Self::TellOnce, Self::TellTheCopy, Self::InterruptAgain];
+}
+
+/// What a device that was restored or recovered is told when it goes on.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct GoOn {
     /// Register writes, in order.

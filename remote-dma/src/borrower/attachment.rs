@@ -194,6 +194,10 @@ impl<F: Fabric> Attachment for BorrowerSession<F> {
         self.gone
     }
 
+    fn in_doubt(&self) -> bool {
+        self.in_doubt
+    }
+
     fn pause(&mut self, token: RestToken, _host: &mut dyn Host) -> Result<(), AttachmentError> {
         if let Some(reason) = self.gone {
             return Err(AttachmentError::Gone(reason));

@@ -5,6 +5,5 @@
 
 pub mod guest;
 pub mod program;
-pub mod wire;
 
 pub use program::{Ending, Plan, run};

@@ -11,11 +11,11 @@ use farbus_remote_dma::borrower::{BorrowerOptions, BorrowerSession};
 use farbus_remote_dma::lender::LenderSession;
 use farbus_remote_dma::wait::Patience;
 use farbus_remote_dma::{Attachment, AttachmentError, Iova, MapError, MediationAnswer, ResetKind, Width, Window, WindowMemory};
+use farbus_transport::sim::one_thread::{Wire, wires};
 use farbus_transport::sim::{Seed, SimOptions, World};
 use farbus_transport::{Access, CloseReason, Memory, Nanos};
 
 use super::guest::{AREA_BYTES, BASE, Expected, Guest, Kind, Piece, Seat, Write, pages};
-use super::wire::{Wire, wires};
 use crate::common::{
     COMMAND, CopyEngine, DONE, FAULTS, FROM, IOVA, LEN, POLLED_WORD, RAISE, READ, STAMP, Told, VALUE, WRITE, bar0, description,
 };

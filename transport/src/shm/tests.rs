@@ -47,9 +47,9 @@ fn a_peer_that_dies_is_noticed_by_a_sleeper() {
 }
 
 #[test]
-fn a_peer_that_dies_under_a_poll_without_end_is_noticed_within_a_quarter_of_a_second() {
+fn a_peer_that_dies_under_a_poll_without_end_is_noticed_within_30_milliseconds() {
     const STEP: Duration = Duration::from_millis(1);
-    for phase in (0..130).step_by(5) {
+    for phase in 0..16 {
         let (mut lender, mut borrower) = ShmFabric::pair(ShmOptions::default()).unwrap();
         let mut events = Events::new();
         let mut now = borrower.heard_at;
@@ -66,7 +66,7 @@ fn a_peer_that_dies_under_a_poll_without_end_is_noticed_within_a_quarter_of_a_se
         while events.as_slice().is_empty() {
             now = now + STEP;
             borrower.poll(now, &mut events);
-            assert!(now.since(died) <= Duration::from_millis(250), "phase {phase}: not noticed after {:?}", now.since(died));
+            assert!(now.since(died) <= Duration::from_millis(31), "phase {phase}: not noticed after {:?}", now.since(died));
         }
         assert_eq!(events.as_slice(), [Event::Closed(CloseReason::PeerGone)]);
     }

@@ -5,6 +5,7 @@
 //! it allows, unless [`SimOptions::violate`] says so.
 
 mod carry;
+pub mod one_thread;
 mod options;
 mod regions;
 mod seed;

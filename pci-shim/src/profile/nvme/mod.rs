@@ -4,6 +4,9 @@
 //! nothing else is answered here, because CSTS changes by itself and the rest is the controller's to say. I/O queues are created by admin
 //! commands, which are looked at in guest memory when their doorbell rings (`queues.rs`): so a controller that was reset can be brought back (`revive.rs`).
 
+mod again;
+mod ledger;
+mod lost;
 mod queues;
 mod revive;
 mod saved;
@@ -12,9 +15,10 @@ mod tests;
 
 use farbus_remote_dma::{BarAddress, DeviceDescription, Iova, ResetKind, Width};
 
+use self::lost::Lost;
 use self::queues::Queues;
 use self::saved::SavedQueues;
-use super::{GoOn, Peek, Profile, RegisterName, ReviveError, Reviving, Verdict};
+use super::{GoOn, Peek, Profile, RecoveryRule, RegisterName, ReviveError, Reviving, Verdict};
 use crate::state::{ProfileState, StateError};
 
 /// Mass storage, non-volatile memory, NVM Express.
@@ -110,6 +114,9 @@ pub struct Nvme {
     loaded: Option<SavedQueues>,
     /// The device was reset after that state was saved, and is to be told what waits.
     revived: bool,
+    /// Commands are kept, to be told again.
+    remembers: bool,
+    broken: Option<RecoveryRule>,
     /// The highest number of a completion queue that can have a vector of its own: what lies behind may be no doorbell.
     last_queue: u16,
 }
@@ -130,6 +137,8 @@ impl Nvme {
             queues: Queues::default(),
             loaded: None,
             revived: false,
+            remembers: false,
+            broken: None,
             last_queue: description.msix.map_or(0, |msix| msix.vectors),
         }
     }
@@ -170,6 +179,9 @@ impl Nvme {
                 let queues = self.enabled_with();
                 tracing::debug!(?queues, "the driver enables the nvme controller");
                 self.queues = Queues::new(&queues, self.last_queue);
+                if self.remembers {
+                    self.queues.remember();
+                }
                 self.admin = Some(queues);
             }
             (false, Some(_)) => {
@@ -290,16 +302,53 @@ impl Profile for Nvme {
     }
 
     fn revive(&mut self, device: &mut dyn Reviving) -> Result<(), ReviveError> {
-        self.bring_back(device)?;
+        let loaded = self.loaded.clone().map(|saved| Lost { saved, again: Vec::new() });
+        self.bring_back(loaded.as_ref(), device)?;
         self.revived = true;
         Ok(())
+    }
+
+    fn remember(&mut self) -> bool {
+        if !std::mem::replace(&mut self.remembers, true) {
+            self.queues.remember();
+            if let Some(saved) = &self.loaded {
+                self.queues.remember_restored(saved);
+            }
+        }
+        true
+    }
+
+    fn recover(&mut self, device: &mut dyn Reviving) -> Result<GoOn, ReviveError> {
+        if self.loaded.is_some() {
+            // Restored, and lost before it went on.
+            self.revive(device)?;
+            return Ok(GoOn::default());
+        }
+        let lost = match self.admin {
+            None => None,
+            Some(_) => {
+                let lost = Lost::of(&self.queues, device.guest(), self.broken);
+                Some(lost.map_err(|why| ReviveError::Unknown(why.into()))?)
+            }
+        };
+        self.bring_back(lost.as_ref(), device)?;
+        let vectors = if self.broken == Some(RecoveryRule::InterruptAgain) { Vec::new() } else { self.unheard(device.guest()) };
+        Ok(GoOn { writes: Vec::new(), vectors })
+    }
+
+    fn break_rule(&mut self, rule: RecoveryRule) {
+        self.broken = Some(rule);
     }
 
     fn go_on(&mut self, guest: &dyn Peek) -> GoOn {
         let revived = std::mem::take(&mut self.revived);
         let (Some(saved), Some(stride)) = (self.loaded.take(), self.stride()) else { return GoOn::default() };
-        if let Some(admin) = saved.submissions.iter().find(|queue| queue.id == 0) {
-            self.queues.restore_pending(admin.head, guest);
+        self.queues.restore_unread(guest);
+        for queue in &saved.submissions {
+            match queue.id {
+                0 => self.queues.restore_pending(queue.head, guest),
+                id => self.queues.restore_outstanding(id, queue.head, guest),
+            }
         }
         let waiting = saved.submissions.iter().filter(|queue| revived && queue.head != queue.tail);
         let doorbell = |id: u16| BarAddress { bar: 0, offset: DOORBELLS + 2 * u64::from(id) * stride };

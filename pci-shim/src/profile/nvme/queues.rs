@@ -8,7 +8,8 @@ use std::collections::{BTreeMap, VecDeque};
 use farbus_remote_dma::Iova;
 
 use super::AdminQueues;
-use super::saved::{SavedCompletions, SavedSubmission};
+use super::ledger::Ledger;
+use super::saved::{SavedCompletions, SavedQueues, SavedSubmission, posted};
 use crate::profile::Peek;
 
 /// Bytes of a submission queue entry and of a completion queue entry (NVM Express 1.4, sections 4.2 and 4.6).
@@ -80,9 +81,9 @@ impl Pending {
 pub(super) struct Entry {
     pub(super) queue_head: u16,
     pub(super) queue: u16,
-    identifier: u16,
+    pub(super) identifier: u16,
     pub(super) phase: bool,
-    success: bool,
+    pub(super) success: bool,
 }
 
 impl Entry {
@@ -112,6 +113,8 @@ pub(super) struct Queues {
     pub(super) features: BTreeMap<u8, [u8; SUBMISSION_BYTES as usize]>,
     /// In the order of their submission.
     pub(super) pending: VecDeque<Pending>,
+    /// The I/O commands that are outstanding; `None` where nobody will ask for them.
+    pub(super) ledger: Option<Ledger>,
     /// Why what is known is not all; `None` where it is.
     pub(super) unknown: Option<&'static str>,
 }
@@ -128,6 +131,22 @@ impl Queues {
         );
         queues.put_completions(0, completions, u32::from(admin.completion_entries), Some(0));
         queues
+    }
+
+    /// Keeps I/O commands from now on. Queues that there are already had some that were not kept.
+    pub(super) fn remember(&mut self) {
+        let mut ledger = Ledger::new(self.submission.len());
+        if self.submissions().any(|(id, _)| id != 0) {
+            ledger.unseen = Some("commands were submitted before they were kept");
+        }
+        self.ledger = Some(ledger);
+    }
+
+    /// As [`Queues::remember`], of queues that were restored and have not gone on: what waits in them will be found.
+    pub(super) fn remember_restored(&mut self, saved: &SavedQueues) {
+        let mut ledger = Ledger::new(self.submission.len());
+        saved.submissions.iter().for_each(|queue| ledger.created(queue.id, queue.entries));
+        self.ledger = Some(ledger);
     }
 
     /// All submission queues with their numbers.
@@ -178,6 +197,27 @@ impl Queues {
         }
     }
 
+    /// Completions of commands of before lie in queues that were restored.
+    pub(super) fn restore_unread(&mut self, guest: &dyn Peek) {
+        let Some(ledger) = &mut self.ledger else { return };
+        for (id, queue) in (0_u16..).zip(&self.completions) {
+            if let Some(queue) = queue.as_ref().filter(|_| id != 0)
+                && let Err(why) = posted(queue, guest, |entry| ledger.expect(&entry))
+            {
+                ledger.unseen = Some(why);
+            }
+        }
+    }
+
+    /// The I/O commands from `head` to the driver's tail of a queue that was restored wait in guest memory.
+    pub(super) fn restore_outstanding(&mut self, queue: u16, head: u32, guest: &dyn Peek) {
+        if let Some(Some(Submission { base, entries, tail, .. })) = self.submission.get(usize::from(queue)).copied()
+            && let Some(ledger) = &mut self.ledger
+        {
+            ledger.submitted(queue, base, entries, (head, tail), guest);
+        }
+    }
+
     /// The driver's tail of a submission queue is `tail`.
     #[inline]
     pub(super) fn submitted(&mut self, queue: u16, tail: u32, guest: &dyn Peek) {
@@ -194,6 +234,8 @@ impl Queues {
         }
         if queue == 0 {
             self.admin_submitted(base, entries, before, tail, guest);
+        } else if let Some(ledger) = &mut self.ledger {
+            ledger.submitted(queue, base, entries, (before, tail), guest);
         }
     }
 
@@ -211,15 +253,19 @@ impl Queues {
         completions.head = head;
         let taken = (head + before.entries - before.head) % before.entries;
         completions.outstanding = before.outstanding.and_then(|outstanding| outstanding.checked_sub(taken));
-        if queue == 0 {
-            let mut at = before.head;
-            while at != head {
-                match Entry::read(before.base, at, guest) {
-                    Some(entry) => self.completed(entry),
-                    None => self.unknown = Some(NOT_SEEN),
-                }
-                at = (at + 1) % before.entries;
+        if queue != 0 && self.ledger.is_none() {
+            return;
+        }
+        let mut at = before.head;
+        while at != head {
+            match (Entry::read(before.base, at, guest), &mut self.ledger) {
+                (Some(entry), _) if queue == 0 => self.completed(entry),
+                (Some(entry), Some(ledger)) => ledger.completed(&entry),
+                (None, Some(ledger)) if queue != 0 => ledger.unseen = Some(NOT_SEEN),
+                (None, _) => self.unknown = Some(NOT_SEEN),
+                (Some(_), None) => {}
             }
+            at = (at + 1) % before.entries;
         }
     }
 
@@ -269,6 +315,9 @@ impl Queues {
             opcode::CREATE_SUBMISSION => {
                 let completions = (dword(11) >> 16) as u16;
                 self.put_submission(queue, Submission { base: prp1, entries, completions, tail: 0 });
+                if let Some(ledger) = &mut self.ledger {
+                    ledger.created(queue, entries);
+                }
                 self.must_be_contiguous(dword(11));
             }
             opcode::DELETE_COMPLETION => {
@@ -278,6 +327,9 @@ impl Queues {
             }
             opcode::DELETE_SUBMISSION => {
                 let deleted = self.submission.get_mut(usize::from(queue)).and_then(Option::take);
+                if let Some(ledger) = &mut self.ledger {
+                    ledger.deleted(queue);
+                }
                 let completions = deleted.and_then(|deleted| self.completions.get_mut(usize::from(deleted.completions))?.as_mut());
                 if let Some(completions) = completions {
                     // Its commands may have ended without a completion.

@@ -13,18 +13,19 @@ use std::time::{Duration, Instant};
 use farbus_remote_dma::{BarAddress, Iova, Width};
 use farbus_transport::Memory;
 
+use super::lost::Lost;
 use super::queues::{COMPLETION_BYTES, SUBMISSION_BYTES, opcode};
 use super::saved::{SavedCompletions, SavedQueues, SavedSubmission};
 use super::{ACQ, AQA, ASQ, CC, CC_ENABLE, CSTS, DOORBELLS, INTMS, Nvme};
 use crate::profile::{ReviveError, Reviving};
 
 /// How long the controller may take for one step.
-const LIMIT: Duration = Duration::from_secs(10);
+pub(super) const LIMIT: Duration = Duration::from_secs(10);
 /// Commands that a queue is advanced by at most: two rounds of the longest queue, and as many again.
 const MOST_COMMANDS: u64 = 4 << 16;
 /// Commands under way at a time.
 const BATCH: u64 = 64;
-const PAGE: u64 = 4096;
+pub(super) const PAGE: u64 = 4096;
 const SHUTDOWN: u32 = 0b11 << 14;
 /// NVM command set: read (NVM Express 1.4, section 6.9).
 const READ: u8 = 0x02;
@@ -33,9 +34,9 @@ const ALL_NAMESPACES: u32 = u32::MAX;
 
 type Command = [u8; SUBMISSION_BYTES as usize];
 
-struct Submission {
+pub(super) struct Submission {
     memory: Arc<Memory>,
-    entries: u64,
+    pub(super) entries: u64,
     completions: u16,
     submitted: u64,
 }
@@ -50,8 +51,8 @@ struct Completions {
 }
 
 /// The controller and its queues on memory of ours.
-struct Rig<'d> {
-    device: &'d mut dyn Reviving,
+pub(super) struct Rig<'d> {
+    pub(super) device: &'d mut dyn Reviving,
     stride: u64,
     submissions: BTreeMap<u16, Submission>,
     completions: BTreeMap<u16, Completions>,
@@ -60,14 +61,14 @@ struct Rig<'d> {
 }
 
 impl Nvme {
-    pub(super) fn bring_back(&self, device: &mut dyn Reviving) -> Result<(), ReviveError> {
+    pub(super) fn bring_back(&self, to: Option<&Lost>, device: &mut dyn Reviving) -> Result<(), ReviveError> {
         let dword = |offset| u64::from(u32::from_le_bytes(self.written(offset)));
         let register = |offset| BarAddress { bar: 0, offset };
         for offset in [AQA, ASQ, ASQ + 4, ACQ, ACQ + 4] {
             device.write(register(offset), Width::B4, dword(offset));
         }
         let configuration = dword(CC);
-        if let Some(saved) = &self.loaded {
+        if let Some(Lost { saved, again }) = to {
             if !saved.unknown.is_empty() {
                 return Err(ReviveError::Unknown(saved.unknown.clone()));
             }
@@ -75,12 +76,16 @@ impl Nvme {
             let mut rig = Rig::new(device, saved, stride)?;
             rig.enable(configuration & !u64::from(SHUTDOWN) | u64::from(CC_ENABLE))?;
             rig.advance(saved)?;
+            if self.masked != 0 {
+                rig.device.write(register(INTMS), Width::B4, u64::from(self.masked));
+            }
+            rig.tell_again(saved, again)?;
         }
         // With what is only said, and done at once: a shutdown, or a configuration without enabling.
-        if self.loaded.is_none() || configuration & u64::from(SHUTDOWN) != 0 {
+        if to.is_none() || configuration & u64::from(SHUTDOWN) != 0 {
             device.write(register(CC), Width::B4, configuration);
         }
-        if self.masked != 0 {
+        if to.is_none() && self.masked != 0 {
             device.write(register(INTMS), Width::B4, u64::from(self.masked));
         }
         Ok(())
@@ -241,20 +246,40 @@ impl<'d> Rig<'d> {
     }
 
     fn put(&mut self, queue: u16, entry: &Command) -> Result<(), ReviveError> {
-        let submission = self.submissions.get_mut(&queue).ok_or_else(|| ReviveError::Unknown("a queue is missing".into()))?;
+        let submitted = self.submission(queue)?.submitted;
         let mut entry = *entry;
         // Requests for events keep the name that their driver knows; all others are ours, and over before the next one of their name.
         if entry[0] != opcode::EVENT_REQUEST || queue != 0 {
-            let [low, high] = (submission.submitted as u16).to_le_bytes();
+            let [low, high] = (submitted as u16).to_le_bytes();
             (entry[2], entry[3]) = (low, high);
         }
-        let slot = submission.submitted % submission.entries;
-        submission.submitted += 1;
-        submission.memory.write(slot * SUBMISSION_BYTES, &entry).map_err(|error| ReviveError::Device(error.to_string()))
+        self.put_as_it_is(queue, &entry)
     }
 
-    fn ring(&mut self, queue: u16) -> Result<(), ReviveError> {
-        let submission = self.submissions.get(&queue).ok_or_else(|| ReviveError::Unknown("a queue is missing".into()))?;
+    /// Puts a command under the name that it has.
+    pub(super) fn put_as_it_is(&mut self, queue: u16, entry: &Command) -> Result<(), ReviveError> {
+        let submission = self.submissions.get_mut(&queue).ok_or_else(no_queue)?;
+        let slot = submission.submitted % submission.entries;
+        submission.submitted += 1;
+        submission.memory.write(slot * SUBMISSION_BYTES, entry).map_err(|error| ReviveError::Device(error.to_string()))
+    }
+
+    pub(super) fn submission(&self, queue: u16) -> Result<&Submission, ReviveError> {
+        self.submissions.get(&queue).ok_or_else(no_queue)
+    }
+
+    /// Writes to our memory of a queue.
+    pub(super) fn write_slots(&self, queue: u16, at: u64, bytes: &[u8]) -> Result<(), ReviveError> {
+        self.submission(queue)?.memory.write(at, bytes).map_err(|error| ReviveError::Device(error.to_string()))
+    }
+
+    /// Reads our memory of a queue.
+    pub(super) fn read_slots(&self, queue: u16, at: u64, into: &mut [u8]) -> Result<(), ReviveError> {
+        self.submission(queue)?.memory.read(at, into).map_err(|error| ReviveError::Device(error.to_string()))
+    }
+
+    pub(super) fn ring(&mut self, queue: u16) -> Result<(), ReviveError> {
+        let submission = self.submission(queue)?;
         let at = BarAddress { bar: 0, offset: DOORBELLS + 2 * u64::from(queue) * self.stride };
         self.device.write(at, Width::B4, submission.submitted % submission.entries);
         Ok(())
@@ -266,7 +291,7 @@ impl<'d> Rig<'d> {
         let began = Instant::now();
         let mut bytes = [0; COMPLETION_BYTES as usize];
         loop {
-            let completions = self.completions.get(&id).ok_or_else(|| ReviveError::Unknown("a queue is missing".into()))?;
+            let completions = self.completions.get(&id).ok_or_else(no_queue)?;
             let (slot, round) = (completions.taken % completions.entries, completions.taken / completions.entries);
             let read = completions.memory.read(slot * COMPLETION_BYTES, &mut bytes);
             read.map_err(|error| ReviveError::Device(error.to_string()))?;
@@ -294,6 +319,10 @@ impl<'d> Rig<'d> {
         }
         Ok(())
     }
+}
+
+pub(super) fn no_queue() -> ReviveError {
+    ReviveError::Unknown("a queue is missing".into())
 }
 
 fn command(opcode: u8, namespace: u32, data: Iova, dwords: [u32; 3]) -> Command {

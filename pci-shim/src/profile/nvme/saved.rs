@@ -11,7 +11,7 @@
 
 use std::collections::BTreeMap;
 
-use super::queues::{Entry, NOT_SEEN, Queues, SUBMISSION_BYTES, opcode};
+use super::queues::{Completions, Entry, NOT_SEEN, Queues, SUBMISSION_BYTES, opcode};
 use super::{Fixed, Nvme};
 use crate::profile::Peek;
 use crate::state::StateError;
@@ -164,6 +164,34 @@ impl SavedQueues {
     }
 }
 
+/// The end of what a controller has posted to a completion queue.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Posted {
+    /// Its next entry, and the phase of that.
+    pub(super) tail: u32,
+    pub(super) phase: bool,
+    /// Whether every entry was written.
+    pub(super) round: bool,
+}
+
+/// Looks at what lies in a completion queue and was not taken, in order.
+pub(super) fn posted(queue: &Completions, guest: &dyn Peek, mut each: impl FnMut(Entry)) -> Result<Posted, &'static str> {
+    let (mut tail, mut phase, mut round) = (queue.head, queue.phase, queue.round);
+    let mut unread = 0;
+    while let Some(entry) = Some(Entry::read(queue.base, tail, guest).ok_or(NOT_SEEN)?).filter(|entry| entry.phase == phase) {
+        unread += 1;
+        if unread >= queue.entries {
+            return Err("a completion queue holds more than it can");
+        }
+        each(entry);
+        tail += 1;
+        if tail == queue.entries {
+            (tail, phase, round) = (0, !phase, true);
+        }
+    }
+    Ok(Posted { tail, phase, round })
+}
+
 /// How far everybody is.
 fn find(
     known: &mut Queues,
@@ -174,21 +202,11 @@ fn find(
 ) -> Result<(), &'static str> {
     let completions: Vec<_> = known.all_completions().map(|(id, queue)| (id, *queue)).collect();
     for (id, queue) in completions {
-        let (mut tail, mut phase, mut round) = (queue.head, queue.phase, queue.round);
-        let mut unread = 0;
-        while let Some(entry) = Some(Entry::read(queue.base, tail, guest).ok_or(NOT_SEEN)?).filter(|entry| entry.phase == phase) {
-            unread += 1;
-            if unread >= queue.entries {
-                return Err("a completion queue holds more than it can");
-            }
+        let Posted { tail, phase, round } = posted(&queue, guest, |entry| {
             if id == 0 {
                 known.completed(entry);
             }
-            tail += 1;
-            if tail == queue.entries {
-                (tail, phase, round) = (0, !phase, true);
-            }
-        }
+        })?;
         // The newest entry of each submission queue says how far that was consumed when its last command was completed.
         let written = if round { queue.entries } else { tail };
         for back in 1..=written {
