@@ -316,6 +316,8 @@ pub struct BenchArgs {
     /// GiB of the large machine (bank)
     #[arg(long, value_name = "GIB", default_value_t = 10.0)]
     pub large_gib: f64,
+    #[arg(long, value_enum, value_name = "PART", help = "Only these rows (bank)")]
+    pub only: Option<crate::bench::BankPart>,
     /// Print one JSON object
     #[arg(long)]
     pub json: bool,

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context;
-use farbus_machine_bank::remote::{BankServer, Client, Rights, ServeOptions, Served, Stop};
+use farbus_machine_bank::remote::{BankServer, Client, GREETING, Rights, ServeOptions, Served, Stop};
 use farbus_transport::Nanos;
 use farbus_transport::link::hello::{Hello, Role, SPOKEN};
 use farbus_transport::link::verdict::Refusal;
@@ -17,7 +17,7 @@ use farbus_transport::shm::ShmOptions;
 use serde_json::json;
 use tokio::sync::mpsc;
 
-use super::address::{BankAddress, GREETING};
+use super::address::BankAddress;
 use super::help::Helped;
 use super::serve_args::{Rule, ServeArgs};
 use super::{open, size};

@@ -92,3 +92,6 @@ pub mod wire;
 pub use client::{Link, Reconnect, RemoteStore};
 pub use server::{BankServer, Client, Pattern, Rights, ServeOptions, Served, Stop};
 pub use service::{Fetched, Service, WireCounts};
+
+/// What both sides of a link to a bank say of themselves in their hellos, so that nobody takes a device for one.
+pub const GREETING: &[u8] = b"farbus bank";

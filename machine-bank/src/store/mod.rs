@@ -3,6 +3,7 @@
 //! `store.create(Kind::Pack)?`, `append(&bytes)`, `commit("9f…")`: at every instant, also after a power cut, there is either all of pack 9f… or
 //! nothing of it. Three calls write, three read, two lock; what a directory, memory, an object store or another bank keeps is the same.
 
+pub mod address;
 pub mod cached;
 #[cfg(feature = "conformance")]
 pub mod conformance;
@@ -22,6 +23,7 @@ use crate::manifest::Entry;
 use crate::page::Root;
 use crate::remote::Service;
 
+pub use address::{BankAddress, LinkSpec, ShmPath};
 pub use cached::{CacheCounters, CacheFigures, CachedStore, PageCache, PagedStore};
 pub use directory::Directory;
 pub use memory::MemoryStore;
@@ -344,6 +346,8 @@ impl StoreError {
                 | Self::ReadOnly(_)
                 | Self::Full(_)
                 | Self::Unreachable { .. }
+                | Self::Gone(_)
+                | Self::Refused(_)
                 | Self::Lapsed { .. }
                 | Self::Busy { .. }
         )
