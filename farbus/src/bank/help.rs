@@ -79,11 +79,8 @@ fn within<'a>(error: &'a (dyn Error + 'static)) -> Option<&'a (dyn Error + 'stat
     if let Some(WithdrawError::Page { error, .. }) = error.downcast_ref() {
         return Some(error);
     }
-    if let Some(error) = error.downcast_ref() {
-        return Some(match error {
-            RemoveError::Manifest(error) => error,
-            RemoveError::Store(error) => error,
-        });
+    if let Some(RemoveError::Store(error)) = error.downcast_ref() {
+        return Some(error);
     }
     passed_on! {
         BankError: Store;

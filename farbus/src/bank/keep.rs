@@ -77,7 +77,9 @@ fn repair(bank: &Bank, args: &VerifyArgs) -> anyhow::Result<ExitCode> {
 /// Removes machines.
 pub fn remove(args: &RemoveArgs) -> anyhow::Result<()> {
     let bank = open_itself(&args.place)?;
-    let entries = if args.damaged {
+    let entries = if args.damaged && !args.dry_run {
+        Vec::new()
+    } else if args.damaged {
         let found = keep::unreadable(&bank, Look::Leaves).helped("cannot tell what is damaged", &args.place)?;
         // What a later version wrote is none of it.
         found.into_iter().filter(|one| one.damaged).map(|one| one.entry).collect()
@@ -91,10 +93,16 @@ pub fn remove(args: &RemoveArgs) -> anyhow::Result<()> {
         let names: Vec<_> = entries.iter().map(ToString::to_string).collect();
         return say(&args.place, &serde_json::json!({ "would_remove": names }), || format!("would remove: {}", words(&names)));
     }
-    let report = keep::remove(&bank, &entries).helped("cannot remove machines", &args.place)?;
+    // Those that are damaged are found again where nobody else writes.
+    let report = if args.damaged { keep::remove_damaged(&bank) } else { keep::remove(&bank, &entries) };
+    let report = report.helped("cannot remove machines", &args.place)?;
     say(&args.place, &report, || {
         let stays = report.in_use.iter().map(|(machine, pid)| format!("\n{machine} stays: process {pid} withdraws it"));
-        format!("removed: {}{}", words(&report.removed), stays.collect::<String>())
+        let needed = report.needed.iter().map(|(machine, by)| {
+            let bank = &args.place.bank;
+            format!("\n{machine} stays: {by} may rest on it and cannot be read: `farbus bank verify {bank}` tells why")
+        });
+        format!("removed: {}{}", words(&report.removed), stays.chain(needed).collect::<String>())
     })
 }
 

@@ -75,9 +75,15 @@ pub fn list(args: &ListArgs) -> anyhow::Result<ExitCode> {
         match deposited(&bank, entry) {
             Ok(machine) => machines.push(Listed::Whole(machine)),
             Err(error) => {
-                let why = keep::why_unreadable(&bank, entry, error).helped(format!("cannot read {entry}"), &args.place)?;
-                unreadable.extend(why.iter().cloned());
-                machines.extend(why.map(Listed::Damaged));
+                let again = keep::look_again(&bank, entry, error, |_| deposited(&bank, entry));
+                match again.helped(format!("cannot read {entry}"), &args.place)? {
+                    keep::Again::Read(machine) => machines.push(Listed::Whole(machine)),
+                    keep::Again::Gone => {}
+                    keep::Again::Unreadable(why) => {
+                        unreadable.push(why.clone());
+                        machines.push(Listed::Damaged(why));
+                    }
+                }
             }
         }
     }

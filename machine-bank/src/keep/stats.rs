@@ -4,9 +4,9 @@
 
 use serde::Serialize;
 
-use super::unreadable::{Unreadable, why_unreadable};
+use super::unreadable::{Again, Unreadable, look_again};
 use crate::bank::Bank;
-use crate::manifest::{Counts, Manifest};
+use crate::manifest::{Counts, Listing, Manifest};
 use crate::page::PAGE;
 use crate::store::{Kind, StoreError};
 
@@ -59,12 +59,17 @@ pub fn stats(bank: &Bank) -> Result<Stats, StoreError> {
     let mut counts = Counts::default();
     for entry in &listing.0 {
         stats.manifest_bytes += entry.len;
-        let manifest = match Manifest::open(store, bank.identity(), &listing, &entry.root) {
+        let open = |listing: &Listing| Manifest::open(store, bank.identity(), listing, &entry.root);
+        let manifest = match open(&listing) {
             Ok(manifest) => manifest,
-            Err(error) => {
-                stats.unreadable.extend(why_unreadable(bank, entry, error)?);
-                continue;
-            }
+            Err(error) => match look_again(bank, entry, error, open)? {
+                Again::Read(manifest) => manifest,
+                Again::Gone => continue,
+                Again::Unreadable(why) => {
+                    stats.unreadable.push(why);
+                    continue;
+                }
+            },
         };
         for section in &manifest.head.sections {
             stats.logical = stats.logical.saturating_add(section.len);

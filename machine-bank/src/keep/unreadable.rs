@@ -11,6 +11,9 @@ use crate::codec::Malformed;
 use crate::manifest::{Entry, Listing, Manifest, ManifestError, deposit_of};
 use crate::store::{Kind, StoreError};
 
+/// How often at most a deposit is read anew while others write.
+const MOST_LOOKS: u32 = 16;
+
 /// A deposit that cannot be read.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Unreadable {
@@ -65,12 +68,55 @@ pub fn unreadable(bank: &Bank, look: Look) -> Result<Vec<Unreadable>, StoreError
     let listing = bank.listing()?;
     let mut found = Vec::new();
     for entry in &listing.0 {
-        match read(bank, &listing, entry, look) {
-            Ok(()) => {}
-            Err(error) => found.extend(why_unreadable(bank, entry, error)?),
+        let Err(error) = read(bank, &listing, entry, look) else { continue };
+        if let Again::Unreadable(why) = look_again(bank, entry, error, |listing| read(bank, listing, entry, look))? {
+            found.push(why);
         }
     }
     Ok(found)
+}
+
+/// What became of a deposit that could not be read at first.
+#[derive(Debug)]
+pub enum Again<T> {
+    /// It can be read: others were writing anew what it rests on.
+    Read(T),
+    /// It was removed meanwhile.
+    Gone,
+    /// It cannot be read.
+    Unreadable(Unreadable),
+}
+
+/// Reads anew what gave `error`, before damage is said of it: whoever removes a deposit writes those anew that rest on it, and who reads both at the time
+/// has the one from before and the other from after. It counts as damage if nothing was written during a reading that fails.
+///
+/// # Errors
+/// The store's fault, so that nothing is known of it.
+pub fn look_again<T>(
+    bank: &Bank,
+    entry: &Entry,
+    error: ManifestError,
+    read: impl Fn(&Listing) -> Result<T, ManifestError>,
+) -> Result<Again<T>, StoreError> {
+    let mut error = error;
+    for _ in 0..MOST_LOOKS {
+        match why_unreadable(bank, entry, error)? {
+            None => return Ok(Again::Gone),
+            Some(why) if !why.damaged => return Ok(Again::Unreadable(why)),
+            Some(_) => {}
+        }
+        let listing = bank.listing()?;
+        // What is open, or in a cache, may be what it was.
+        listing.0.iter().for_each(|entry| bank.store().doubt(Kind::Manifest, &entry.object()));
+        error = match read(&listing) {
+            Ok(what) => return Ok(Again::Read(what)),
+            Err(error) => error,
+        };
+        if bank.listing()?.0 == listing.0 {
+            break;
+        }
+    }
+    Ok(why_unreadable(bank, entry, error)?.map_or(Again::Gone, Again::Unreadable))
 }
 
 fn read(bank: &Bank, listing: &Listing, entry: &Entry, look: Look) -> Result<(), ManifestError> {
@@ -90,7 +136,7 @@ fn read(bank: &Bank, listing: &Listing, entry: &Entry, look: Look) -> Result<(),
 ///
 /// # Errors
 /// `error`, where it is the store's fault.
-pub fn why_unreadable(bank: &Bank, entry: &Entry, error: ManifestError) -> Result<Option<Unreadable>, StoreError> {
+fn why_unreadable(bank: &Bank, entry: &Entry, error: ManifestError) -> Result<Option<Unreadable>, StoreError> {
     let fault = error.to_string();
     let (object, damaged) = match error {
         ManifestError::Malformed { object, error } => (object, !matches!(error, Malformed::Version(..))),

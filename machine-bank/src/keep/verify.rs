@@ -8,7 +8,7 @@ use std::fmt;
 
 use serde::Serialize;
 
-use super::unreadable::{Unreadable, why_unreadable};
+use super::unreadable::{Again, Unreadable, look_again};
 use crate::bank::Bank;
 use crate::deposit::Progress;
 use crate::index::{Index, IndexError};
@@ -204,23 +204,39 @@ pub(super) fn machine(
     lost: &mut dyn FnMut(PageId),
 ) -> Result<(), ReadError> {
     let mut fault = |fault: String| report.faults.push(Fault { what: entry.to_string(), fault });
-    let manifest = match Manifest::open(bank.store(), bank.identity(), listing, &entry.root) {
+    let open = |listing: &Listing| Manifest::open(bank.store(), bank.identity(), listing, &entry.root);
+    let mut manifest = match open(listing) {
         Ok(manifest) => manifest,
         // Removed meanwhile.
         Err(ManifestError::Store(StoreError::Missing { .. })) if !listed(bank, entry)? => return Ok(()),
-        Err(error) => {
-            let Some(why) = why_unreadable(bank, entry, error)? else { return Ok(()) };
-            fault(why.fault.clone());
-            report.unreadable.push(why);
-            return Ok(());
-        }
+        Err(error) => match look_again(bank, entry, error, open)? {
+            Again::Read(manifest) => manifest,
+            Again::Gone => return Ok(()),
+            Again::Unreadable(why) => {
+                fault(why.fault.clone());
+                report.unreadable.push(why);
+                return Ok(());
+            }
+        },
     };
     let mut broken = None;
     let mut wrong: BTreeMap<&str, u64> = BTreeMap::new();
-    for (at, section) in manifest.head.sections.iter().enumerate() {
+    // It has its root, whichever way it is written down at the time.
+    let head = manifest.clone();
+    for (at, section) in head.head.sections.iter().enumerate() {
         for leaf in 0..section.leaves.len() {
-            match manifest.leaf(bank.store(), bank.identity(), at, leaf) {
-                Ok(ids) => {
+            let read = |manifest: &Manifest| manifest.leaf(bank.store(), bank.identity(), at, leaf);
+            let found = match read(&manifest) {
+                Ok(ids) => Again::Read((manifest.clone(), ids)),
+                Err(error) => look_again(bank, entry, error, |listing| {
+                    let manifest = open(listing)?;
+                    let ids = read(&manifest)?;
+                    Ok((manifest, ids))
+                })?,
+            };
+            match found {
+                Again::Read((read, ids)) => {
+                    manifest = read;
                     for id in ids.iter().filter(|id| !id.is_zero()) {
                         let found = good.contains(id) && index.find(bank.store(), id).map_err(IndexError::Store)?.is_some();
                         if !found {
@@ -229,11 +245,10 @@ pub(super) fn machine(
                         }
                     }
                 }
-                Err(error) => {
-                    if let Some(why) = why_unreadable(bank, entry, error)? {
-                        fault(why.fault.clone());
-                        broken.get_or_insert(why);
-                    }
+                Again::Gone => return Ok(()),
+                Again::Unreadable(why) => {
+                    fault(why.fault.clone());
+                    broken.get_or_insert(why);
                 }
             }
         }

@@ -25,6 +25,7 @@ mod writer;
 pub use head::{Counts, Head, Section, SectionKind, valid_machine};
 pub use leaf::LEAF;
 pub use listing::{Entry, Listing, deposit_of};
+pub(crate) use opened::named_base;
 pub use opened::{Manifest, ManifestError};
 pub use rewrite::rewrite;
 pub use table::{Table, split};

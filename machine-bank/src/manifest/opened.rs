@@ -11,7 +11,7 @@ use thiserror::Error;
 use super::leaf::{Form, apply_delta, named, parse_full};
 use super::table::{Table, split};
 use super::{DEEPEST, Head, Listing, TRAILER, deposit_of};
-use crate::codec::Malformed;
+use crate::codec::{Input, Malformed};
 use crate::page::{Identity, PageId, Root};
 use crate::remote::Service;
 use crate::store::{Kind, Store, StoreError};
@@ -38,6 +38,22 @@ pub enum ManifestError {
         /// What is missing.
         base: Root,
     },
+}
+
+/// What a manifest says that it rests on, though nothing else of it can be read.
+///
+/// # Errors
+/// It does not say that either, or the store's fault.
+pub(crate) fn named_base(store: &dyn Store, object: &str) -> Result<Option<Root>, ManifestError> {
+    let malformed = |error| ManifestError::Malformed { object: object.to_owned(), error };
+    let total = store.len(Kind::Manifest, object)?;
+    let mut trailer = [0; TRAILER];
+    let at = total.checked_sub(TRAILER as u64).ok_or_else(|| malformed(Malformed::Ends))?;
+    store.read(Kind::Manifest, object, at, &mut trailer)?;
+    let (_, table_at, end) = split(&trailer, total).map_err(malformed)?;
+    let mut front = vec![0; (end - table_at).min(Table::FRONT as u64) as usize];
+    store.read(Kind::Manifest, object, table_at, &mut front)?;
+    Table::parse_front(&mut Input::new(&front)).map(|(base, _)| base).map_err(malformed)
 }
 
 fn called(object: &str) -> String {

@@ -41,18 +41,27 @@ impl Table {
         out
     }
 
-    /// The table of a manifest with this head, whose leaves lie before byte `end`.
-    ///
-    /// # Errors
-    /// It is something else.
-    pub fn parse(bytes: &[u8], head: &Head, end: u64) -> Result<Self, Malformed> {
-        let mut input = Input::new(bytes);
+    /// Bytes of base and depth.
+    pub(super) const FRONT: usize = 33;
+
+    /// Base and depth, with which a table begins.
+    pub(super) fn parse_front(input: &mut Input<'_>) -> Result<(Option<Root>, u8), Malformed> {
         let base = input.array::<32>()?;
         let base = (base != [0; 32]).then_some(Root(base));
         let depth = input.u8()?;
         if depth > DEEPEST || (depth == 0) != base.is_none() {
             return Err(Malformed::Value("a manifest's depth", depth.into()));
         }
+        Ok((base, depth))
+    }
+
+    /// The table of a manifest with this head, whose leaves lie before byte `end`.
+    ///
+    /// # Errors
+    /// It is something else.
+    pub fn parse(bytes: &[u8], head: &Head, end: u64) -> Result<Self, Malformed> {
+        let mut input = Input::new(bytes);
+        let (base, depth) = Self::parse_front(&mut input)?;
         let mut forms = Vec::with_capacity(head.sections.len());
         for section in &head.sections {
             let leaves = (0..section.leaves.len()).map(|_| form(&mut input, end, base.is_some()));
