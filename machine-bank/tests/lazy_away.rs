@@ -236,18 +236,15 @@ fn a_machine_begins_and_ends_at_once_while_its_store_is_away() {
     }
 }
 
-#[test]
-fn a_folder_that_is_not_mounted_for_a_while_has_lost_nothing() {
-    if !permitted("unmounted folder") {
-        return;
-    }
+/// A machine runs on memory from a bank in a folder that is somewhere else for a while, as `reach` has the bank.
+fn unmounted<T>(reach: impl Fn(Bank) -> (Bank, T)) {
     let folder = tempfile::tempdir().unwrap();
     let (here, there) = (folder.path().join("bank"), folder.path().join("elsewhere"));
     let bytes = machine(5, 600);
     deposit(&Bank::init(Box::new(Directory::create(&here).unwrap()), None).unwrap(), "vm", &bytes, Changes::HashAll);
     for empty in [false, true] {
-        let bank = Arc::new(Bank::open(Box::new(Directory::open(&here).unwrap()), None).unwrap());
-        let server = server();
+        let (bank, _served) = reach(Bank::open(Box::new(Directory::open(&here).unwrap()), None).unwrap());
+        let (server, bank) = (server(), Arc::new(bank));
         let lazy = lazy(&server, &bank, LazyOptions { prefetch: false, ..LazyOptions::default() });
         // A pack that is read is open; what the store says of its absence is what is asked here.
         std::thread::sleep(Duration::from_millis(100));
@@ -267,6 +264,25 @@ fn a_folder_that_is_not_mounted_for_a_while_has_lost_nothing() {
             std::fs::rename(&there, &here).unwrap();
         });
         assert_eq!(lazy.report().poisoned, 0, "{:?}", lazy.report());
+    }
+}
+
+#[test]
+fn a_folder_that_is_not_mounted_for_a_while_has_lost_nothing() {
+    if permitted("unmounted folder") {
+        unmounted(|bank| (bank, ()));
+    }
+}
+
+#[test]
+fn nor_has_one_under_a_server_that_goes_on_serving() {
+    if permitted("unmounted folder of a server") {
+        for rights in [Rights::all(), served::rights(&["vm"], &[])] {
+            unmounted(|bank| {
+                let serving = Serving::new(bank);
+                (serving.connect("ann", rights.clone()), serving)
+            });
+        }
     }
 }
 

@@ -45,6 +45,9 @@ impl<F: Fabric> Session<'_, F> {
         if !missing.is_empty() && self.busy(BankServer::renew_after_miss)? {
             (groups, missing) = self.locate(&pages)?;
         }
+        if !missing.is_empty() {
+            self.is_there()?;
+        }
         self.send_groups(request, &ids, &groups, missing)
     }
 
@@ -116,7 +119,7 @@ impl<F: Fabric> Session<'_, F> {
         // Not cleared first: what is read over need not be zeroed.
         bytes.resize(groups.iter().map(|group| group.len as usize).sum(), 0);
         let mut there = Vec::with_capacity(groups.len());
-        let (mut at, mut rest) = (0, groups);
+        let (mut at, mut rest, known) = (0, groups, missing.len());
         while let Some(first) = rest.first() {
             // Groups that follow each other in a pack are one read.
             let follows =
@@ -135,6 +138,9 @@ impl<F: Fabric> Session<'_, F> {
                 }
                 Err(error) => return Err(error.into()),
             }
+        }
+        if missing.len() > known {
+            self.is_there()?;
         }
         bytes.truncate(at);
         if !self.client.rights.reads_all() {

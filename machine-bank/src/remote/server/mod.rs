@@ -202,7 +202,10 @@ impl<F: Fabric> Session<'_, F> {
             Ok(Some(bytes)) => self.answer(request, Status::Done, &bytes),
             // Its parts are on their way.
             Ok(None) => {}
-            Err(Failure(status, text)) => {
+            Err(failure) => {
+                // What a bank that is away does not have is not missing.
+                let Failure(status, text) =
+                    if failure.0 == Status::Missing { self.is_there().err().unwrap_or(failure) } else { failure };
                 tracing::debug!(client = self.client.name, text, "a request was refused");
                 self.answer(request, status, &text.as_bytes()[..text.len().min(1000)]);
             }
@@ -279,6 +282,14 @@ impl<F: Fabric> Session<'_, F> {
         self.port.pump();
     }
 
+    /// Whether the bank is where it was: the folder of a file system that is not mounted has no packs either.
+    fn is_there(&self) -> Result<(), Failure> {
+        if self.server.bank.store().list(Kind::Config)?.iter().any(|object| object.name == CONFIG) {
+            return Ok(());
+        }
+        Err(Failure(Status::Failed, format!("there is no bank in {} now", self.server.bank.store().address())))
+    }
+
     /// What the bank says of itself, and which pages it lost: a client that may not read every machine is told that any page may be.
     fn config(&self, name: &str) -> Result<Vec<u8>, Failure> {
         let store = self.server.bank.store();
@@ -307,6 +318,9 @@ impl<F: Fabric> Session<'_, F> {
             Kind::Pack | Kind::Index if rights.reads_all() => self.server.bank.store().list(kind)?,
             _ => return Err(refused("only who may read every machine is told what the bank holds in all")),
         };
+        if objects.is_empty() {
+            self.is_there()?;
+        }
         objects.retain(|object| object.name.as_str() > after);
         objects.sort_by(|a, b| a.name.cmp(&b.name));
         // A name of 200 bytes, its length and two numbers.
