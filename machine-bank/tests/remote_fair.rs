@@ -12,7 +12,7 @@ use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
 
 use common::{deposit, machine, memory_bank, open, withdraw, work};
-use farbus_machine_bank::deposit::DepositError;
+use farbus_machine_bank::deposit::{DepositError, Parent};
 use farbus_machine_bank::keep::verify;
 use farbus_machine_bank::page::Root;
 use farbus_machine_bank::remote::{RemoteStore, Rights, ServeOptions};
@@ -32,12 +32,22 @@ struct Gated {
 #[derive(Debug, Default)]
 struct Gate {
     shut: bool,
+    /// Whether only those wait who read records.
+    records: bool,
+    /// Whether the next one of them does.
+    records_next: bool,
     waiting: usize,
 }
 
 impl Gated {
     fn pass(&self, kind: Kind) {
-        if kind == Kind::Index {
+        if kind == Kind::Index && !self.gate.0.lock().unwrap().records {
+            self.wait();
+        }
+    }
+
+    fn wait(&self) {
+        {
             let mut gate = self.gate.0.lock().unwrap();
             gate.waiting += 1;
             self.gate.1.notify_all();
@@ -51,6 +61,12 @@ impl Gated {
     fn shut(&self, shut: bool) {
         self.gate.0.lock().unwrap().shut = shut;
         self.gate.1.notify_all();
+    }
+
+    /// Shuts the gate for the next one who reads records, and for nobody else.
+    fn shut_for_one(&self) {
+        let mut gate = self.gate.0.lock().unwrap();
+        (gate.shut, gate.records, gate.records_next) = (true, true, true);
     }
 
     fn await_waiting(&self) {
@@ -69,6 +85,14 @@ impl Store for Gated {
         self.store.list(kind)
     }
     fn read(&self, kind: Kind, name: &str, offset: u64, buf: &mut [u8]) -> Result<(), StoreError> {
+        // Records begin behind the magic number.
+        let mut gate = self.gate.0.lock().unwrap();
+        if kind == Kind::Index && offset == 8 && std::mem::take(&mut gate.records_next) {
+            drop(gate);
+            self.wait();
+        } else {
+            drop(gate);
+        }
         self.store.read(kind, name, offset, buf)
     }
     fn len(&self, kind: Kind, name: &str) -> Result<u64, StoreError> {
@@ -281,4 +305,51 @@ fn a_client_has_its_share_over_all_its_links_and_others_have_theirs() {
     let memory = machine(16, PAGE / 4);
     deposit(&links[2], "vm8", &memory, Changes::HashAll);
     assert!(withdraw(&other, "vm8", "memory").unwrap() == memory);
+}
+
+#[test]
+fn one_read_of_the_index_that_takes_long_keeps_no_other_client_waiting() {
+    let store = Gated { store: MemoryStore::new(), gate: Arc::default() };
+    let bank = Bank::init(Box::new(store.clone()), None).unwrap();
+    let (old, new) = (machine(11, 300), machine(12, 300));
+    deposit(&bank, "vm7", &old, Changes::HashAll);
+    let serving = Serving::new(open(store.clone()));
+    let (ann, bob, eve) = (
+        serving.connect("ann", Rights::all()),
+        serving.connect("bob", rights(&["bob"], &["bob"])),
+        serving.connect("eve", Rights::all()),
+    );
+    std::thread::scope(|scope| {
+        store.shut_for_one();
+        // Whatever becomes of the test, nobody waits for ever.
+        let open = Open(&store);
+        let slow = scope.spawn(|| {
+            let mut going = ann.deposit("vm8", &DepositOptions { parent: Parent::None }).unwrap();
+            going.section(SectionKind::Memory, "memory", &&old[..], Changes::HashAll, &|_| {}).unwrap();
+            going.commit().unwrap()
+        });
+        store.await_waiting();
+        let others = scope.spawn(|| {
+            deposit(&bob, "bob", &new, Changes::HashAll);
+            assert!(withdraw(&eve, "bob", "memory").unwrap() == new && withdraw(&eve, "vm7", "memory").unwrap() == old);
+        });
+        let end = Instant::now() + Duration::from_secs(20);
+        while !others.is_finished() && Instant::now() < end {
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        assert!(others.is_finished() && !slow.is_finished(), "one waits, and others with it");
+        drop(open);
+        others.join().unwrap();
+        assert_eq!(slow.join().unwrap().counts.new, 0);
+    });
+    assert_eq!(verify(&bank, &|_| {}).unwrap().faults, []);
+}
+
+/// Opens the gate at the end.
+struct Open<'a>(&'a Gated);
+
+impl Drop for Open<'_> {
+    fn drop(&mut self) {
+        self.0.shut(false);
+    }
 }

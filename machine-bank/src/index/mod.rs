@@ -42,7 +42,36 @@ enum Trust {
 }
 
 /// A run, and for each of its packs the number in the index's table; `None`: the pack is gone.
-type Mapped = (Arc<Run>, Vec<Option<u32>>);
+type Mapped = (Arc<Run>, Arc<Vec<Option<u32>>>);
+
+/// The pack of a page, and its place there.
+pub(crate) type Found = (PackId, Place);
+
+/// The runs that an index had.
+#[derive(Debug)]
+pub(crate) struct Runs(Vec<Mapped>);
+
+impl Runs {
+    /// Where a page is, by these runs.
+    ///
+    /// # Errors
+    /// The store's fault, or a run was merged into another one and removed.
+    pub fn find(&self, store: &dyn Store, id: &PageId) -> Result<Option<Found>, StoreError> {
+        for (run, numbers) in &self.0 {
+            if let Some(Location { pack, place }) = run.find(store, id)?
+                && numbers[pack as usize].is_some()
+            {
+                return Ok(Some((run.packs[pack as usize], place)));
+            }
+        }
+        Ok(None)
+    }
+
+    /// Whether they are the same.
+    pub fn are(&self, others: &Self) -> bool {
+        self.0.len() == others.0.len() && self.0.iter().zip(&others.0).all(|((a, _), (b, _))| Arc::ptr_eq(a, b))
+    }
+}
 
 /// Finds pages.
 #[derive(Debug)]
@@ -150,7 +179,7 @@ impl Index {
             if numbers.iter().all(Option::is_none) {
                 index.useless.push(object.name);
             } else {
-                index.runs.push((Arc::new(run), numbers));
+                index.runs.push((Arc::new(run), Arc::new(numbers)));
             }
         }
         for (number, _) in covered.iter().enumerate().filter(|(_, covered)| !**covered) {
@@ -208,6 +237,17 @@ impl Index {
             }
         }
         Ok(None)
+    }
+
+    /// Where a page is that no run has; no store is asked.
+    pub(crate) fn held(&self, id: &PageId) -> Option<Found> {
+        let location = self.loose.get(id).or_else(|| self.merging.get(id))?;
+        Some((self.pack(location), location.place))
+    }
+
+    /// The runs as they are now, in which others can look while this index changes.
+    pub(crate) fn runs(&self) -> Runs {
+        Runs(self.runs.clone())
     }
 
     /// Pages in memory that no run has.
@@ -315,7 +355,7 @@ impl Index {
 
     fn mapped(&self, run: Run) -> Mapped {
         let numbers = run.packs.iter().map(|pack| self.numbers.get(pack).copied()).collect();
-        (Arc::new(run), numbers)
+        (Arc::new(run), Arc::new(numbers))
     }
 
     /// Takes packs out that are no more, with their pages.
@@ -323,7 +363,7 @@ impl Index {
         let packs = &self.packs;
         self.loose.retain(|_, location| !gone(&packs[location.pack as usize]));
         for (run, numbers) in &mut self.runs {
-            for (pack, number) in run.packs.iter().zip(numbers.iter_mut()) {
+            for (pack, number) in run.packs.iter().zip(Arc::make_mut(numbers)) {
                 if gone(pack) {
                     *number = None;
                 }

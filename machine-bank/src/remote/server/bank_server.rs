@@ -18,7 +18,7 @@ use super::super::wire::{BODY, PART};
 use super::quota::Quotas;
 use super::{Half, Rights, Session};
 use crate::bank::Bank;
-use crate::index::{Index, IndexError, LOOSE};
+use crate::index::{Found, Index, IndexError, LOOSE};
 use crate::pack::{PackId, Place};
 use crate::page::PageId;
 use crate::store::{Kind, Store, StoreError};
@@ -214,7 +214,32 @@ impl BankServer {
         Served { reason, wire: port.counts }
     }
 
-    /// Uses the index.
+    /// Where pages are, one after the other. The index is locked for what is in memory only: a store that answers slowly keeps nobody else from it.
+    pub(super) fn find(&self, ids: &[PageId]) -> impl Iterator<Item = Result<Option<Found>, StoreError>> {
+        let (held, mut runs) = self.indexed(|index| (ids.iter().map(|id| index.held(id)).collect::<Vec<_>>(), index.runs()));
+        ids.iter().zip(held).map(move |(id, held)| {
+            if held.is_some() {
+                return Ok(held);
+            }
+            loop {
+                let error = match runs.find(self.bank.store(), id) {
+                    Err(error @ (StoreError::Missing { .. } | StoreError::Ends { .. })) => error,
+                    found => return found,
+                };
+                // It may have been merged into another one meanwhile, with what was in memory.
+                let (held, now) = self.indexed(|index| (index.held(id), index.runs()));
+                if held.is_some() {
+                    return Ok(held);
+                }
+                if now.are(&runs) {
+                    return Err(error);
+                }
+                runs = now;
+            }
+        })
+    }
+
+    /// Uses the index, and no store.
     pub(super) fn indexed<T>(&self, use_it: impl FnOnce(&Index) -> T) -> T {
         use_it(&self.index.read().unwrap_or_else(PoisonError::into_inner).index)
     }

@@ -17,7 +17,7 @@ use crate::index::{LOOSE, read_directory};
 use crate::manifest::{Entry, LEAF, Manifest, ManifestError};
 use crate::pack::{FULL, FULL_PAGES, GROUP, GroupDecoder, PackId, Place, parse_pack};
 use crate::page::{PAGE, PageId, Root};
-use crate::store::{Durability, Hold, Kind, StoreError};
+use crate::store::{Durability, Hold, Kind};
 
 /// Objects that a client may be sending at a time.
 const MOST_STREAMS: usize = 16;
@@ -74,21 +74,17 @@ impl<F: Fabric> Session<'_, F> {
 
     /// Which pages are there, and which of them this client is known to know.
     fn look(&self, ids: &[PageId]) -> Result<Vec<(bool, bool)>, Failure> {
-        let brought = self.server.brought.lock().unwrap_or_else(PoisonError::into_inner);
-        let brought = brought.get(&self.client.name);
-        let knows: Vec<_> = ids
-            .iter()
-            .map(|id| {
-                let half = half(id);
-                self.client.rights.reads_all()
-                    || self.known.as_ref().is_some_and(|known| known.contains(&half))
+        let all = self.client.rights.reads_all();
+        let knows: Vec<_> = {
+            let brought = self.server.brought.lock().unwrap_or_else(PoisonError::into_inner);
+            let brought = brought.get(&self.client.name);
+            let knows = |half| {
+                self.known.as_ref().is_some_and(|known| known.contains(&half))
                     || brought.is_some_and(|brought| brought.pages.contains(&half))
-            })
-            .collect();
-        let store = self.server.bank.store();
-        let there: Result<Vec<_>, StoreError> =
-            self.server.indexed(|index| ids.iter().map(|id| Ok(index.find(store, id)?.is_some())).collect());
-        Ok(there?.into_iter().zip(knows).collect())
+            };
+            ids.iter().map(|id| all || knows(half(id))).collect()
+        };
+        self.server.find(ids).zip(knows).map(|(found, knows)| Ok((found?.is_some(), knows))).collect()
     }
 
     /// Hands the names of the pages of all machines that this client may read to `each`, leaf by leaf and each leaf once, until it says that it has enough.

@@ -7,7 +7,6 @@ use farbus_transport::Fabric;
 use super::super::wire::{BITMAP, PART, Request, Status, put_table, table_len};
 use super::cut::Cutter;
 use super::{BankServer, Failure, Session, lanes, refused};
-use crate::index::Location;
 use crate::manifest::LEAF;
 use crate::pack::{GROUP, PackId, Place};
 use crate::page::{PageId, Root};
@@ -52,20 +51,15 @@ impl<F: Fabric> Session<'_, F> {
     }
 
     fn locate(&self, pages: &[(u16, PageId)]) -> Result<(Vec<Group>, Vec<u16>), Failure> {
-        let store = self.server.bank.store();
         let (mut found, mut missing) = (Vec::with_capacity(pages.len()), Vec::new());
-        self.server.indexed(|index| {
-            for (page, id) in pages {
-                match index.find(store, id) {
-                    Ok(Some(location @ Location { place, .. })) if (2..=GROUP as u32 + 1).contains(&place.len) => {
-                        found.push((index.pack(&location), place, *page));
-                    }
-                    Ok(_) | Err(StoreError::Missing { .. } | StoreError::Ends { .. }) => missing.push(*page),
-                    Err(error) => return Err(error),
-                }
+        let ids: Vec<_> = pages.iter().map(|(_, id)| *id).collect();
+        for ((page, _), at) in pages.iter().zip(self.server.find(&ids)) {
+            match at {
+                Ok(Some((pack, place))) if (2..=GROUP as u32 + 1).contains(&place.len) => found.push((pack, place, *page)),
+                Ok(_) | Err(StoreError::Missing { .. } | StoreError::Ends { .. }) => missing.push(*page),
+                Err(error) => return Err(error.into()),
             }
-            Ok(())
-        })?;
+        }
         found.sort_unstable_by_key(|(pack, place, page)| (*pack, place.offset, place.len, *page));
         let mut groups: Vec<Group> = Vec::new();
         for (pack, Place { offset, len, slot }, page) in found {
