@@ -257,6 +257,39 @@ fn a_hold_that_cannot_be_taken_anew_ends_the_deposit_that_rests_on_it() {
 }
 
 #[test]
+fn what_is_held_can_be_looked_at_and_let_go_of_while_it_is_being_taken_anew() {
+    let (store, bank) = memory_bank();
+    deposit(&bank, "vm7", &machine(10, 200), Changes::HashAll);
+    let host = Host::new(store.clone());
+    let here = host.connect(LONG);
+    let entry = here.find("vm7").unwrap();
+    let hold = here.store().hold(Hold::Deposit, Duration::from_secs(4)).unwrap();
+    let pin = here.store().pin(entry.root).unwrap();
+    host.kill();
+    // The next server is asked for the hold, and does not answer as long as somebody sweeps.
+    let sweep = store.hold(Hold::Sweep, LONG).unwrap();
+    host.restart();
+    std::thread::scope(|scope| {
+        let asks = scope.spawn(|| here.listing().unwrap());
+        let end = Instant::now() + LONG;
+        while host.links() < 2 {
+            assert!(Instant::now() < end, "no link was made anew");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        std::thread::sleep(Duration::from_millis(300));
+        let asked = Instant::now();
+        hold.check().unwrap();
+        drop(pin);
+        assert!(asked.elapsed() < Duration::from_secs(1) && !asks.is_finished(), "{:?}", asked.elapsed());
+        drop(sweep);
+        assert_eq!(asks.join().unwrap().0.len(), 1);
+    });
+    hold.check().unwrap();
+    assert!(matches!(store.hold(Hold::Sweep, Duration::ZERO), Err(StoreError::Busy { .. })), "the hold was not taken anew");
+    assert_eq!(store.pins().unwrap(), [], "what was let go of meanwhile was taken anew");
+}
+
+#[test]
 fn pages_that_were_collected_while_nothing_was_held_are_missed_by_the_commit_and_brought_by_the_next_deposit() {
     let (store, bank) = memory_bank();
     let memory = machine(9, 1500);

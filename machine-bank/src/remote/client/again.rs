@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use super::super::service::WireCounts;
 use super::super::wire::Op;
-use super::guards::{Kept, number};
+use super::guards::{Kept, let_go, number};
 use super::{Client, Link};
 use crate::bank::CONFIG;
 use crate::store::StoreError;
@@ -35,6 +35,8 @@ impl Default for Reconnect {
     }
 }
 
+/// What was taken anew, under the keys of what is kept, with its numbers or why there is none.
+type Taken = BTreeMap<u64, (Op, Result<u32, String>)>;
 type Make = Box<dyn Fn() -> Result<Link, StoreError> + Send + Sync>;
 
 /// What the store, its guards and its drafts share.
@@ -155,16 +157,51 @@ impl Remote {
         {
             return Err(StoreError::Refused(format!("{}: another bank is served there now", client.address)));
         }
-        // Until the link is the one that there is nobody takes or lets go of anything.
-        let mut kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
-        for guard in kept.values_mut().filter(|guard| guard.lost.is_none()) {
-            match client.call(&guard.op).and_then(|answer| number(&client, &answer)) {
-                Ok(handle) => (guard.handle, guard.anew) = (handle, true),
-                Err(error) if client.is_over() => return Err(error),
-                Err(error) => {
-                    tracing::warn!(%error, "what was held over a link to a bank could not be taken anew");
-                    guard.lost = Some(error.to_string());
+        // What is held may change while the server is asked for it, and nobody waits for that.
+        let mut taken = Taken::new();
+        loop {
+            let wanted: Vec<_> = {
+                let mut kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
+                let wanted = |(key, guard): (&u64, &Kept)| {
+                    let known = taken.get(key).is_some_and(|(op, _)| *op == guard.op);
+                    (guard.lost.is_none() && !known).then(|| (*key, guard.op.clone()))
+                };
+                let wanted: Vec<_> = kept.iter().filter_map(wanted).collect();
+                if wanted.is_empty() {
+                    let left = self.replace(ended, client.clone(), &mut kept, taken);
+                    drop(kept);
+                    left.iter().for_each(|handle| let_go(&client, *handle));
+                    return Ok(());
                 }
+                wanted
+            };
+            for (key, op) in wanted {
+                let handle = match client.call(&op).and_then(|answer| number(&client, &answer)) {
+                    Ok(handle) => Ok(handle),
+                    Err(error) if client.is_over() => return Err(error),
+                    Err(error) => {
+                        tracing::warn!(%error, "what was held over a link to a bank could not be taken anew");
+                        Err(error.to_string())
+                    }
+                };
+                // Another one has the key of one that nobody needs any more.
+                if let Some((_, Ok(handle))) = taken.insert(key, (op, handle)) {
+                    let_go(&client, handle);
+                }
+                client.keep(taken.len());
+            }
+        }
+    }
+
+    /// Makes `client` the link that there is, on which `taken` is held, and says what of that nobody needs any more.
+    fn replace(&self, ended: &Client, client: Arc<Client>, kept: &mut BTreeMap<u64, Kept>, taken: Taken) -> Vec<u32> {
+        let mut left = Vec::new();
+        for (key, (op, handle)) in taken {
+            match (kept.get_mut(&key).filter(|guard| guard.op == op), handle) {
+                (Some(guard), Ok(handle)) => (guard.handle, guard.anew) = (handle, true),
+                (Some(guard), Err(why)) => guard.lost = Some(why),
+                (None, Ok(handle)) => left.push(handle),
+                (None, Err(_)) => {}
             }
         }
         client.keep(kept.len());
@@ -173,7 +210,7 @@ impl Remote {
         now.before = now.before.and(&ended.state.counts());
         now.client = client;
         now.number += 1;
-        Ok(())
+        left
     }
 
     /// Whether links are made anew.

@@ -46,11 +46,16 @@ impl Drop for RemoteGuard {
         let (client, _) = self.remote.current();
         client.keep(all.len());
         drop(all);
-        let Some(kept) = kept else { return };
-        // With the link it ends anyhow.
-        if let Err(error) = client.call(&Op::LetGo(kept.handle)) {
-            tracing::debug!(%error, "a hold on a bank ended with its link");
+        if let Some(kept) = kept {
+            let_go(&client, kept.handle);
         }
+    }
+}
+
+pub(super) fn let_go(client: &Arc<Client>, handle: u32) {
+    // With the link it ends anyhow.
+    if let Err(error) = client.call(&Op::LetGo(handle)) {
+        tracing::debug!(%error, "a hold on a bank ended with its link");
     }
 }
 
