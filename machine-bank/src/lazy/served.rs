@@ -154,7 +154,7 @@ impl Served {
             state.order.push(group);
         }
         if state.removed.get(page) || state.bad.get(page) {
-            if !self.answer_without(state, page, address) {
+            if self.answer_without(state, page, address).is_some() {
                 state.again.push(address);
                 self.changed.notify_all();
             }
@@ -175,14 +175,15 @@ impl Served {
         }
     }
 
-    /// Answers for a page that was given back, by zeros, or cannot be had; false: the range is changing, and it has to be tried again.
-    fn answer_without(&self, state: &mut State, page: u64, address: u64) -> bool {
+    /// Answers for a page that was given back, by zeros, or cannot be had. Where it has to be tried again, says after which pause.
+    fn answer_without(&self, state: &mut State, page: u64, address: u64) -> Option<Duration> {
         let bad = state.bad.get(page);
-        match if bad { self.uffd.poison(address, PAGE as u64) } else { self.zero(address, PAGE as u64) } {
-            Err(PlaceError::Changing) => return false,
-            answer => self.note(state, answer.map(|_| ())),
+        let answer = if bad { self.uffd.poison(address, PAGE as u64) } else { self.zero(address, PAGE as u64) };
+        let pause = answer.err().and_then(try_again_after);
+        if pause.is_none() {
+            self.note(state, answer.map(|_| ()));
         }
-        true
+        pause
     }
 
     /// Answers what could not be answered at once. Called by the pager, which may wait.
@@ -190,11 +191,12 @@ impl Served {
         let Some(offset) = self.regions.offset(address) else { return };
         loop {
             let mut state = self.lock();
-            if state.over || self.answer_without(&mut state, offset / PAGE as u64, address) {
+            if state.over {
                 return;
             }
+            let Some(pause) = self.answer_without(&mut state, offset / PAGE as u64, address) else { return };
             drop(state);
-            std::thread::sleep(CHANGING);
+            std::thread::sleep(pause);
         }
     }
 
@@ -387,5 +389,29 @@ impl Served {
             }
         }
         self.done(&mut state, pages.start / GROUP_PAGES as u64, true);
+    }
+}
+
+/// When to try again what failed so; `None`: never.
+fn try_again_after(error: PlaceError) -> Option<Duration> {
+    match error {
+        PlaceError::Changing => Some(CHANGING),
+        // The host may have room for it later, and whoever waits for it would wait for ever.
+        PlaceError::Host(Errno::NOMEM) => Some(SCARCE),
+        PlaceError::Gone | PlaceError::NotCached | PlaceError::Host(_) => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_the_host_has_no_memory_for_is_tried_again_and_what_it_refuses_is_not() {
+        assert_eq!(try_again_after(PlaceError::Host(Errno::NOMEM)), Some(SCARCE));
+        assert_eq!(try_again_after(PlaceError::Changing), Some(CHANGING));
+        for never in [PlaceError::Gone, PlaceError::NotCached, PlaceError::Host(Errno::FAULT)] {
+            assert_eq!(try_again_after(never), None, "{never}");
+        }
     }
 }
