@@ -286,8 +286,8 @@ pub struct ServeFaultsArgs {
     #[arg(long, value_name = "SIZE", default_value = "1G", value_parser = parse_size)]
     pub memory_cache: u64,
     /// Take what is needed of a bank that is away for so long for lost: its use is then a SIGBUS in the VMM, for ever
-    #[arg(long, value_name = "SECONDS")]
-    pub give_up: Option<u64>,
+    #[arg(long, value_name = "TIME", value_parser = parse_duration)]
+    pub give_up: Option<Duration>,
 }
 
 /// `farbus bank list`

@@ -6,7 +6,7 @@
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
-use std::time::{Duration, UNIX_EPOCH};
+use std::time::UNIX_EPOCH;
 
 use anyhow::Context;
 use farbus_machine_bank::lazy::firecracker::{FaultSocket, Told};
@@ -52,7 +52,7 @@ pub fn run(args: &ServeFaultsArgs) -> anyhow::Result<()> {
             let text = format!("{len} bytes from {offset} cannot be had: {reason}");
             events.say("failure", json!({ "offset_bytes": offset, "bytes": len, "reason": reason }), &text);
         }),
-        patience: Patience { give_up: args.give_up.map(Duration::from_secs), ..Patience::default() },
+        patience: Patience { give_up: args.give_up, ..Patience::default() },
         on_store: Arc::new(move |event: &StoreEvent| say_store(events, event)),
         ..LazyOptions::default()
     };
