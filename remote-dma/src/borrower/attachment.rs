@@ -17,6 +17,9 @@ use crate::dirty_log::DirtyLog;
 use crate::message::{Outcome, ToLender};
 use crate::rest::{Rest, RestToken};
 
+/// Between two times that the counters are told.
+const POLLS_PER_TELL: u32 = 64;
+
 impl<F: Fabric> Attachment for BorrowerSession<F> {
     fn description(&self) -> &DeviceDescription {
         &self.description
@@ -34,7 +37,10 @@ impl<F: Fabric> Attachment for BorrowerSession<F> {
         let answer = self.wait_for(sequence, self.options.read_deadline, host);
         self.flushing = false;
         match answer {
-            Some(Answer::Value(value)) => width.truncate(value),
+            Some(Answer::Value(value)) => {
+                self.counters.read_waited(self.waited);
+                width.truncate(value)
+            }
             Some(Answer::Outcome(_)) => {
                 self.close(CloseReason::Protocol("an acknowledgement where a value was due"));
                 width.all_ones()
@@ -176,6 +182,10 @@ impl<F: Fabric> Attachment for BorrowerSession<F> {
         if self.unflushed {
             self.flush();
         }
+        self.polls = self.polls.wrapping_add(1);
+        if self.polls.is_multiple_of(POLLS_PER_TELL) {
+            self.tell_counters();
+        }
         if self.take_events(now, host) { Activity::Busy } else { Activity::Idle(None) }
     }
 
@@ -183,6 +193,7 @@ impl<F: Fabric> Attachment for BorrowerSession<F> {
         if self.unflushed {
             self.flush();
         }
+        self.tell_counters();
         self.link.is_over() || self.link.arm()
     }
 

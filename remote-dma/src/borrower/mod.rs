@@ -7,9 +7,11 @@ mod attachment;
 mod memory;
 mod staging;
 
+use std::sync::Arc;
 use std::time::Duration;
 
-use farbus_transport::{CloseReason, Event, Events, Fabric, GrantError, Nanos, OpError};
+use farbus_transport::tally::Named;
+use farbus_transport::{CloseReason, Event, Events, Fabric, GrantError, Nanos, OpError, Tally, Teller};
 
 use self::memory::Memories;
 use self::staging::Staging;
@@ -52,6 +54,55 @@ pub struct Counters {
     pub mediations: u64,
     /// Polled bytes or dirty marks for memory that is no longer mapped.
     pub late: u64,
+    /// How long answered register reads waited, all together, in nanoseconds, rounded down to the last look at the clock: one in 64 polls.
+    pub read_wait_ns: u64,
+    /// How many answered register reads waited for up to each of [`READ_WAITS`] and longer than the one before it, and for longer than all.
+    pub reads_by_wait: [u64; READ_WAITS.len() + 1],
+}
+
+/// The upper bounds of [`Counters::reads_by_wait`].
+pub const READ_WAITS: [Duration; 6] = [
+    Duration::from_micros(10),
+    Duration::from_micros(100),
+    Duration::from_millis(1),
+    Duration::from_millis(10),
+    Duration::from_millis(100),
+    Duration::from_secs(1),
+];
+
+impl Counters {
+    /// Their names, in the order of [`Counters::values`]. What begins with `read_wait` is a histogram: the sum, then what is in each of its buckets.
+    pub const NAMES: &'static [Named] = &[
+        ("bar_reads", "Register reads sent."),
+        ("bar_writes", "Register writes sent."),
+        ("reads_timed_out", "Register reads that were answered all ones because nobody else did in time."),
+        ("interrupts", "Interrupts received."),
+        ("mediations", "Mediations asked for by the lender."),
+        ("late", "Polled bytes or dirty marks for memory that is no longer mapped."),
+        ("read_wait_ns", "Nanoseconds that register reads waited."),
+        ("read_wait_10us", "Register reads that waited for up to 10 us."),
+        ("read_wait_100us", "Register reads that waited for 10 to 100 us."),
+        ("read_wait_1ms", "Register reads that waited for 100 us to 1 ms."),
+        ("read_wait_10ms", "Register reads that waited for 1 to 10 ms."),
+        ("read_wait_100ms", "Register reads that waited for 10 to 100 ms."),
+        ("read_wait_1s", "Register reads that waited for 100 ms to 1 s."),
+        ("read_wait_more", "Register reads that waited for longer than 1 s."),
+    ];
+
+    /// All of them.
+    pub const fn values(&self) -> [u64; 14] {
+        let Self { bar_reads, bar_writes, reads_timed_out, interrupts, mediations, late, read_wait_ns, reads_by_wait } = *self;
+        let [a, b, c, d, e, f, g] = reads_by_wait;
+        [bar_reads, bar_writes, reads_timed_out, interrupts, mediations, late, read_wait_ns, a, b, c, d, e, f, g]
+    }
+
+    fn read_waited(&mut self, time: Duration) {
+        self.read_wait_ns = self.read_wait_ns.wrapping_add(u64::try_from(time.as_nanos()).unwrap_or(u64::MAX));
+        let bucket = READ_WAITS.iter().position(|limit| time <= *limit).unwrap_or(READ_WAITS.len());
+        if let Some(count) = self.reads_by_wait.get_mut(bucket) {
+            *count += 1;
+        }
+    }
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -82,6 +133,11 @@ pub struct BorrowerSession<F: Fabric> {
     /// An earlier function left the device under this name.
     continues: Option<RestToken>,
     counters: Counters,
+    /// How long the last answer was waited for.
+    waited: Duration,
+    /// Hears of the counters now and then.
+    teller: Option<Teller>,
+    polls: u32,
 }
 
 /// How far the device is from its rest.
@@ -131,6 +187,9 @@ impl<F: Fabric> BorrowerSession<F> {
             rest: RestState::default(),
             continues: None,
             counters: Counters::default(),
+            waited: Duration::ZERO,
+            teller: None,
+            polls: 0,
         };
         session.send(ToLender::Staging(session.staging.store_grant()));
         session.link.flush();
@@ -142,6 +201,20 @@ impl<F: Fabric> BorrowerSession<F> {
     pub fn continuing(mut self, token: RestToken) -> Self {
         self.continues = Some(token);
         self
+    }
+
+    /// Tells `tally`, which has [`Counters::NAMES`], what it counts: every 64 polls, and before each sleep.
+    #[must_use]
+    pub fn telling(mut self, tally: Arc<Tally>) -> Self {
+        self.teller = Some(Teller::new(tally));
+        self
+    }
+
+    #[inline]
+    fn tell_counters(&mut self) {
+        if let Some(teller) = &mut self.teller {
+            teller.tell(&self.counters.values());
+        }
     }
 
     /// What happened so far.
@@ -220,6 +293,7 @@ impl<F: Fabric> BorrowerSession<F> {
         loop {
             self.take_events(now, host);
             if let Some((_, answer)) = self.answer.take_if(|(answered, _)| *answered == sequence) {
+                self.waited = now.since(started);
                 return Some(answer);
             }
             if self.gone.is_some() || now.since(started) >= limit {

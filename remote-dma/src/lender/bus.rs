@@ -7,6 +7,7 @@ use std::collections::VecDeque;
 use std::os::fd::BorrowedFd;
 use std::sync::Weak;
 
+use farbus_transport::tally::Named;
 use farbus_transport::{Access, CloseReason, Events, Fabric, Grant, Nanos, Op, OpId, Signal};
 
 use super::InUse;
@@ -36,6 +37,25 @@ pub struct Counters {
     pub faults: u64,
     /// Interrupts sent.
     pub interrupts: u64,
+}
+
+impl Counters {
+    /// Their names, in the order of [`Counters::values`].
+    pub const NAMES: &'static [Named] = &[
+        ("bar_reads", "Register reads served."),
+        ("bar_writes", "Register writes served."),
+        ("direct_dma", "DMA reads and writes that went directly."),
+        ("direct_bytes", "Bytes of those."),
+        ("mediated", "Pieces of DMA that went through the guest's side."),
+        ("faults", "DMA that was refused."),
+        ("interrupts", "Interrupts sent."),
+    ];
+
+    /// All of them.
+    pub const fn values(&self) -> [u64; 7] {
+        let Self { bar_reads, bar_writes, direct_dma, direct_bytes, mediated, faults, interrupts } = *self;
+        [bar_reads, bar_writes, direct_dma, direct_bytes, mediated, faults, interrupts]
+    }
 }
 
 /// A DMA of several operations or mediations.

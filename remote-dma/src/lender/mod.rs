@@ -18,7 +18,7 @@ use std::os::fd::BorrowedFd;
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
-use farbus_transport::{CloseReason, Event, Events, Fabric, Nanos, OpError};
+use farbus_transport::{CloseReason, Event, Events, Fabric, Nanos, OpError, Tally, Teller};
 
 use self::bus::LenderBus;
 use crate::attachment::Activity;
@@ -28,7 +28,7 @@ use crate::rest::{Lease, RestToken};
 use crate::wait::{Waker, relax, sleep_until_readable};
 
 pub use self::bus::Counters;
-pub use self::ending::Wedged;
+pub use self::ending::{Drained, Wedged};
 pub use self::mediation::MAX_MEDIATIONS;
 pub(crate) use self::mediation::{FIRST_STORE, MAX_STORES, SLOT_BYTES, SLOTS, STAGING_BYTES};
 pub use self::rest::{LONGEST_LEASE, StillKept};
@@ -71,6 +71,8 @@ pub struct LenderSession<F: Fabric> {
     keep_at_most: Duration,
     /// Register reads whose answers the device still owes.
     reads_put_off: u32,
+    /// Hears of the counters now and then.
+    teller: Option<Teller>,
 }
 
 /// A device that could not be attached comes back with the reason.
@@ -98,7 +100,32 @@ impl<F: Fabric> LenderSession<F> {
 
     fn over(bus: LenderBus<F>, backend: Box<dyn Backend>) -> Self {
         let (events, waiting) = (Events::new(), VecDeque::new());
-        Self { bus, backend, events, waiting, closed: None, rest: None, lease: None, keep_at_most: LONGEST_LEASE, reads_put_off: 0 }
+        Self {
+            bus,
+            backend,
+            events,
+            waiting,
+            closed: None,
+            rest: None,
+            lease: None,
+            keep_at_most: LONGEST_LEASE,
+            reads_put_off: 0,
+            teller: None,
+        }
+    }
+
+    /// Tells `tally`, which has [`Counters::NAMES`], what it counts: every 64 polls of [`LenderSession::run`], before each sleep, and at the end.
+    #[must_use]
+    pub fn telling(mut self, tally: Arc<Tally>) -> Self {
+        self.teller = Some(Teller::new(tally));
+        self
+    }
+
+    #[inline]
+    fn tell_counters(&mut self) {
+        if let Some(teller) = &mut self.teller {
+            teller.tell(&self.bus.counters.values());
+        }
     }
 
     /// Does what there is to do, without blocking.
@@ -155,12 +182,14 @@ impl<F: Fabric> LenderSession<F> {
         loop {
             let activity = self.pump(now);
             if let Some(reason) = self.closed {
+                self.tell_counters();
                 return reason;
             }
             polls = polls.wrapping_add(1);
             let look = polls.is_multiple_of(POLLS_PER_LOOK);
             if look {
                 now = Nanos::now();
+                self.tell_counters();
                 if stop.is_set() {
                     return CloseReason::Local;
                 }
@@ -178,6 +207,7 @@ impl<F: Fabric> LenderSession<F> {
             // While an answer waits for the device, nothing may announce its end: keep polling.
             if now.since(busy_at) >= options.spin && self.waiting.is_empty() {
                 if self.arm() {
+                    self.tell_counters();
                     let fds = [self.bus.wake_fd(), self.backend.wake_fd(), Some(stop.fd())];
                     sleep_until_readable(&fds, wait);
                 }
