@@ -86,6 +86,8 @@ impl<S: IrqSink> Function<S> {
             recovery: None,
             quiesced: None,
             map_changes: 0,
+            teller: None,
+            polls: 0,
         };
         function.decoded = function.front.decoded();
         Ok(function)
