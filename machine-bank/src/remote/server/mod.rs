@@ -14,7 +14,7 @@ use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use farbus_transport::{Fabric, Memory, Nanos};
+use farbus_transport::{Fabric, Memory, Nanos, Teller};
 
 pub use bank_server::{BankServer, Client, ServeOptions, Served, Stop};
 pub use rights::{Pattern, Rights};
@@ -77,6 +77,8 @@ struct Session<'s, F> {
     /// For a client that may not read everything.
     cutter: Option<cut::Cutter>,
     clock: &'s mut dyn FnMut() -> Nanos,
+    /// Hears now and then what went over the link.
+    teller: Option<Teller>,
 }
 
 /// Why a request is not done.
@@ -191,9 +193,16 @@ impl<F: Fabric> Session<'_, F> {
             if last_heard.elapsed() > limit {
                 return format!("it said nothing for {limit:?}");
             }
+            self.tell();
             if idle {
                 self.port.sleep(&[stop.fd()], Duration::from_millis(500));
             }
+        }
+    }
+
+    fn tell(&mut self) {
+        if let Some(teller) = &mut self.teller {
+            teller.tell(&self.port.counts.values());
         }
     }
 
