@@ -5,11 +5,12 @@
 
 use std::io::ErrorKind;
 use std::process::ExitCode;
+use std::sync::Arc;
 
 use anyhow::{Context, bail};
 use farbus_pci_shim::vfio_user::{BindError, ClientInterrupts, Ended, OnUnshared, Options, Server};
-use farbus_pci_shim::{Function, FunctionOptions, InterruptOwner, Reconnector, Search};
-use farbus_remote_dma::borrower::BorrowerOptions;
+use farbus_pci_shim::{Counters, Function, FunctionOptions, InterruptOwner, Reconnector, Search};
+use farbus_remote_dma::borrower::{self, BorrowerOptions};
 use farbus_transport::CloseReason;
 use serde_json::json;
 use tokio::sync::oneshot;
@@ -18,6 +19,7 @@ use crate::attach::attach;
 use crate::borrow_args::{BorrowArgs, Unshared};
 use crate::failure::Advise;
 use crate::output::Events;
+use crate::service::{Board, Service, notify};
 use crate::signals::EndSignals;
 use crate::socket_access;
 
@@ -45,21 +47,32 @@ pub fn run(args: &BorrowArgs) -> anyhow::Result<ExitCode> {
         Err(error).advise("cannot serve a VMM there", hint)
     })?;
     let options = BorrowerOptions { read_deadline: args.read_deadline, ..BorrowerOptions::default() };
-    let session = attach(&args.from, &args.security, &args.peer, options)?;
+    let service = Service::start("borrow", &args.service, events)?;
+    let (board, from) = (&service.board, args.from.to_string());
+    let tally = board.tally(&from, "session", borrower::Counters::NAMES);
+    let session = attach(&args.from, &args.security, &args.peer, options, Some(tally))?;
+    board.begin(&from);
     let name = session.description().name.clone();
     let interrupts = ClientInterrupts::new(session.description());
     let mut function = Function::new(session, interrupts, FunctionOptions { interrupts: InterruptOwner::Client })?;
     if !args.reconnect.is_zero() {
-        function.reattach_by(Box::new(search(args, options, events)));
+        function.reattach_by(Box::new(search(args, options, events, board)));
     }
+    function.tell(board.tally(&from, "function", Counters::NAMES));
     let socket = args.vfio_user.display().to_string();
+    board.describe("device", &name);
+    board.describe("socket", &socket);
+    board.state("serving");
     events.say(
         "serving",
         json!({ "device": name, "from": args.from.to_string(), "socket": socket }),
         &format!("serving {name} from {} at {socket}", args.from),
     );
 
+    notify::ready(&format!("serving {name} from {from} at {socket}"));
+    let lost = Arc::clone(board);
     server.on_loss(move |why| {
+        lost.state("gone");
         let what = format!("{}: the VM reads all ones until it leaves, then this ends", culprit(why));
         events.say("lender-gone", json!({ "reason": why.to_string() }), &what);
     });
@@ -80,8 +93,11 @@ pub fn run(args: &BorrowArgs) -> anyhow::Result<ExitCode> {
         tokio::select! {
             signal = signals.next() => Some(signal),
             _ = released => None,
+            () = notify::watchdog() => None,
         }
     });
+    board.state("draining");
+    notify::stopping(signal.unwrap_or("the lender is gone"));
     stop.stop();
     let Ok((ended, gone, counters)) = serving.join() else { bail!("the serving thread failed") };
     tracing::info!(?counters, "the function's counts");
@@ -96,20 +112,36 @@ pub fn run(args: &BorrowArgs) -> anyhow::Result<ExitCode> {
 }
 
 /// How the lender is looked for when it is gone, and what is said of it.
-fn search(args: &BorrowArgs, options: BorrowerOptions, events: Events) -> Reconnector {
+fn search(args: &BorrowArgs, options: BorrowerOptions, events: Events, board: &Arc<Board>) -> Reconnector {
     let (from, security, peer) = (args.from.clone(), args.security.clone(), args.peer.clone());
-    let again = move || attach(&from, &security, &peer, options).map_err(|error| format!("{error:#}"));
+    let (board, lender) = (Arc::clone(board), args.from.to_string());
+    let tally = board.tally(&lender, "session", borrower::Counters::NAMES);
+    let again = move || attach(&from, &security, &peer, options, Some(Arc::clone(&tally))).map_err(|error| format!("{error:#}"));
     let limit = args.reconnect;
     Reconnector::new(limit, again).telling(move |search| match search {
         Search::Lost(why) => {
+            board.state("lost");
+            board.count("losses");
+            board.end(&lender);
+            notify::status("looking for the lender");
             let what = format!("{}: looking for it for {limit:?}, the VM waits", culprit(why));
             events.say("lender-lost", json!({ "reason": why.to_string(), "limit_ms": limit.as_millis() }), &what);
         }
         Search::Back(away) => {
+            board.state("serving");
+            board.count("recoveries");
+            board.away(away);
+            board.begin(&lender);
+            notify::status("serving");
             let what = format!("the lender is back after {away:.0?}, and has what the VM had no answer to");
             events.say("lender-back", json!({ "away_us": away.as_micros() }), &what);
         }
-        Search::GaveUp(why) => events.say("lender-given-up", json!({ "reason": why }), &format!("the lender is given up: {why}")),
+        Search::GaveUp(why) => {
+            board.state("gone");
+            board.count("given_up");
+            notify::status("the lender is given up");
+            events.say("lender-given-up", json!({ "reason": why }), &format!("the lender is given up: {why}"));
+        }
     })
 }
 

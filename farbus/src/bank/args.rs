@@ -12,6 +12,7 @@ use super::archive_args::{ExportArgs, ImportArgs};
 use super::keep_args::{CopyArgs, GcArgs, RemoveArgs, StatsArgs, VerifyArgs};
 use super::serve_args::{BankLinkArgs, ServeArgs};
 use super::{help_text, vmm_help};
+use crate::service::ServiceArgs;
 use crate::values::{parse_duration, parse_size};
 
 /// `farbus bank`
@@ -283,6 +284,9 @@ pub struct ServeFaultsArgs {
     /// How much of verified pages is kept in memory for VMMs to come, as in 512M or 2G
     #[arg(long, value_name = "SIZE", default_value = "1G", value_parser = parse_size)]
     pub memory_cache: u64,
+    /// What it is as a service.
+    #[command(flatten)]
+    pub service: ServiceArgs,
 }
 
 /// `farbus bank list`

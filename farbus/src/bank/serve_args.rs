@@ -11,6 +11,7 @@ use farbus_machine_bank::remote::Pattern;
 use super::args::Place;
 use crate::link_address::LinkAddress;
 use crate::security::{AllowArgs, PeerArgs, SecurityArgs};
+use crate::service::ServiceArgs;
 
 /// How the two sides of a link to a bank know each other.
 #[derive(Clone, Debug, Args)]
@@ -63,6 +64,9 @@ pub struct ServeArgs {
     /// Who may connect.
     #[command(flatten)]
     pub allow: AllowArgs,
+    /// What it is as a service.
+    #[command(flatten)]
+    pub service: ServiceArgs,
 }
 
 /// Machines, and the client whom a rule is for.

@@ -65,7 +65,7 @@ pub struct DriverSide {
 /// The device that is lent at `far`.
 pub fn remote(far: &FarSide, original: &Path) -> anyhow::Result<DriverSide> {
     let options = BorrowerOptions { spin: SPIN, ..BorrowerOptions::default() };
-    DriverSide::new(attach(&far.address, &far.security, &far.peer, options)?, original).context("the borrowed device")
+    DriverSide::new(attach(&far.address, &far.security, &far.peer, options, None)?, original).context("the borrowed device")
 }
 
 /// A device of this process over `image`.
