@@ -128,7 +128,7 @@ async fn lend(args: LendArgs, device: Box<dyn Backend>, quiesce: Duration, servi
     drop(news);
     if desk.idle.is_none() {
         let limit = args.drain + quiesce;
-        let back = device_is_back(&mut heard, desk.wedged, limit);
+        let back = device_is_back(&mut heard, desk.wedged, limit, events);
         tokio::pin!(back);
         loop {
             tokio::select! {
@@ -150,6 +150,7 @@ async fn device_is_back(
     heard: &mut mpsc::UnboundedReceiver<(Visitor, News)>,
     mut wedged: Option<usize>,
     quiesce: Duration,
+    events: Events,
 ) -> anyhow::Result<()> {
     // A device that is known to be wedged has had its time.
     let limit = wedged.map_or(quiesce + GRACE, |_| GRACE);
@@ -157,6 +158,7 @@ async fn device_is_back(
         loop {
             match heard.recv().await {
                 Some((_, News::Returned(..))) => return Ok(()),
+                Some((_, News::Drained(drained))) => say_drained(events, drained),
                 Some((_, News::Wedged(in_flight))) => {
                     wedged = Some(in_flight);
                     return Err(None);
@@ -179,6 +181,17 @@ async fn device_is_back(
             },
         )),
     }
+}
+
+/// What became of what the device had begun when the command was told to end.
+fn say_drained(events: Events, drained: Drained) {
+    let (what, in_flight) = match drained {
+        Drained::Done => ("all that the device had begun has ended", 0),
+        Drained::Late(in_flight) => ("the device did not end in time what it had begun: it is cut off", in_flight),
+        // Nothing was waited for.
+        Drained::Unable | Drained::Over => return,
+    };
+    events.say("drained", json!({ "done": drained == Drained::Done, "in_flight": in_flight }), what);
 }
 
 /// Where the device lies while it is not lent, and where visitors are received.
@@ -252,16 +265,7 @@ impl Desk {
                     None => self.events.say("lent", json!({}), "a borrower has the device"),
                 }
             }
-            News::Drained(drained) => {
-                let (what, in_flight) = match drained {
-                    Drained::Done => ("all that the device had begun has ended", 0),
-                    Drained::Late(in_flight) => ("the device did not end in time what it had begun: it is cut off", in_flight),
-                    // Nothing of it was waited for.
-                    Drained::Unable | Drained::Over => return None,
-                };
-                let done = drained == Drained::Done;
-                self.events.say("drained", json!({ "done": done, "in_flight": in_flight }), what);
-            }
+            News::Drained(drained) => say_drained(self.events, drained),
             News::Wedged(in_flight) => {
                 self.wedged = Some(in_flight);
                 let what = format!(

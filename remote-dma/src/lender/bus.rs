@@ -31,6 +31,10 @@ pub struct Counters {
     pub direct_dma: u64,
     /// Bytes of those.
     pub direct_bytes: u64,
+    /// Pieces of guest memory that threads of the device, or the kernel for them, were let into: where an image is a file, its data go that way.
+    pub lent_pieces: u64,
+    /// Bytes of those.
+    pub lent_bytes: u64,
     /// Pieces of DMA that went through the guest's side.
     pub mediated: u64,
     /// DMA that was refused.
@@ -45,16 +49,18 @@ impl Counters {
         ("bar_reads", "Register reads served."),
         ("bar_writes", "Register writes served."),
         ("direct_dma", "DMA reads and writes that went directly."),
-        ("direct_bytes", "Bytes of those."),
+        ("direct_bytes", "Bytes of DMA that went directly."),
+        ("lent_pieces", "Pieces of guest memory that threads of the device, or the kernel for them, were let into."),
+        ("lent_bytes", "Bytes of those."),
         ("mediated", "Pieces of DMA that went through the guest's side."),
         ("faults", "DMA that was refused."),
         ("interrupts", "Interrupts sent."),
     ];
 
     /// All of them.
-    pub const fn values(&self) -> [u64; 7] {
-        let Self { bar_reads, bar_writes, direct_dma, direct_bytes, mediated, faults, interrupts } = *self;
-        [bar_reads, bar_writes, direct_dma, direct_bytes, mediated, faults, interrupts]
+    pub const fn values(&self) -> [u64; 9] {
+        let Self { bar_reads, bar_writes, direct_dma, direct_bytes, lent_pieces, lent_bytes, mediated, faults, interrupts } = *self;
+        [bar_reads, bar_writes, direct_dma, direct_bytes, lent_pieces, lent_bytes, mediated, faults, interrupts]
     }
 }
 

@@ -73,6 +73,7 @@ pub struct LenderSession<F: Fabric> {
     reads_put_off: u32,
     /// Hears of the counters now and then.
     teller: Option<Teller>,
+    polls: u32,
 }
 
 /// A device that could not be attached comes back with the reason.
@@ -111,10 +112,11 @@ impl<F: Fabric> LenderSession<F> {
             keep_at_most: LONGEST_LEASE,
             reads_put_off: 0,
             teller: None,
+            polls: 0,
         }
     }
 
-    /// Tells `tally`, which has [`Counters::NAMES`], what it counts: every 64 polls of [`LenderSession::run`], before each sleep, and at the end.
+    /// Tells `tally`, which has [`Counters::NAMES`], what it counts: every 64 polls, before each sleep, and at the end.
     #[must_use]
     pub fn telling(mut self, tally: Arc<Tally>) -> Self {
         self.teller = Some(Teller::new(tally));
@@ -130,7 +132,13 @@ impl<F: Fabric> LenderSession<F> {
 
     /// Does what there is to do, without blocking.
     pub fn pump(&mut self, now: Nanos) -> Activity {
+        /// Between two times that the counters are told.
+        const POLLS_PER_TELL: u32 = 64;
         self.bus.set_now(now);
+        self.polls = self.polls.wrapping_add(1);
+        if self.polls.is_multiple_of(POLLS_PER_TELL) {
+            self.tell_counters();
+        }
         let mut events = std::mem::take(&mut self.events);
         events.clear();
         self.bus.poll(&mut events);
@@ -189,8 +197,8 @@ impl<F: Fabric> LenderSession<F> {
             let look = polls.is_multiple_of(POLLS_PER_LOOK);
             if look {
                 now = Nanos::now();
-                self.tell_counters();
                 if stop.is_set() {
+                    self.tell_counters();
                     return CloseReason::Local;
                 }
             }
