@@ -7,10 +7,10 @@ use std::collections::VecDeque;
 use std::os::fd::BorrowedFd;
 use std::sync::Weak;
 
-use farbus_transport::tally::Named;
 use farbus_transport::{Access, CloseReason, Events, Fabric, Grant, Nanos, Op, OpId, Signal};
 
 use super::InUse;
+use super::counters::Counters;
 use super::mediation::Mediator;
 use super::windows::Windows;
 use crate::address::Iova;
@@ -19,50 +19,6 @@ use crate::backend::{AttachError, DeviceWindow, DmaFault, DmaTag};
 use crate::endpoint::Endpoint;
 use crate::message::{Outcome, ToBorrower};
 use crate::shared_window::SharedWindow;
-
-/// What a session did so far.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Counters {
-    /// Register reads served.
-    pub bar_reads: u64,
-    /// Register writes served.
-    pub bar_writes: u64,
-    /// DMA reads and writes that went directly.
-    pub direct_dma: u64,
-    /// Bytes of those.
-    pub direct_bytes: u64,
-    /// Pieces of guest memory that threads of the device, or the kernel for them, were let into: where an image is a file, its data go that way.
-    pub lent_pieces: u64,
-    /// Bytes of those.
-    pub lent_bytes: u64,
-    /// Pieces of DMA that went through the guest's side.
-    pub mediated: u64,
-    /// DMA that was refused.
-    pub faults: u64,
-    /// Interrupts sent.
-    pub interrupts: u64,
-}
-
-impl Counters {
-    /// Their names, in the order of [`Counters::values`].
-    pub const NAMES: &'static [Named] = &[
-        ("bar_reads", "Register reads served."),
-        ("bar_writes", "Register writes served."),
-        ("direct_dma", "DMA reads and writes that went directly."),
-        ("direct_bytes", "Bytes of DMA that went directly."),
-        ("lent_pieces", "Pieces of guest memory that threads of the device, or the kernel for them, were let into."),
-        ("lent_bytes", "Bytes of those."),
-        ("mediated", "Pieces of DMA that went through the guest's side."),
-        ("faults", "DMA that was refused."),
-        ("interrupts", "Interrupts sent."),
-    ];
-
-    /// All of them.
-    pub const fn values(&self) -> [u64; 9] {
-        let Self { bar_reads, bar_writes, direct_dma, direct_bytes, lent_pieces, lent_bytes, mediated, faults, interrupts } = *self;
-        [bar_reads, bar_writes, direct_dma, direct_bytes, lent_pieces, lent_bytes, mediated, faults, interrupts]
-    }
-}
 
 /// A DMA of several operations or mediations.
 pub(super) struct Pending {

@@ -6,6 +6,7 @@
 //! One thread owns a session. [`LenderSession::run`] polls, and sleeps after a bounded time without work.
 
 mod bus;
+mod counters;
 mod dma;
 mod ending;
 mod giving;
@@ -18,7 +19,7 @@ use std::os::fd::BorrowedFd;
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
-use farbus_transport::{CloseReason, Event, Events, Fabric, Nanos, OpError, Tally, Teller};
+use farbus_transport::{CloseReason, Event, Events, Fabric, Nanos, OpError, Teller};
 
 use self::bus::LenderBus;
 use crate::attachment::Activity;
@@ -27,7 +28,7 @@ use crate::message::{Outcome, Sequence, ToBorrower, ToLender};
 use crate::rest::{Lease, RestToken};
 use crate::wait::{Waker, relax, sleep_until_readable};
 
-pub use self::bus::Counters;
+pub use self::counters::Counters;
 pub use self::ending::{Drained, Wedged};
 pub use self::mediation::MAX_MEDIATIONS;
 pub(crate) use self::mediation::{FIRST_STORE, MAX_STORES, SLOT_BYTES, SLOTS, STAGING_BYTES};
@@ -113,20 +114,6 @@ impl<F: Fabric> LenderSession<F> {
             reads_put_off: 0,
             teller: None,
             polls: 0,
-        }
-    }
-
-    /// Tells `tally`, which has [`Counters::NAMES`], what it counts: every 64 polls, before each sleep, and at the end.
-    #[must_use]
-    pub fn telling(mut self, tally: Arc<Tally>) -> Self {
-        self.teller = Some(Teller::new(tally));
-        self
-    }
-
-    #[inline]
-    fn tell_counters(&mut self) {
-        if let Some(teller) = &mut self.teller {
-            teller.tell(&self.bus.counters.values());
         }
     }
 
@@ -238,11 +225,6 @@ impl<F: Fabric> LenderSession<F> {
     /// Why the link ended, once it has.
     pub fn closed(&self) -> Option<CloseReason> {
         self.closed
-    }
-
-    /// What happened so far.
-    pub fn counters(&self) -> Counters {
-        self.bus.counters()
     }
 
     /// Tells the device which of its DMAs ended; true where one did.
