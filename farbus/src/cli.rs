@@ -15,7 +15,7 @@ use crate::link_address::{LinkAddress, lender_address};
 use crate::security::{AllowArgs, PeerArgs, SecurityArgs};
 use crate::service::ServiceArgs;
 use crate::status::StatusArgs;
-use crate::values::{parse_duration, parse_pairs, parse_seconds};
+use crate::values::{parse_duration, parse_pairs, parse_rate, parse_seconds};
 
 /// Lend a PCIe device to a virtual machine on another host, borrow it there.
 #[derive(Debug, Parser)]
@@ -131,6 +131,9 @@ pub struct LendArgs {
     /// cuts it off at once
     #[arg(long, value_name = "TIME", default_value = "5s", value_parser = parse_duration)]
     pub drain: Duration,
+    /// How much data a borrower's commands move in a second at most, both directions together, as in 200M or 1G: beyond, its commands wait. For nvme: devices
+    #[arg(long, value_name = "SIZE", value_parser = parse_rate)]
+    pub max_bandwidth: Option<u64>,
     /// Print one JSON object a line
     #[arg(long)]
     pub json: bool,

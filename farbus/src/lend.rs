@@ -28,6 +28,7 @@ use self::quota::Quota;
 use self::visit::{Claimed, Device, News, Terms, Visit, Visitor};
 use crate::cli::LendArgs;
 use crate::cores::check_core;
+use crate::device_spec::DeviceSpec;
 use crate::failure::misuse;
 use crate::link::{Arrival, Door, Purpose};
 use crate::link_address::LinkAddress;
@@ -49,6 +50,12 @@ pub fn run(args: LendArgs) -> anyhow::Result<()> {
         check_core(core)?;
     }
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().context("cannot start the control plane")?;
+    if args.max_bandwidth.is_some() && !matches!(args.device, DeviceSpec::Nvme { .. }) {
+        return Err(misuse(
+            "--max-bandwidth bounds a device that can be held, and this is none",
+            "leave it out, or lend an nvme: device",
+        ));
+    }
     let device = args.device.open()?;
     if device.takes_windows() && !matches!(args.listen, LinkAddress::Shm(_)) {
         return Err(misuse(
@@ -84,6 +91,7 @@ async fn lend(args: LendArgs, device: Box<dyn Backend>, quiesce: Duration, servi
         core: args.core,
         quiesce,
         keep_at_most: args.keep_at_most,
+        max_bandwidth: args.max_bandwidth,
     });
     let (news, mut heard) = mpsc::unbounded_channel();
     let mut desk = Desk {

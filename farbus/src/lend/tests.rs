@@ -104,6 +104,7 @@ impl Lender {
             spin: Duration::from_micros(50),
             keep_at_most: Duration::from_secs(60),
             drain: QUIESCE,
+            max_bandwidth: None,
             service: ServiceArgs::default(),
             accept_unsealed: false,
             core: None,

@@ -93,6 +93,8 @@ pub struct Terms {
     pub quiesce: Duration,
     /// How long a device is kept for a function that left it.
     pub keep_at_most: Duration,
+    /// Bytes in a second that a borrower's device may move.
+    pub max_bandwidth: Option<u64>,
 }
 
 /// How long a kept device waits for a borrower whose link did not come about.
@@ -160,7 +162,11 @@ impl Visit {
         let mut session = match session {
             Ok(session) => {
                 let tally = self.terms.board.tally(identity, "session", Counters::NAMES);
-                session.keeping_at_most(self.terms.keep_at_most).telling(tally)
+                let session = session.keeping_at_most(self.terms.keep_at_most).telling(tally);
+                match self.terms.max_bandwidth {
+                    Some(rate) => session.limited_to(rate),
+                    None => session,
+                }
             }
             Err((error, device)) => return self.give_back(device, Err(error.to_string())),
         };

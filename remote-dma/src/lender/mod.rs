@@ -12,6 +12,7 @@ mod ending;
 mod giving;
 mod mediation;
 mod rest;
+mod throttle;
 mod windows;
 
 use std::collections::VecDeque;
@@ -22,6 +23,7 @@ use std::time::Duration;
 use farbus_transport::{CloseReason, Event, Events, Fabric, Nanos, OpError, Teller};
 
 use self::bus::LenderBus;
+use self::throttle::Throttle;
 use crate::attachment::Activity;
 use crate::backend::{AttachError, Backend, DmaFault, ReadTicket, ResetKind};
 use crate::message::{Outcome, Sequence, ToBorrower, ToLender};
@@ -75,6 +77,7 @@ pub struct LenderSession<F: Fabric> {
     /// Hears of the counters now and then.
     teller: Option<Teller>,
     polls: u32,
+    throttle: Option<Throttle>,
 }
 
 /// A device that could not be attached comes back with the reason.
@@ -114,6 +117,7 @@ impl<F: Fabric> LenderSession<F> {
             reads_put_off: 0,
             teller: None,
             polls: 0,
+            throttle: None,
         }
     }
 
@@ -150,6 +154,9 @@ impl<F: Fabric> LenderSession<F> {
         activity = activity.and(self.backend.poll(&mut self.bus));
         if self.tell_finished() {
             activity = Activity::Busy;
+        }
+        if self.throttle.is_some() {
+            activity = activity.and(Activity::Idle(self.throttled()));
         }
         if self.reads_put_off > 0 {
             self.answer_put_off();
