@@ -52,7 +52,7 @@ fn borrow(place: &Place) -> Driver<FunctionRegisters<RecorderSink>> {
 fn flood(place: &Place, moved: &AtomicU64, paused: &AtomicBool, over: &AtomicBool) {
     let mut driver = borrow(place);
     let buffers: Vec<_> = (0..DEPTH).map(|_| driver.allocate(LARGE).unwrap()).collect();
-    let mut under_way = vec![false; DEPTH];
+    let mut under_way = [false; DEPTH];
     while !over.load(Ordering::Relaxed) {
         if !paused.load(Ordering::Relaxed) {
             for (slot, buffer) in buffers.iter().enumerate().filter(|(slot, _)| !under_way[*slot]) {
