@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use anyhow::Context;
 use farbus_remote_dma::borrower::{BorrowerOptions, BorrowerSession};
-use farbus_remote_dma::{Attachment, DeviceDescription};
+use farbus_remote_dma::{Attachment, Claim, DeviceDescription};
 use farbus_transport::link::hello::{Hello, Role, SPOKEN};
 use farbus_transport::{Fabric, Tally};
 
@@ -14,15 +14,16 @@ use crate::link::{Linked, Purpose, connect};
 use crate::link_address::LinkAddress;
 use crate::security::{PeerArgs, SecurityArgs};
 
-/// Connects to the lender at `from`; `tally` hears what the session counts.
+/// Connects to the lender at `from`, for and as what `claim` says; `tally` hears what the session counts.
 pub fn attach(
     from: &LinkAddress,
     security: &SecurityArgs,
     peer: &PeerArgs,
     options: BorrowerOptions,
+    claim: &Claim,
     tally: Option<Arc<Tally>>,
 ) -> anyhow::Result<Box<dyn Attachment>> {
-    let hello = Hello { versions: SPOKEN, role: Role::Borrower, features: 0, epoch: 0, description: Vec::new() };
+    let hello = Hello { versions: SPOKEN, role: Role::Borrower, features: 0, epoch: 0, description: claim.encode() };
     let (linked, agreed) = connect(from, Purpose::Device, security, peer, &hello)?;
     let description = DeviceDescription::decode(&agreed.peer.description)
         .with_context(|| format!("the lender at {from} is wrong about its device"))?;

@@ -8,6 +8,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use anyhow::Context;
+use clap::ValueEnum;
 use farbus_bench::measure::LEAST_ROUNDS;
 use farbus_bench::report::{Kept, SuiteReport, changes_table, suite_row, suite_table};
 use farbus_bench::suite::{BankSeries, Heard, ShmSession, SoftRoce, Step, bank, shm, soft_roce};
@@ -18,6 +19,19 @@ use crate::cli::{BenchArgs, BenchCommand, CompareArgs, Suite};
 use crate::failure::{Advise, misuse};
 use crate::output::print_line;
 
+/// Rows of the suite `bank` that are measured together.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum BankPart {
+    /// Images in and out, beside programs that others wrote
+    Peers,
+    /// A machine that starts at once, beside a restic restore
+    Start,
+    /// Faults that the cache answers
+    Faults,
+    /// A large machine
+    Large,
+}
+
 /// Runs a suite.
 pub fn run(args: &BenchArgs) -> anyhow::Result<()> {
     if let Some(BenchCommand::Compare(args)) = &args.command {
@@ -27,9 +41,9 @@ pub fn run(args: &BenchArgs) -> anyhow::Result<()> {
         // clap asks for it where there is no command.
         None => return Err(misuse("no suite is named", "farbus bench --help lists them")),
         Some(Suite::Shm) => {
-            if args.dev.is_some() || args.pairs.is_some() {
+            if args.dev.is_some() || args.pairs.is_some() || args.only.is_some() {
                 return Err(misuse(
-                    "--dev is for the suite soft-roce, --pairs for soft-roce and bank",
+                    "--dev is for the suite soft-roce, --pairs for soft-roce and bank, --only for bank",
                     "leave them out, or run such a suite",
                 ));
             }
@@ -38,6 +52,9 @@ pub fn run(args: &BenchArgs) -> anyhow::Result<()> {
             shm::run(&mut subjects, &shm_effort(args.seconds.unwrap_or(1.0)), |heard| bar.hear(heard))
         }
         Some(Suite::Bank) => bank(args)?,
+        Some(Suite::SoftRoce) if args.only.is_some() => {
+            return Err(misuse("--only is for the suite bank", "leave it out, or run that suite"));
+        }
         Some(Suite::SoftRoce) => {
             let effort = soft_roce_effort(args);
             let choice = DeviceChoice { device: args.dev.clone(), ..DeviceChoice::default() };
@@ -93,6 +110,12 @@ fn bank(args: &BenchArgs) -> anyhow::Result<SuiteReport> {
     let effort = bank::Effort {
         rounds: args.pairs.unwrap_or(full.rounds),
         large: (args.large_gib * f64::from(1 << 30)) as u64 / 4096 * 4096,
+        only: args.only.map(|part| match part {
+            BankPart::Peers => bank::Part::Peers,
+            BankPart::Start => bank::Part::Start,
+            BankPart::Faults => bank::Part::Faults,
+            BankPart::Large => bank::Part::Large,
+        }),
     };
     let scratch = tempfile::tempdir().context("the suite needs a folder for temporary files: set TMPDIR")?;
     let farbus = std::env::current_exe().context("where is this program?")?;
@@ -188,6 +211,7 @@ mod tests {
             dev: None,
             series: None,
             large_gib: 10.0,
+            only: None,
             json: false,
         }
     }

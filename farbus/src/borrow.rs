@@ -6,15 +6,19 @@
 use std::io::ErrorKind;
 use std::process::ExitCode;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
 use farbus_pci_shim::vfio_user::{BindError, ClientInterrupts, Ended, OnUnshared, Options, Server};
-use farbus_pci_shim::{Counters, Function, FunctionOptions, InterruptOwner, Reconnector, Search};
+use farbus_pci_shim::{Counters, Function, FunctionOptions, InterruptOwner, NotFound, Reconnector, Search};
 use farbus_remote_dma::borrower::{self, BorrowerOptions};
-use farbus_transport::CloseReason;
+use farbus_remote_dma::{Attachment, Claim, HolderToken, Holding};
+use farbus_transport::link::verdict::Refusal;
+use farbus_transport::{CloseReason, Tally};
 use serde_json::json;
 use tokio::sync::oneshot;
 
+use crate::advice::refusal_of;
 use crate::attach::attach;
 use crate::borrow_args::{BorrowArgs, Unshared};
 use crate::failure::Advise;
@@ -25,6 +29,9 @@ use crate::socket_access;
 
 /// The exit status where the lender is gone without a goodbye or broke the protocol.
 const LENDER_LOST: u8 = 3;
+/// How long a device that is held for somebody else is waited for, and how often it is asked for.
+const LONGEST_HOLD: Duration = Duration::from_secs(30);
+const BETWEEN_LOOKS: Duration = Duration::from_millis(100);
 
 /// Borrows until the lender is gone or a signal comes; the exit status says which.
 pub fn run(args: &BorrowArgs) -> anyhow::Result<ExitCode> {
@@ -49,14 +56,15 @@ pub fn run(args: &BorrowArgs) -> anyhow::Result<ExitCode> {
     let options = BorrowerOptions { read_deadline: args.read_deadline, ..BorrowerOptions::default() };
     let service = Service::start("borrow", &args.service, events)?;
     let (board, from) = (&service.board, args.from.to_string());
+    let holder = HolderToken::random().context("no random bytes")?;
     let tally = board.tally(&from, "session", borrower::Counters::NAMES);
-    let session = attach(&args.from, &args.security, &args.peer, options, Some(tally))?;
+    let session = attach_first(args, options, holder, &tally)?;
     board.begin(&from);
     let name = session.description().name.clone();
     let interrupts = ClientInterrupts::new(session.description());
     let mut function = Function::new(session, interrupts, FunctionOptions { interrupts: InterruptOwner::Client })?;
     if !args.reconnect.is_zero() {
-        function.reattach_by(Box::new(search(args, options, events, board)));
+        function.reattach_by(Box::new(search(args, options, holder, events, board)));
     }
     function.tell(board.tally(&from, "function", Counters::NAMES));
     let socket = args.vfio_user.display().to_string();
@@ -111,12 +119,38 @@ pub fn run(args: &BorrowArgs) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::from(code))
 }
 
+/// Connects for the first time. A device that is held for somebody who may come back is waited for.
+fn attach_first(
+    args: &BorrowArgs,
+    options: BorrowerOptions,
+    holder: HolderToken,
+    tally: &Arc<Tally>,
+) -> anyhow::Result<Box<dyn Attachment>> {
+    let claim = Claim { rest: None, holding: Some(Holding::First(holder)) };
+    let began = Instant::now();
+    loop {
+        match attach(&args.from, &args.security, &args.peer, options, &claim, Some(Arc::clone(tally))) {
+            Err(error) if refusal_of(&error) == Some(Refusal::Held) && began.elapsed() < LONGEST_HOLD => {
+                tracing::info!("the device is held for a borrower that may come back: waiting");
+                std::thread::sleep(BETWEEN_LOOKS);
+            }
+            attached => return attached,
+        }
+    }
+}
+
 /// How the lender is looked for when it is gone, and what is said of it.
-fn search(args: &BorrowArgs, options: BorrowerOptions, events: Events, board: &Arc<Board>) -> Reconnector {
+fn search(args: &BorrowArgs, options: BorrowerOptions, holder: HolderToken, events: Events, board: &Arc<Board>) -> Reconnector {
     let (from, security, peer) = (args.from.clone(), args.security.clone(), args.peer.clone());
     let (board, lender) = (Arc::clone(board), args.from.to_string());
     let tally = board.tally(&lender, "session", borrower::Counters::NAMES);
-    let again = move || attach(&from, &security, &peer, options, Some(Arc::clone(&tally))).map_err(|error| format!("{error:#}"));
+    let claim = Claim { rest: None, holding: Some(Holding::Again(holder)) };
+    let again = move || {
+        attach(&from, &security, &peer, options, &claim, Some(Arc::clone(&tally))).map_err(|error| match refusal_of(&error) {
+            Some(Refusal::Others) => NotFound::Ever(format!("{error:#}")),
+            _ => NotFound::Yet(format!("{error:#}")),
+        })
+    };
     let limit = args.reconnect;
     Reconnector::new(limit, again).telling(move |search| match search {
         Search::Lost(why) => {

@@ -54,7 +54,7 @@ pub enum Command {
     /// What can be lent here, and which fabrics work
     Devices(DevicesArgs),
     /// Save machines by content, and take them out again
-    Bank(BankArgs),
+    Bank(Box<BankArgs>),
     /// What the services of this user do: lend, borrow, bank serve, bank serve-faults
     Status(StatusArgs),
     /// Run a benchmark suite
@@ -134,6 +134,9 @@ pub struct LendArgs {
     /// How much data a borrower's commands move in a second at most, both directions together, as in 200M or 1G: beyond, its commands wait. For nvme: devices
     #[arg(long, value_name = "SIZE", value_parser = parse_rate)]
     pub max_bandwidth: Option<u64>,
+    /// How long the device is held for a borrower whose link was lost, or whose lender was killed, and who may come back, as in 5s; others wait
+    #[arg(long, value_name = "TIME", default_value = "5s", value_parser = parse_duration)]
+    pub hold: Duration,
     /// Print one JSON object a line
     #[arg(long)]
     pub json: bool,
@@ -328,6 +331,8 @@ pub struct BenchArgs {
     /// GiB of the large machine (bank)
     #[arg(long, value_name = "GIB", default_value_t = 10.0)]
     pub large_gib: f64,
+    #[arg(long, value_enum, value_name = "PART", help = "Only these rows (bank)")]
+    pub only: Option<crate::bench::BankPart>,
     /// Print one JSON object
     #[arg(long)]
     pub json: bool,
