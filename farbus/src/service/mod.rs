@@ -36,8 +36,8 @@ pub struct ServiceArgs {
     /// With --metrics: at an address that others reach, too. Whoever reaches it learns devices, borrowers and how busy they are
     #[arg(long, help_heading = HEADING, requires = "metrics")]
     pub metrics_anyone: bool,
-    /// Take what the command line and the environment do not say from this file: TOML, with a table for each command ([lend], [borrow], [bank.serve],
-    /// [bank.serve-faults]) and the long names of its options
+    /// Take what the command line and the environment (FARBUS_LEND_…, FARBUS_BORROW_…, FARBUS_BANK_SERVE_…) do not say from this file: TOML, with a table
+    /// for each command (lend, borrow, bank.serve, bank.serve-faults) and the long names of its options
     #[arg(long, help_heading = HEADING, value_name = "FILE")]
     pub config: Option<PathBuf>,
     /// Print what is in force, and where it comes from, as such a file, and end
