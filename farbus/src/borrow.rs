@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
 use farbus_pci_shim::vfio_user::{BindError, ClientInterrupts, Ended, OnUnshared, Options, Server};
-use farbus_pci_shim::{Counters, Function, FunctionOptions, InterruptOwner, NotFound, Reconnector, Search};
+use farbus_pci_shim::{Counters, Function, FunctionOptions, InterruptOwner, NotFound, Reconnector, Search, SearchStop};
 use farbus_remote_dma::borrower::{self, BorrowerOptions};
 use farbus_remote_dma::{Attachment, Claim, HolderToken, Holding};
 use farbus_transport::link::verdict::Refusal;
@@ -63,8 +63,11 @@ pub fn run(args: &BorrowArgs) -> anyhow::Result<ExitCode> {
     let name = session.description().name.clone();
     let interrupts = ClientInterrupts::new(session.description());
     let mut function = Function::new(session, interrupts, FunctionOptions { interrupts: InterruptOwner::Client })?;
+    let mut search_stop = None;
     if !args.reconnect.is_zero() {
-        function.reattach_by(Box::new(search(args, options, holder, events, board)));
+        let search = search(args, options, holder, events, board);
+        search_stop = Some(search.stop_handle());
+        function.reattach_by(Box::new(search));
     }
     function.tell(board.tally(&from, "function", Counters::NAMES));
     let socket = args.vfio_user.display().to_string();
@@ -107,6 +110,8 @@ pub fn run(args: &BorrowArgs) -> anyhow::Result<ExitCode> {
     board.state("draining");
     notify::stopping(signal.unwrap_or("the lender is gone"));
     stop.stop();
+    // A read of the VM's may wait for the lender.
+    search_stop.iter().for_each(SearchStop::stop);
     let Ok((ended, gone, counters)) = serving.join() else { bail!("the serving thread failed") };
     tracing::info!(?counters, "the function's counts");
     let (reason, code) = match (ended?, gone) {

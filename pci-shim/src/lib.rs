@@ -24,5 +24,5 @@ pub use embed::{Embedded, FunctionThread, FunctionThreadOptions, VcpuPort};
 pub use function::{Counters, Function, FunctionError, FunctionOptions, InterruptOwner, QuiesceError, RestoreError, Restored};
 pub use irq::{CallbackSink, IrqSink, IrqfdSink, MessageInterrupt, RecorderSink};
 pub use mediation::{MediationKind, MediationRequest};
-pub use reattach::{NotFound, Reattach, Reconnector, Search};
+pub use reattach::{NotFound, Reattach, Reconnector, Search, SearchStop};
 pub use state::{FunctionState, StateError};
