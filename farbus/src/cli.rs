@@ -13,7 +13,9 @@ use crate::borrow_args::BorrowArgs;
 use crate::device_spec::{DeviceSpec, HELP};
 use crate::link_address::{LinkAddress, lender_address};
 use crate::security::{AllowArgs, PeerArgs, SecurityArgs};
-use crate::values::{parse_duration, parse_pairs, parse_seconds};
+use crate::service::ServiceArgs;
+use crate::status::StatusArgs;
+use crate::values::{parse_duration, parse_pairs, parse_rate, parse_seconds};
 
 /// Lend a PCIe device to a virtual machine on another host, borrow it there.
 #[derive(Debug, Parser)]
@@ -42,9 +44,9 @@ pub struct Cli {
 #[derive(Debug, Subcommand)]
 pub enum Command {
     /// Offer a device of this host to one borrower after the other
-    Lend(LendArgs),
+    Lend(Box<LendArgs>),
     /// Borrow a device and serve it to a VMM at a vfio-user socket
-    Borrow(BorrowArgs),
+    Borrow(Box<BorrowArgs>),
     /// Lend an image from a second process, drive it remotely and natively, compare
     Demo(DemoArgs),
     /// Make and show the certificates by which lenders and borrowers know each other
@@ -52,7 +54,9 @@ pub enum Command {
     /// What can be lent here, and which fabrics work
     Devices(DevicesArgs),
     /// Save machines by content, and take them out again
-    Bank(BankArgs),
+    Bank(Box<BankArgs>),
+    /// What the services of this user do: lend, borrow, bank serve, bank serve-faults
+    Status(StatusArgs),
     /// Run a benchmark suite
     Bench(BenchArgs),
     /// Print completions for a shell
@@ -85,6 +89,7 @@ impl Command {
             Self::Bank(args) => (args.json(), Json::Object),
             Self::Bench(BenchArgs { command: Some(BenchCommand::Compare(args)), .. }) => (args.json, Json::Object),
             Self::Bench(args) => (args.json, Json::Object),
+            Self::Status(args) => (args.json, Json::Object),
             Self::Completions(_) => (false, Json::No),
             Self::Man(args) => (args.json, Json::Object),
         };
@@ -122,12 +127,22 @@ pub struct LendArgs {
     /// Run the session's thread on this core, one that this process may use
     #[arg(long, value_name = "CORE")]
     pub core: Option<usize>,
+    /// How long what the device has begun may take to end, when the command is told to end, before it is cut off, as in 500ms or 5s; a second signal
+    /// cuts it off at once
+    #[arg(long, value_name = "TIME", default_value = "5s", value_parser = parse_duration)]
+    pub drain: Duration,
+    /// How much data a borrower's commands move in a second at most, both directions together, as in 200M or 1G: beyond, its commands wait. For nvme: devices
+    #[arg(long, value_name = "SIZE", value_parser = parse_rate)]
+    pub max_bandwidth: Option<u64>,
     /// How long the device is held for a borrower whose link was lost, or whose lender was killed, and who may come back, as in 5s; others wait
     #[arg(long, value_name = "TIME", default_value = "5s", value_parser = parse_duration)]
     pub hold: Duration,
     /// Print one JSON object a line
     #[arg(long)]
     pub json: bool,
+    /// What it is as a service.
+    #[command(flatten)]
+    pub service: ServiceArgs,
     /// How it is known to borrowers.
     #[command(flatten)]
     pub security: SecurityArgs,

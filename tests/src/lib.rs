@@ -12,6 +12,7 @@ pub mod place;
 pub mod process;
 pub mod program;
 pub mod qemu;
+pub mod scrape;
 pub mod scripted_guest;
 
 pub use process::{End, Running};
