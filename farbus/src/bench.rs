@@ -10,7 +10,7 @@ use std::time::Duration;
 use anyhow::Context;
 use farbus_bench::measure::LEAST_ROUNDS;
 use farbus_bench::report::{Kept, SuiteReport, changes_table, suite_row, suite_table};
-use farbus_bench::suite::{BankSeries, Heard, ShmSession, SoftRoce, Step, bank, shm, soft_roce};
+use farbus_bench::suite::{BankSeries, Heard, MachinePlaces, ShmSession, SoftRoce, Step, bank, migrate, run_part, shm, soft_roce};
 use farbus_transport::verbs::DeviceChoice;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
@@ -20,8 +20,10 @@ use crate::output::print_line;
 
 /// Runs a suite.
 pub fn run(args: &BenchArgs) -> anyhow::Result<()> {
-    if let Some(BenchCommand::Compare(args)) = &args.command {
-        return compare(args);
+    match &args.command {
+        Some(BenchCommand::Compare(args)) => return compare(args),
+        Some(BenchCommand::Part { words }) => return run_part(words),
+        None => {}
     }
     let report = match args.suite {
         // clap asks for it where there is no command.
@@ -38,6 +40,7 @@ pub fn run(args: &BenchArgs) -> anyhow::Result<()> {
             shm::run(&mut subjects, &shm_effort(args.seconds.unwrap_or(1.0)), |heard| bar.hear(heard))
         }
         Some(Suite::Bank) => bank(args)?,
+        Some(Suite::Migrate) => machine(args)?,
         Some(Suite::SoftRoce) => {
             let effort = soft_roce_effort(args);
             let choice = DeviceChoice { device: args.dev.clone(), ..DeviceChoice::default() };
@@ -105,6 +108,18 @@ fn bank(args: &BenchArgs) -> anyhow::Result<SuiteReport> {
     Ok(bank::run(&series.context("the suite needs images")?, &places, &effort, |heard| bar.hear(heard)))
 }
 
+/// The suite `migrate`, whose other processes are this program.
+fn machine(args: &BenchArgs) -> anyhow::Result<SuiteReport> {
+    if args.dev.is_some() || args.seconds.is_some() || args.pairs.is_some() {
+        return Err(misuse("--dev, --seconds and --pairs are not for this suite", "leave them out, or say --effort"));
+    }
+    let scratch = tempfile::tempdir().context("the suite needs a folder for temporary files: set TMPDIR")?;
+    let farbus = std::env::current_exe().context("where is this program?")?;
+    let places = MachinePlaces { farbus, scratch: scratch.path().to_owned() };
+    let (effort, bar) = (args.effort.unwrap_or(1.0), Bar::new());
+    Ok(migrate::run(&places, effort, |heard| bar.hear(heard)))
+}
+
 /// Progress: each row as it comes, and a bar on a terminal, which goes when this is dropped, elsewhere a line for each group of rows.
 struct Bar(ProgressBar);
 
@@ -112,7 +127,7 @@ impl Bar {
     fn new() -> Self {
         let target = if std::io::stderr().is_terminal() { ProgressDrawTarget::stderr() } else { ProgressDrawTarget::hidden() };
         let bar = ProgressBar::with_draw_target(Some(1), target);
-        if let Ok(style) = ProgressStyle::with_template("{msg:36} {wide_bar} {percent:>3} % {elapsed}") {
+        if let Ok(style) = ProgressStyle::with_template("{msg:36} {wide_bar} {percent:>3} % {elapsed}, {eta} left") {
             bar.set_style(style);
         }
         bar.enable_steady_tick(Duration::from_millis(200));
@@ -188,6 +203,7 @@ mod tests {
             dev: None,
             series: None,
             large_gib: 10.0,
+            effort: None,
             json: false,
         }
     }

@@ -313,6 +313,9 @@ pub struct BenchArgs {
     /// GiB of the large machine (bank)
     #[arg(long, value_name = "GIB", default_value_t = 10.0)]
     pub large_gib: f64,
+    /// How much of the usual number of moves, kills and cuts, 0.01 to 100 (migrate, faults)
+    #[arg(long, value_name = "FRACTION", value_parser = parse_seconds)]
+    pub effort: Option<f64>,
     /// Print one JSON object
     #[arg(long)]
     pub json: bool,
@@ -323,6 +326,12 @@ pub struct BenchArgs {
 pub enum BenchCommand {
     /// What is better, what is worse, and what is noise, between two runs of a suite
     Compare(CompareArgs),
+    /// One of the other processes of a suite
+    #[command(hide = true)]
+    Part {
+        /// Which, and what it needs
+        words: Vec<String>,
+    },
 }
 
 /// `farbus bench compare`
@@ -375,6 +384,8 @@ pub enum Suite {
     SoftRoce,
     /// The Machine Bank, against restic, borg, casync, cp and qemu-img on the same images
     Bank,
+    /// A machine that moves between two processes under verified IO: how long it stands still
+    Migrate,
 }
 
 #[cfg(test)]
