@@ -10,7 +10,9 @@ use std::time::Duration;
 use anyhow::Context;
 use farbus_bench::measure::LEAST_ROUNDS;
 use farbus_bench::report::{Kept, SuiteReport, changes_table, suite_row, suite_table};
-use farbus_bench::suite::{BankSeries, Heard, MachinePlaces, ShmSession, SoftRoce, Step, bank, migrate, run_part, shm, soft_roce};
+use farbus_bench::suite::{
+    BankSeries, Heard, MachinePlaces, ShmSession, SoftRoce, Step, bank, faults, migrate, run_part, shm, soft_roce,
+};
 use farbus_transport::verbs::DeviceChoice;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
@@ -40,7 +42,7 @@ pub fn run(args: &BenchArgs) -> anyhow::Result<()> {
             shm::run(&mut subjects, &shm_effort(args.seconds.unwrap_or(1.0)), |heard| bar.hear(heard))
         }
         Some(Suite::Bank) => bank(args)?,
-        Some(Suite::Migrate) => machine(args)?,
+        Some(suite @ (Suite::Migrate | Suite::Faults)) => machine(args, suite)?,
         Some(Suite::SoftRoce) => {
             let effort = soft_roce_effort(args);
             let choice = DeviceChoice { device: args.dev.clone(), ..DeviceChoice::default() };
@@ -108,8 +110,8 @@ fn bank(args: &BenchArgs) -> anyhow::Result<SuiteReport> {
     Ok(bank::run(&series.context("the suite needs images")?, &places, &effort, |heard| bar.hear(heard)))
 }
 
-/// The suite `migrate`, whose other processes are this program.
-fn machine(args: &BenchArgs) -> anyhow::Result<SuiteReport> {
+/// The suites `migrate` and `faults`, whose other processes are this program.
+fn machine(args: &BenchArgs, suite: Suite) -> anyhow::Result<SuiteReport> {
     if args.dev.is_some() || args.seconds.is_some() || args.pairs.is_some() {
         return Err(misuse("--dev, --seconds and --pairs are not for this suite", "leave them out, or say --effort"));
     }
@@ -117,7 +119,10 @@ fn machine(args: &BenchArgs) -> anyhow::Result<SuiteReport> {
     let farbus = std::env::current_exe().context("where is this program?")?;
     let places = MachinePlaces { farbus, scratch: scratch.path().to_owned() };
     let (effort, bar) = (args.effort.unwrap_or(1.0), Bar::new());
-    Ok(migrate::run(&places, effort, |heard| bar.hear(heard)))
+    Ok(match suite {
+        Suite::Faults => faults::run(&places, effort, |heard| bar.hear(heard)),
+        _ => migrate::run(&places, effort, |heard| bar.hear(heard)),
+    })
 }
 
 /// Progress: each row as it comes, and a bar on a terminal, which goes when this is dropped, elsewhere a line for each group of rows.

@@ -59,10 +59,20 @@ pub(super) struct Machine {
 impl Machine {
     /// A guest that boots.
     pub(super) fn boot(memory: &Arc<Memory>, attachment: Box<dyn Attachment>, seed: u64) -> Result<Self> {
+        Self::off(memory, attachment)?.on(seed)
+    }
+
+    /// A guest that does not run yet.
+    pub(super) fn off(memory: &Arc<Memory>, attachment: Box<dyn Attachment>) -> Result<Self> {
         let guest = Guest::new(Arc::clone(memory));
-        let mut device = Embedded::new(attachment, FlagSink(Arc::clone(memory)), guest.slice())?;
-        guest.boot(&mut device, seed)?;
+        let device = Embedded::new(attachment, FlagSink(Arc::clone(memory)), guest.slice())?;
         Ok(Self { guest, device })
+    }
+
+    /// Boots it.
+    pub(super) fn on(mut self, seed: u64) -> Result<Self> {
+        self.guest.boot(&mut self.device, seed)?;
+        Ok(self)
     }
 
     /// One that goes on from its memory and its function's state; nothing is said to it before `resume`.
@@ -290,6 +300,9 @@ pub fn run_part(words: &[String]) -> Result<()> {
     let words: Vec<&str> = words.iter().map(String::as_str).collect();
     match words[..] {
         ["migrate", process, fd, socket] => super::migrate::other_side(process, fd, Path::new(socket)),
+        ["aside", socket, aside, seed] => super::faults_borrower::put_aside(Path::new(socket), Path::new(aside), seed.parse()?),
+        ["idle", socket] => super::faults_idle::do_nothing(Path::new(socket)),
+        ["lend-many", folder] => super::faults_many::lend_many(Path::new(folder)),
         _ => bail!("there is no such part"),
     }
 }

@@ -175,7 +175,11 @@ pub(super) fn other_side(process: &str, fd: &str, socket: &Path) -> Result<()> {
         });
         match moved {
             Ok(()) => {}
-            Err(error) if error.downcast_ref::<std::io::Error>().is_some_and(|error| error.kind() == std::io::ErrorKind::UnexpectedEof) => {
+            Err(error)
+                if error
+                    .downcast_ref::<std::io::Error>()
+                    .is_some_and(|error| error.kind() == std::io::ErrorKind::UnexpectedEof) =>
+            {
                 return Ok(());
             }
             Err(error) => {
