@@ -65,10 +65,20 @@ fn of_shm(error: &ListenError) -> Option<String> {
 const NOBODY: &str = "is `farbus lend` running there?";
 const DROPPED: &str = "the lender was ending, or could not serve this process: what it says itself tells more";
 
+/// What a lender refused with, if that is what happened.
+pub fn refusal_of(error: &anyhow::Error) -> Option<Refusal> {
+    error.chain().find_map(|cause| match cause.downcast_ref()? {
+        LinkError::Shm(ListenError::Refused { refusal, .. }) | LinkError::Meet(MeetError::Refused(refusal)) => Some(*refusal),
+        _ => None,
+    })
+}
+
 fn of_refusal(refusal: Refusal) -> &'static str {
     match refusal {
         Refusal::Lent => "try again when that one has left",
         Refusal::Wedged => "look at the disk of the lender, or try again later",
+        Refusal::Held => "try again in some seconds, when the lender has given that one up (farbus lend --hold)",
+        Refusal::Others => "stop the VM: its device has gone on without it. What it had no answer to was not carried out",
         Refusal::Gone => "try again when the device is back: the lender says when",
         Refusal::Crowded => "try again when one of them has left",
         Refusal::Kept => "try again when that machine has come for it, or its time is over",

@@ -4,21 +4,22 @@
 
 use anyhow::Context;
 use farbus_remote_dma::borrower::{BorrowerOptions, BorrowerSession};
-use farbus_remote_dma::{Attachment, DeviceDescription};
+use farbus_remote_dma::{Attachment, Claim, DeviceDescription};
 use farbus_transport::link::hello::{Hello, Role, SPOKEN};
 
 use crate::link::{Linked, Purpose, connect};
 use crate::link_address::LinkAddress;
 use crate::security::{PeerArgs, SecurityArgs};
 
-/// Connects to the lender at `from`.
+/// Connects to the lender at `from`, for and as what `claim` says.
 pub fn attach(
     from: &LinkAddress,
     security: &SecurityArgs,
     peer: &PeerArgs,
     options: BorrowerOptions,
+    claim: &Claim,
 ) -> anyhow::Result<Box<dyn Attachment>> {
-    let hello = Hello { versions: SPOKEN, role: Role::Borrower, features: 0, epoch: 0, description: Vec::new() };
+    let hello = Hello { versions: SPOKEN, role: Role::Borrower, features: 0, epoch: 0, description: claim.encode() };
     let (linked, agreed) = connect(from, Purpose::Device, security, peer, &hello)?;
     let description = DeviceDescription::decode(&agreed.peer.description)
         .with_context(|| format!("the lender at {from} is wrong about its device"))?;

@@ -8,6 +8,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use anyhow::Context;
+use clap::ValueEnum;
 use farbus_bench::measure::LEAST_ROUNDS;
 use farbus_bench::report::{Kept, SuiteReport, changes_table, suite_row, suite_table};
 use farbus_bench::suite::{
@@ -20,6 +21,19 @@ use crate::cli::{BenchArgs, BenchCommand, CompareArgs, Suite};
 use crate::failure::{Advise, misuse};
 use crate::output::print_line;
 
+/// Rows of the suite `bank` that are measured together.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum BankPart {
+    /// Images in and out, beside programs that others wrote
+    Peers,
+    /// A machine that starts at once, beside a restic restore
+    Start,
+    /// Faults that the cache answers
+    Faults,
+    /// A large machine
+    Large,
+}
+
 /// Runs a suite.
 pub fn run(args: &BenchArgs) -> anyhow::Result<()> {
     match &args.command {
@@ -31,9 +45,9 @@ pub fn run(args: &BenchArgs) -> anyhow::Result<()> {
         // clap asks for it where there is no command.
         None => return Err(misuse("no suite is named", "farbus bench --help lists them")),
         Some(Suite::Shm) => {
-            if args.dev.is_some() || args.pairs.is_some() {
+            if args.dev.is_some() || args.pairs.is_some() || args.only.is_some() {
                 return Err(misuse(
-                    "--dev is for the suite soft-roce, --pairs for soft-roce and bank",
+                    "--dev is for the suite soft-roce, --pairs for soft-roce and bank, --only for bank",
                     "leave them out, or run such a suite",
                 ));
             }
@@ -43,6 +57,9 @@ pub fn run(args: &BenchArgs) -> anyhow::Result<()> {
         }
         Some(Suite::Bank) => bank(args)?,
         Some(suite @ (Suite::Migrate | Suite::Faults)) => machine(args, suite)?,
+        Some(Suite::SoftRoce) if args.only.is_some() => {
+            return Err(misuse("--only is for the suite bank", "leave it out, or run that suite"));
+        }
         Some(Suite::SoftRoce) => {
             let effort = soft_roce_effort(args);
             let choice = DeviceChoice { device: args.dev.clone(), ..DeviceChoice::default() };
@@ -98,6 +115,12 @@ fn bank(args: &BenchArgs) -> anyhow::Result<SuiteReport> {
     let effort = bank::Effort {
         rounds: args.pairs.unwrap_or(full.rounds),
         large: (args.large_gib * f64::from(1 << 30)) as u64 / 4096 * 4096,
+        only: args.only.map(|part| match part {
+            BankPart::Peers => bank::Part::Peers,
+            BankPart::Start => bank::Part::Start,
+            BankPart::Faults => bank::Part::Faults,
+            BankPart::Large => bank::Part::Large,
+        }),
     };
     let scratch = tempfile::tempdir().context("the suite needs a folder for temporary files: set TMPDIR")?;
     let farbus = std::env::current_exe().context("where is this program?")?;
@@ -112,8 +135,8 @@ fn bank(args: &BenchArgs) -> anyhow::Result<SuiteReport> {
 
 /// The suites `migrate` and `faults`, whose other processes are this program.
 fn machine(args: &BenchArgs, suite: Suite) -> anyhow::Result<SuiteReport> {
-    if args.dev.is_some() || args.seconds.is_some() || args.pairs.is_some() {
-        return Err(misuse("--dev, --seconds and --pairs are not for this suite", "leave them out, or say --effort"));
+    if args.dev.is_some() || args.seconds.is_some() || args.pairs.is_some() || args.only.is_some() {
+        return Err(misuse("--dev, --seconds, --pairs and --only are not for this suite", "leave them out, or say --effort"));
     }
     let scratch = tempfile::tempdir().context("the suite needs a folder for temporary files: set TMPDIR")?;
     let farbus = std::env::current_exe().context("where is this program?")?;
@@ -209,6 +232,7 @@ mod tests {
             series: None,
             large_gib: 10.0,
             effort: None,
+            only: None,
             json: false,
         }
     }

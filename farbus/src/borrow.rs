@@ -5,15 +5,19 @@
 
 use std::io::ErrorKind;
 use std::process::ExitCode;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
 use farbus_pci_shim::vfio_user::{BindError, ClientInterrupts, Ended, OnUnshared, Options, Server};
-use farbus_pci_shim::{Function, FunctionOptions, InterruptOwner, Reconnector, Search};
+use farbus_pci_shim::{Function, FunctionOptions, InterruptOwner, NotFound, Reconnector, Search};
 use farbus_remote_dma::borrower::BorrowerOptions;
+use farbus_remote_dma::{Attachment, Claim, HolderToken, Holding};
 use farbus_transport::CloseReason;
+use farbus_transport::link::verdict::Refusal;
 use serde_json::json;
 use tokio::sync::oneshot;
 
+use crate::advice::refusal_of;
 use crate::attach::attach;
 use crate::borrow_args::{BorrowArgs, Unshared};
 use crate::failure::Advise;
@@ -23,6 +27,9 @@ use crate::socket_access;
 
 /// The exit status where the lender is gone without a goodbye or broke the protocol.
 const LENDER_LOST: u8 = 3;
+/// How long a device that is held for somebody else is waited for, and how often it is asked for.
+const LONGEST_HOLD: Duration = Duration::from_secs(30);
+const BETWEEN_LOOKS: Duration = Duration::from_millis(100);
 
 /// Borrows until the lender is gone or a signal comes; the exit status says which.
 pub fn run(args: &BorrowArgs) -> anyhow::Result<ExitCode> {
@@ -45,12 +52,13 @@ pub fn run(args: &BorrowArgs) -> anyhow::Result<ExitCode> {
         Err(error).advise("cannot serve a VMM there", hint)
     })?;
     let options = BorrowerOptions { read_deadline: args.read_deadline, ..BorrowerOptions::default() };
-    let session = attach(&args.from, &args.security, &args.peer, options)?;
+    let holder = HolderToken::random().context("no random bytes")?;
+    let session = attach_first(args, options, holder)?;
     let name = session.description().name.clone();
     let interrupts = ClientInterrupts::new(session.description());
     let mut function = Function::new(session, interrupts, FunctionOptions { interrupts: InterruptOwner::Client })?;
     if !args.reconnect.is_zero() {
-        function.reattach_by(Box::new(search(args, options, events)));
+        function.reattach_by(Box::new(search(args, options, holder, events)));
     }
     let socket = args.vfio_user.display().to_string();
     events.say(
@@ -95,10 +103,31 @@ pub fn run(args: &BorrowArgs) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::from(code))
 }
 
+/// Connects for the first time. A device that is held for somebody who may come back is waited for.
+fn attach_first(args: &BorrowArgs, options: BorrowerOptions, holder: HolderToken) -> anyhow::Result<Box<dyn Attachment>> {
+    let claim = Claim { rest: None, holding: Some(Holding::First(holder)) };
+    let began = Instant::now();
+    loop {
+        match attach(&args.from, &args.security, &args.peer, options, &claim) {
+            Err(error) if refusal_of(&error) == Some(Refusal::Held) && began.elapsed() < LONGEST_HOLD => {
+                tracing::info!("the device is held for a borrower that may come back: waiting");
+                std::thread::sleep(BETWEEN_LOOKS);
+            }
+            attached => return attached,
+        }
+    }
+}
+
 /// How the lender is looked for when it is gone, and what is said of it.
-fn search(args: &BorrowArgs, options: BorrowerOptions, events: Events) -> Reconnector {
+fn search(args: &BorrowArgs, options: BorrowerOptions, holder: HolderToken, events: Events) -> Reconnector {
     let (from, security, peer) = (args.from.clone(), args.security.clone(), args.peer.clone());
-    let again = move || attach(&from, &security, &peer, options).map_err(|error| format!("{error:#}"));
+    let claim = Claim { rest: None, holding: Some(Holding::Again(holder)) };
+    let again = move || {
+        attach(&from, &security, &peer, options, &claim).map_err(|error| match refusal_of(&error) {
+            Some(Refusal::Others) => NotFound::Ever(format!("{error:#}")),
+            _ => NotFound::Yet(format!("{error:#}")),
+        })
+    };
     let limit = args.reconnect;
     Reconnector::new(limit, again).telling(move |search| match search {
         Search::Lost(why) => {

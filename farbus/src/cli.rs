@@ -122,6 +122,9 @@ pub struct LendArgs {
     /// Run the session's thread on this core, one that this process may use
     #[arg(long, value_name = "CORE")]
     pub core: Option<usize>,
+    /// How long the device is held for a borrower whose link was lost, or whose lender was killed, and who may come back, as in 5s; others wait
+    #[arg(long, value_name = "TIME", default_value = "5s", value_parser = parse_duration)]
+    pub hold: Duration,
     /// Print one JSON object a line
     #[arg(long)]
     pub json: bool,
@@ -318,6 +321,8 @@ pub struct BenchArgs {
     /// How much of the usual number of moves, kills and cuts, 0.01 to 3600 (migrate, faults; 1 by default)
     #[arg(long, value_name = "FRACTION", value_parser = parse_seconds)]
     pub effort: Option<f64>,
+    #[arg(long, value_enum, value_name = "PART", help = "Only these rows (bank)")]
+    pub only: Option<crate::bench::BankPart>,
     /// Print one JSON object
     #[arg(long)]
     pub json: bool,

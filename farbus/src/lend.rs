@@ -15,7 +15,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, anyhow};
 use farbus_remote_dma::wait::Waker;
-use farbus_remote_dma::{Backend, RestToken};
+use farbus_remote_dma::{Backend, Claim, Holders};
+use farbus_transport::CloseReason;
 use farbus_transport::link::hello::{Hello, Role, SPOKEN};
 use farbus_transport::link::verdict::Refusal;
 use farbus_transport::shm::ShmOptions;
@@ -75,6 +76,8 @@ async fn lend(args: LendArgs, device: Box<dyn Backend>, quiesce: Duration) -> an
     });
     let (news, mut heard) = mpsc::unbounded_channel();
     let mut desk = Desk {
+        holders: Holders::new(&*device, args.hold, Instant::now()),
+        may_return: !matches!(args.listen, LinkAddress::Shm(_)),
         idle: Some(Device::Reset(device)),
         wedged: None,
         gone: false,
@@ -160,6 +163,10 @@ struct Desk {
     gone: bool,
     /// Connections whose hello is awaited, the oldest first.
     greetings: VecDeque<(Visitor, Option<UnixStream>)>,
+    /// Who had it last.
+    holders: Holders,
+    /// A borrower whose link is lost may be alive: it is on another host.
+    may_return: bool,
     /// How many strangers may be told of.
     strangers: Quota,
     events: Events,
@@ -201,8 +208,8 @@ impl Desk {
             }
             // One that was given up already is not answered, which ends it.
             News::Claims(..) if !self.greeted(visitor) => {}
-            News::Claims(rest, answer) => {
-                let granted = self.claim(rest);
+            News::Claims(claim, answer) => {
+                let granted = self.claim(claim);
                 if let Err(refusal) = &granted {
                     self.refused(None, &refusal.to_string(), 0);
                 }
@@ -241,6 +248,7 @@ impl Desk {
                 self.wedged = None;
                 self.gone = false;
                 let reason = ended.as_ref().map_or_else(Clone::clone, ToString::to_string);
+                let device = self.noted(device, ended.as_ref().ok().copied());
                 self.events.say("returned", json!({ "reason": reason }), &format!("the device is back: {reason}"));
                 self.idle = Some(device);
                 return Some(if ended.is_ok() { Left::Borrower } else { Left::Nobody });
@@ -249,8 +257,20 @@ impl Desk {
         None
     }
 
-    /// The device for a visitor who names this rest, or none.
-    fn claim(&mut self, rest: Option<RestToken>) -> Result<Claimed, Refusal> {
+    /// Notes how the borrower of a device that is back has left.
+    fn noted(&mut self, device: Device, reason: Option<CloseReason>) -> Device {
+        match device {
+            Device::Reset(mut device) => {
+                self.holders.left(reason, self.may_return, Some(&mut *device), Instant::now());
+                Device::Reset(device)
+            }
+            kept @ Device::Kept(_) => kept,
+        }
+    }
+
+    /// The device for a visitor who comes with this, or none.
+    fn claim(&mut self, claim: Claim) -> Result<Claimed, Refusal> {
+        let rest = claim.rest;
         let device = match self.idle.take() {
             None if self.gone => return Err(Refusal::Gone),
             None => return Err(self.wedged.map_or(Refusal::Lent, |_| Refusal::Wedged)),
@@ -258,12 +278,22 @@ impl Desk {
             Some(device) => device,
         };
         let (back, refusal) = match (device, rest) {
-            (Device::Reset(device), None) => return Ok(Claimed::Fresh(device)),
+            (Device::Reset(mut device), None) => {
+                let may_have = self.holders.may_have(claim.holding, Instant::now());
+                // Without a name of its own it would be taken for the last one.
+                match may_have.and_then(|()| self.holders.lent(claim.holding, &mut *device).map_err(|_| Refusal::Gone)) {
+                    Ok(()) => return Ok(Claimed::Fresh(device)),
+                    Err(refusal) => (Device::Reset(device), refusal),
+                }
+            }
             // Who believes the device to be at rest must not get one that was reset.
             (device @ Device::Reset(_), Some(_)) => (device, Refusal::NotKept),
             (device @ Device::Kept(_), None) => (device, Refusal::Kept),
             (Device::Kept(kept), Some(rest)) => match kept.claim(&rest) {
-                Ok(device) => return Ok(Claimed::Continued(device)),
+                Ok(mut device) => match self.holders.lent(claim.holding, device.device_mut()) {
+                    Ok(()) => return Ok(Claimed::Continued(device)),
+                    Err(_) => (Device::Kept(device.keep_again(GRACE)), Refusal::Gone),
+                },
                 Err(kept) => (Device::Kept(kept), Refusal::Kept),
             },
         };

@@ -10,7 +10,7 @@ use std::sync::Arc;
 
 use anyhow::Context;
 use farbus_control::{BorrowerSecurity, LenderSecurity, MeetError};
-use farbus_remote_dma::RestToken;
+use farbus_remote_dma::Claim;
 use farbus_transport::link::hello::{Agreed, Hello};
 use farbus_transport::link::verdict::Refusal;
 use farbus_transport::shm::{self, Connection, ListenError, ShmFabric, ShmOptions};
@@ -226,13 +226,13 @@ impl Greeted {
         }
     }
 
-    /// The rest of a kept device that it comes to end, if it names one.
-    pub fn rest(&self) -> Option<RestToken> {
+    /// What it comes for, and as whom.
+    pub fn claim(&self) -> Claim {
         let agreed = match self {
             Self::Shm(greeted) => greeted.agreed(),
             Self::Rdma { greeted, .. } => greeted.agreed(),
         };
-        RestToken::from_claim(&agreed.peer.description)
+        Claim::parse(&agreed.peer.description)
     }
 
     /// Tells it why there is no link.

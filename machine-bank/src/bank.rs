@@ -9,6 +9,7 @@ use std::time::Duration;
 use thiserror::Error;
 
 use crate::codec::{Input, Malformed};
+use crate::keep::numbers::Numbers;
 use crate::manifest::{Entry, Listing, Manifest, ManifestError};
 use crate::page::{Identity, KEY};
 use crate::store::{Durability, Guard, Hold, Kind, SealedStore, Store, StoreError};
@@ -105,6 +106,9 @@ impl Bank {
         if expected != check || (keyed == 1) != key.is_some() {
             return Err(BankError::WrongKey);
         }
+        if let Some(pages) = store.pages() {
+            pages.begin(key.filter(|_| version == SEALED_VERSION));
+        }
         let store = match key {
             // Over a link the other side opens what is sealed: what comes here is pages, not objects.
             Some(key) if version == SEALED_VERSION && store.service().is_none() => Box::new(SealedStore::new(store, key)),
@@ -147,7 +151,7 @@ impl Bank {
         Listing::read(self.store())
     }
 
-    /// The number of a machine's next deposit, which nobody else is given. Asked for under [`Hold::Commit`](crate::store::Hold).
+    /// The number of a machine's next deposit, which nobody else is given, and which no deposit had that was removed since. Asked for under [`Hold::Commit`](crate::store::Hold).
     /// It is 0 where the bank at the other end of a link is to choose it.
     ///
     /// # Errors
@@ -156,7 +160,10 @@ impl Bank {
         if self.store.service().is_some() {
             return Ok(0);
         }
-        let mut number = self.listing()?.last(machine).map_or(1, |entry| entry.number + 1);
+        let last = self.listing()?.last(machine).map_or(0, |entry| entry.number);
+        let given = last.max(Numbers::read(self.store())?.given(machine));
+        let none_left = || StoreError::io(format!("{machine} has had every number"), std::io::ErrorKind::InvalidData.into());
+        let mut number = given.checked_add(1).ok_or_else(none_left)?;
         // One that is taken and not there was a deposit's that died at its last step.
         while !self.store.reserve(&format!("{machine}@{number:08}"))? {
             number += 1;

@@ -184,6 +184,12 @@ pub fn hex(bytes: &[u8]) -> String {
     bytes.iter().flat_map(|byte| [byte >> 4, byte & 15]).filter_map(|digit| char::from_digit(digit.into(), 16)).collect()
 }
 
+/// A tenant's key as it is kept in a file: 32 bytes, or 64 lower-case hexadecimal digits on one line.
+pub fn key_of(bytes: &[u8]) -> Option<[u8; KEY]> {
+    let hex = std::str::from_utf8(bytes).ok().and_then(|text| from_hex::<KEY>(text.trim_ascii_end()));
+    hex.or_else(|| bytes.try_into().ok())
+}
+
 /// `N` bytes from exactly 2 `N` lower-case hexadecimal digits.
 pub fn from_hex<const N: usize>(text: &str) -> Option<[u8; N]> {
     let digits = text.as_bytes();

@@ -10,10 +10,10 @@ use thiserror::Error;
 use crate::bank::Bank;
 use crate::index::{Index, IndexError, Location};
 use crate::manifest::LEAF;
-use crate::pack::{GROUP, GroupDecoder, PackId, Place};
+use crate::pack::{GROUP, GROUP_PAGES, GroupDecoder, PackId, Place};
 use crate::page::{PAGE, PageId, Root};
 use crate::remote::{Fetched, Service};
-use crate::store::{Kind, StoreError};
+use crate::store::{Kind, PageCache, StoreError};
 
 /// Bytes of neighbouring groups that are read at once.
 const READ: usize = 512 << 10;
@@ -171,7 +171,11 @@ impl<'b> Reader<'b> {
         scratch: &mut Scratch,
         sink: &mut dyn FnMut(u64, &[u8; PAGE]),
     ) -> Result<(), ReadError> {
-        let mut wanted: Vec<_> = wanted.to_vec();
+        let cache = self.bank.store().pages();
+        let mut wanted = match cache {
+            Some(cache) => self.cached(cache, wanted, scratch, sink),
+            None => wanted.to_vec(),
+        };
         wanted.sort_unstable_by_key(|wanted| wanted.at);
         let Scratch { decoder, stored, pages, names, .. } = scratch;
         let mut failed = None;
@@ -197,6 +201,11 @@ impl<'b> Reader<'b> {
                     for place in places {
                         let bytes = at(place);
                         let name = bytes.and_then(|_| names.next());
+                        if let (Some(cache), Some(bytes), Some(name)) = (cache, bytes, name)
+                            && of(place.0).any(|wanted| wanted.id == *name)
+                        {
+                            cache.keep_page(name, bytes);
+                        }
                         for wanted in of(place.0) {
                             match bytes.filter(|_| name == Some(&wanted.id)) {
                                 Some(bytes) => sink(wanted.token, bytes),
@@ -208,6 +217,28 @@ impl<'b> Reader<'b> {
             })?;
         }
         failed.map_or(Ok(()), Err)
+    }
+
+    /// Hands out what is kept of `wanted`, each page held against its name, and says what is left.
+    fn cached(
+        &self,
+        cache: &PageCache,
+        wanted: &[Wanted],
+        scratch: &mut Scratch,
+        sink: &mut dyn FnMut(u64, &[u8; PAGE]),
+    ) -> Vec<Wanted> {
+        let Scratch { pages, names, .. } = scratch;
+        let mut left = Vec::new();
+        for batch in wanted.chunks(GROUP_PAGES) {
+            let there = pages.as_chunks_mut::<PAGE>().0;
+            let found: Vec<_> = batch.iter().zip(there.iter_mut()).map(|(wanted, page)| cache.page(&wanted.id, page)).collect();
+            self.bank.identity().pages(there.iter().take(batch.len()), names);
+            for (((wanted, page), name), found) in batch.iter().zip(there.iter()).zip(names.iter()).zip(found) {
+                if found && *name == wanted.id { sink(wanted.token, page) } else { left.push(*wanted) }
+            }
+        }
+        cache.count(wanted.len() - left.len(), left.len());
+        left
     }
 
     fn fetch_once(

@@ -2,70 +2,22 @@
 //!
 //! A machine of two slots in one memfd is saved, and restored on demand: each page that is asked for is what it was, and what the guest wrote stays when it is asked
 //! for again.
-#![expect(clippy::unwrap_used, reason = "a panic is how a test fails, in its helpers too")]
 
 mod common;
 
 use std::fs::File;
 use std::io::{Read, Write};
 use std::os::unix::fs::FileExt;
-use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::{Path, PathBuf};
+use std::os::unix::net::UnixStream;
 
 use common::migration::*;
 use common::{machine, memory_bank, withdraw};
-use farbus_machine_bank::cloud_hypervisor::{Refused, RestoreError, RestoreOptions, RestoreReport, SaveError, restore, save};
-use farbus_machine_bank::deposit::DepositReport;
+use farbus_machine_bank::PAGE;
+use farbus_machine_bank::cloud_hypervisor::{Refused, RestoreError, RestoreOptions, SaveError, restore};
 use farbus_machine_bank::index::{Index, Location};
 use farbus_machine_bank::lazy::{Area, Event, Features, Uffd, Watch};
 use farbus_machine_bank::store::{Kind, Store};
-use farbus_machine_bank::{Bank, DepositOptions, PAGE, SectionKind};
 use rustix::fs::{SeekFrom, seek};
-
-/// Runs `vmm` as the other end of a deposit.
-fn saved(bank: &Bank, vmm: impl FnOnce(&mut UnixStream) + Send) -> Result<DepositReport, SaveError> {
-    let (ours, mut theirs) = UnixStream::pair().unwrap();
-    std::thread::scope(|scope| {
-        let vmm = scope.spawn(move || vmm(&mut theirs));
-        let disk: &[u8] = b"a disk";
-        let ended = save(bank, "vm7", &DepositOptions::default(), &[(SectionKind::Disk, "disk0", &disk)], ours, &|_, _| {});
-        vmm.join().unwrap();
-        ended
-    })
-}
-
-fn hand_over(stream: &mut UnixStream, last: u16) -> Option<u16> {
-    let memory = memfd(&memory());
-    assert_eq!(ask(stream, START, &[]), Some(1));
-    assert_eq!((pass(stream, 0, &[&memory]), pass(stream, 3, &[&memory])), (Some(1), Some(1)));
-    assert_eq!(ask(stream, CONFIG, config().as_bytes()), Some(1));
-    assert_eq!(ask(stream, STATE, b"{\"vcpus\":[]}"), Some(1));
-    ask(stream, last, &[])
-}
-
-fn place(folder: &Path) -> (PathBuf, UnixListener) {
-    let path = folder.join("restore");
-    let listener = UnixListener::bind(&path).unwrap();
-    (path, listener)
-}
-
-fn restored(bank: &Bank, options: RestoreOptions, faults: Option<Faults<'_>>) -> (Result<RestoreReport, RestoreError>, Received) {
-    let folder = tempfile::tempdir().unwrap();
-    let (path, listener) = place(folder.path());
-    std::thread::scope(|scope| {
-        let vmm = scope.spawn(|| receive(&listener, faults));
-        let ended = restore(bank, &bank.find("vm7").unwrap(), &path, &options, &|_| {});
-        // Who waits for somebody who never came fails, and does not wait for ever.
-        drop(UnixStream::connect(&path));
-        (ended, vmm.join().unwrap())
-    })
-}
-
-fn page_of(file: &File, at: u64) -> Vec<u8> {
-    let mut page = vec![0; PAGE];
-    file.read_exact_at(&mut page, at * PAGE as u64).unwrap();
-    page
-}
 
 #[test]
 fn a_machine_that_was_handed_over_is_handed_to_another_whole() {
@@ -77,7 +29,7 @@ fn a_machine_that_was_handed_over_is_handed_to_another_whole() {
         let (low, high) = memory.split_at(LOW_PAGES * PAGE);
         assert!(withdraw(&bank, "vm7", "slot0").unwrap() == low && withdraw(&bank, "vm7", "slot3").unwrap() == high);
         assert_eq!(withdraw(&bank, "vm7", "disk0").unwrap(), b"a disk");
-        let (report, received) = restored(&bank, RestoreOptions { on_demand: false, resume }, None);
+        let (report, received) = restored(&bank, RestoreOptions { resume, ..RestoreOptions::default() }, None);
         assert_eq!(report.unwrap().bytes, ((LOW_PAGES + HIGH_PAGES) * PAGE) as u64);
         assert_eq!((received.config, received.state), (config().into_bytes(), b"{\"vcpus\":[]}".to_vec()));
         assert_eq!(received.last, last);
@@ -131,7 +83,8 @@ fn pages_come_when_they_are_asked_for_and_what_the_guest_wrote_stays() {
             assert!([50, 51].contains(&page) || page_of(low, page as u64) == expected(page), "page {page}");
         }
     };
-    let (report, received) = restored(&bank, RestoreOptions { on_demand: true, resume: true }, Some(&mut faults));
+    let (report, received) =
+        restored(&bank, RestoreOptions { on_demand: true, resume: true, ..RestoreOptions::default() }, Some(&mut faults));
     let report = report.unwrap();
     assert_eq!((received.last, report.faults), (COMPLETE, 7 + LOW_PAGES as u64), "{report:?}");
     assert!(report.placed <= (LOW_PAGES + HIGH_PAGES) as u64 && report.placed >= LOW_PAGES as u64, "{report:?}");
@@ -151,7 +104,7 @@ fn where_the_configuration_has_the_mode_it_is_told() {
         assert_eq!(ask(stream, COMPLETE_PAUSED, &[]), Some(1));
     };
     saved(&bank, vmm).unwrap();
-    let (report, received) = restored(&bank, RestoreOptions { on_demand: true, resume: false }, Some(&mut |_, _| {}));
+    let (report, received) = restored(&bank, RestoreOptions { on_demand: true, ..RestoreOptions::default() }, Some(&mut |_, _| {}));
     report.unwrap();
     assert!(String::from_utf8(received.config).unwrap().contains(r#""memory_mode":"Postcopy""#));
     let (report, received) = restored(&bank, RestoreOptions::default(), None);
@@ -163,7 +116,7 @@ fn where_the_configuration_has_the_mode_it_is_told() {
 fn a_page_that_cannot_be_had_and_an_address_without_memory_are_answered_by_an_error() {
     let (store, bank) = memory_bank();
     saved(&bank, |stream| assert_eq!(hand_over(stream, COMPLETE_PAUSED), Some(1))).unwrap();
-    let options = RestoreOptions { on_demand: true, resume: true };
+    let options = RestoreOptions { on_demand: true, resume: true, ..RestoreOptions::default() };
     let low_end = (LOW_PAGES * PAGE) as u64;
     for (gpa, len) in [
         (low_end, PAGE as u64),
@@ -176,7 +129,7 @@ fn a_page_that_cannot_be_had_and_an_address_without_memory_are_answered_by_an_er
         (0, u64::MAX - 4095),
     ] {
         let mut stray = |stream: &mut UnixStream, _: &Received| assert_eq!(fault(stream, gpa, len), Some(2), "{gpa:#x}");
-        let (report, _) = restored(&bank, options, Some(&mut stray));
+        let (report, _) = restored(&bank, options.clone(), Some(&mut stray));
         assert!(matches!(report, Err(RestoreError::Stray(..))), "{gpa:#x}: {report:?}");
     }
     // The group of one page, and no other: the configuration is in the pack too.
@@ -192,7 +145,7 @@ fn a_page_that_cannot_be_had_and_an_address_without_memory_are_answered_by_an_er
         assert_eq!(fault(stream, page * PAGE as u64, PAGE as u64), Some(2));
         assert!(page_of(&received.slots[0].1, page) == [0; PAGE], "a page that cannot be had is something else");
     };
-    let (report, _) = restored(&bank, options, Some(&mut damaged));
+    let (report, _) = restored(&bank, options.clone(), Some(&mut damaged));
     assert!(report.is_err(), "{report:?}");
 }
 
@@ -356,7 +309,9 @@ fn who_refuses_a_machine_or_is_not_there_is_told_of() {
     let folder = tempfile::tempdir().unwrap();
     let (path, listener) = place(folder.path());
     let (entry, other) = (bank.find("vm7").unwrap(), bank.find("other").unwrap());
-    let restore = |entry| restore(&bank, entry, &path, &RestoreOptions { on_demand: true, resume: true }, &|_| {});
+    let restore = |entry| {
+        restore(&bank, entry, &path, &RestoreOptions { on_demand: true, resume: true, ..RestoreOptions::default() }, &|_| {})
+    };
     assert!(matches!(restore(&other), Err(RestoreError::Other(_))));
     // It refuses the state, when the connection for faults is up already.
     std::thread::scope(|scope| {

@@ -11,7 +11,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use common::{deposit, machine, memory_bank, withdraw, work};
-use farbus_machine_bank::lazy::{Backing, Cache, FaultServer, LazyMachine, LazyOptions, Patience, Uffd, WorkingSet};
+use farbus_machine_bank::lazy::{Backing, Cache, Failure, FaultServer, LazyMachine, LazyOptions, Patience, Uffd, WorkingSet};
 use farbus_machine_bank::store::{Kind, MemoryStore, Store};
 use farbus_machine_bank::{Bank, Changes, PAGE};
 
@@ -221,26 +221,9 @@ fn a_cache_that_is_too_small_takes_pages_away_and_gives_the_same_again() {
     assert!(server.cache().groups() <= 5 && server.cache().evicted() > 20, "{}", server.cache().evicted());
 }
 
-#[test]
-fn a_store_that_is_gone_for_a_moment_is_waited_for() {
-    if !permitted("store gone") {
-        return;
-    }
-    let bytes = machine(7, 200);
-    let (store, bank) = banked(&bytes);
-    let patience = Patience { tries: 8, pause: Duration::from_millis(1) };
-    let server = server(64 << 20);
-    let lazy = lazy(&server, &bank, Backing::Anonymous, LazyOptions { patience, ..LazyOptions::default() });
-    page(&lazy, 0);
-    store.disappear();
-    std::thread::scope(|scope| {
-        let reader = scope.spawn(|| page(&lazy, 100));
-        std::thread::sleep(Duration::from_millis(50));
-        store.heal();
-        assert!(reader.join().unwrap() == bytes[100 * PAGE..][..PAGE]);
-    });
-    assert!(lazy.report().retries > 0, "{:?}", lazy.report());
-    assert!(all(&lazy) == bytes);
+/// The pages that cannot be had.
+fn pages_of(failure: &Failure) -> std::ops::Range<usize> {
+    failure.offset as usize / PAGE..(failure.offset + failure.len) as usize / PAGE
 }
 
 const CHILD: &str = "FARBUS_TEST_READS_A_DAMAGED_PAGE";
@@ -255,7 +238,7 @@ fn damaged_reader() {
     let failures = Arc::new(Mutex::new(Vec::new()));
     let told = failures.clone();
     let options = LazyOptions {
-        patience: Patience { tries: 2, pause: Duration::from_millis(1) },
+        patience: Patience { tries: 2, pause: Duration::from_millis(1), ..Patience::default() },
         rest: true,
         on_failure: Arc::new(move |failure| told.lock().unwrap().push(failure.clone())),
         ..LazyOptions::default()
@@ -263,7 +246,7 @@ fn damaged_reader() {
     let server = server(64 << 20);
     let lazy = lazy(&server, &bank, Backing::Anonymous, options);
     assert!(lazy.wait_whole(SOON));
-    let bad: Vec<usize> = failures.lock().unwrap().iter().map(|failure| failure.offset as usize / PAGE).collect();
+    let bad: Vec<usize> = failures.lock().unwrap().iter().flat_map(pages_of).collect();
     assert!(!bad.is_empty() && bad.len() <= 16, "{bad:?}");
     for at in (0..160).filter(|at| !bad.contains(at)) {
         assert!(page(&lazy, at) == bytes[at * PAGE..][..PAGE], "page {at}");

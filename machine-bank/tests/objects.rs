@@ -115,6 +115,30 @@ fn a_service_that_is_gone_or_silent_is_told_in_time_and_works_when_it_is_back() 
 }
 
 #[test]
+fn a_request_that_was_repeated_because_its_answer_got_lost_does_not_take_itself_for_another() {
+    let service = Service::start();
+    let store = service.store("repeated");
+    let forgets = || {
+        service.wire.be(Mood::Gone);
+        service.wire.be(Mood::Forgets);
+    };
+    for hold in [Hold::Deposit, Hold::Commit] {
+        forgets();
+        drop(store.hold(hold, Duration::ZERO).unwrap_or_else(|error| panic!("{hold:?}: {error}")));
+    }
+    forgets();
+    let pin = store.pin(farbus_machine_bank::page::Root([1; 32])).unwrap();
+    assert_eq!(store.pins().unwrap().len(), 1);
+    drop(pin);
+    forgets();
+    assert!(store.reserve("vm7@00000001").unwrap(), "its own number is somebody else's");
+    // The twin: one that is there already is not its own, also where the answer to that gets lost.
+    assert!(!store.reserve("vm7@00000001").unwrap());
+    forgets();
+    assert!(!service.store("repeated").reserve("vm7@00000001").unwrap());
+}
+
+#[test]
 fn a_service_that_is_full_or_lets_nobody_write_says_so() {
     let service = Service::start();
     let store = service.store("full");

@@ -148,7 +148,8 @@ fn packs_and_manifests_that_are_not_what_they_say_are_refused() {
     // More than it may have sent before it is checked.
     let mut draft = client.store().create(Kind::Manifest).unwrap();
     let long = vec![1; 40 << 20];
-    refused(draft.append(&long).and_then(|()| draft.commit_deposit(entry(&client, "vm8"))).map(drop));
+    let sent = draft.append(&long).and_then(|()| draft.commit_deposit(entry(&client, "vm8")));
+    assert!(matches!(&sent, Err(StoreError::Full(why)) if why.to_string().contains("33554432 bytes")), "{sent:?}");
     // Manifests: garbage, of another root, of another machine, and one that names pages that are nowhere.
     let (_, elsewhere) = memory_bank();
     deposit(&elsewhere, "vm8", &machine(99, 500), Changes::HashAll);

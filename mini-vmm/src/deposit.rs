@@ -11,7 +11,9 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
+use farbus_machine_bank::bank::FindError;
 use farbus_machine_bank::deposit::DepositReport;
+use farbus_machine_bank::keep::lost_pages;
 use farbus_machine_bank::lazy::Area;
 use farbus_machine_bank::track::{DirtyPages, WriteTracker};
 use farbus_machine_bank::{Bank, Changes, DepositOptions, Entry, PAGE, Parent, SectionKind, Source};
@@ -93,6 +95,56 @@ impl<'a> Depositor<'a> {
         self.tracker.is_some()
     }
 
+    /// Marks what `bank` has lost of the last deposit, so that the next one brings it back; how many pages that are. Where that deposit is not there any more, all
+    /// pages are to be deposited. To be called before each freeze.
+    ///
+    /// # Errors
+    /// The bank cannot be read. What is marked is what was.
+    pub fn mark_lost(&mut self, bank: &Bank) -> Result<u64> {
+        let before = self.pages.count();
+        match self.lost(bank)? {
+            Some(lost) => lost.into_iter().for_each(|page| self.pages.mark(page)),
+            None => {
+                self.last = None;
+                self.pages.mark_all(0..u64::MAX);
+            }
+        }
+        Ok(self.pages.count() - before)
+    }
+
+    /// What the bank has lost of the last deposit; `None`: all of it.
+    fn lost(&self, bank: &Bank) -> Result<Option<Vec<u64>>> {
+        let Some(last) = &self.last else { return Ok(Some(Vec::new())) };
+        match bank.find(last) {
+            Ok(entry) => Ok(Some(lost_pages(bank, &entry, MEMORY)?)),
+            Err(FindError::None(_)) => Ok(None),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// The same for a machine that is frozen and has stood still since, its function too: its memory is as it was, and what the bank has lost meanwhile is copied
+    /// from it.
+    ///
+    /// # Errors
+    /// The bank cannot be read, or the host's fault. What is frozen is what was.
+    pub fn add_lost(&self, bank: &Bank, frozen: &mut Frozen) -> Result<u64> {
+        let mut pages = frozen.pages.clone();
+        let lost = self.lost(bank)?;
+        match &lost {
+            Some(lost) => lost.iter().for_each(|page| pages.mark(*page)),
+            None => pages.mark_all(0..u64::MAX),
+        }
+        let more = pages.count() - frozen.pages.count();
+        if more > 0 {
+            (frozen.copies, frozen.before) = self.copy(&pages)?;
+            frozen.pages = pages;
+        }
+        if lost.is_none() {
+            frozen.parent = None;
+        }
+        Ok(more)
+    }
+
     /// The machine at this moment. Its CPUs stand still, by the caller's doing; `cpu` says what they are like. The device goes on when this returns.
     ///
     /// # Errors
@@ -116,7 +168,7 @@ impl<'a> Depositor<'a> {
     pub fn look_ahead<S: IrqSink, M: GuestMemory>(&mut self, device: &mut Embedded<S, M>) -> Result<Frozen> {
         self.scan(device)?;
         // The marks are taken: what is written from here on is marked again.
-        let (copies, before) = self.copy()?;
+        let (copies, before) = self.copy(&self.pages)?;
         let pages = std::mem::replace(&mut self.pages, DirtyPages::none(self.area.len()));
         let (cpu, function, parent) = (Vec::new(), Vec::new(), None);
         Ok(Frozen { pages, copies, before, len: self.area.len(), cpu, function, parent, pause: Pause::default() })
@@ -159,7 +211,7 @@ impl<'a> Depositor<'a> {
         let scanned = Instant::now();
         let (cpu, function) = (cpu()?, device.save()?);
         let saved = Instant::now();
-        let (copies, before) = self.copy()?;
+        let (copies, before) = self.copy(&self.pages)?;
         let copied = Instant::now();
         let pages = std::mem::replace(&mut self.pages, DirtyPages::none(self.area.len()));
         let pause = Pause { rest: at_rest - began, scan: scanned - at_rest, save: saved - scanned, copy: copied - saved };
@@ -185,15 +237,15 @@ impl<'a> Depositor<'a> {
         Ok(())
     }
 
-    fn copy(&self) -> Result<(Vec<u8>, Vec<u64>)> {
-        let mut copies = vec![0; usize::try_from(self.pages.count())? * PAGE];
+    fn copy(&self, pages: &DirtyPages) -> Result<(Vec<u8>, Vec<u64>)> {
+        let mut copies = vec![0; usize::try_from(pages.count())? * PAGE];
         let mut before = Vec::new();
         let mut at = 0;
         for page in 0..self.area.len().div_ceil(PAGE as u64) {
             if page % 64 == 0 {
                 before.push(at);
             }
-            if self.pages.is_marked(page) {
+            if pages.is_marked(page) {
                 let offset = page * PAGE as u64;
                 let len = (self.area.len() - offset).min(PAGE as u64) as usize;
                 let place = at as usize * PAGE;

@@ -11,7 +11,7 @@ use anyhow::{Context, Result, anyhow};
 use farbus_remote_dma::lender::{LenderSession, PollOptions};
 use farbus_remote_dma::native::Native;
 use farbus_remote_dma::wait::{Waker, sleep_until_readable};
-use farbus_remote_dma::{Attachment, Backend, Kept, RestToken};
+use farbus_remote_dma::{Attachment, Backend, Claim, Kept, RestToken};
 use farbus_transport::CloseReason;
 use farbus_transport::link::hello::{Hello, Role, SPOKEN};
 use farbus_transport::link::verdict::Refusal;
@@ -88,7 +88,7 @@ impl Home {
                 Err(device) => return Ok(Left { device, reason: CloseReason::Local }),
             };
             device = found;
-            let claimed = RestToken::from_claim(&greeted.agreed().peer.description);
+            let claimed = Claim::parse(&greeted.agreed().peer.description).rest;
             let session = match (device, claimed) {
                 (Device::Reset(backend), Some(_)) => {
                     // Who believes the device to be at rest must not get one that was reset.

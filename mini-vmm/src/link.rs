@@ -6,7 +6,7 @@ use std::path::Path;
 
 use anyhow::Result;
 use farbus_remote_dma::borrower::{BorrowerOptions, BorrowerSession};
-use farbus_remote_dma::{Attachment, DeviceDescription, RestToken};
+use farbus_remote_dma::{Attachment, Claim, DeviceDescription, RestToken};
 use farbus_transport::link::hello::{Hello, Role, SPOKEN};
 use farbus_transport::link::verdict::Refusal;
 use farbus_transport::shm::{self, Connection, ListenError, ShmOptions};
@@ -28,7 +28,7 @@ pub fn borrow_again(path: &Path, token: RestToken) -> Result<Box<dyn Attachment>
 /// # Errors
 /// There is no lender, it refuses, or it says what cannot be.
 pub fn borrow(path: &Path, token: Option<RestToken>) -> Result<Box<dyn Attachment>> {
-    let description = token.map(|token| token.claim()).unwrap_or_default();
+    let description = Claim { rest: token, holding: None }.encode();
     let hello = Hello { versions: SPOKEN, role: Role::Borrower, features: 0, epoch: 0, description };
     let Connection { fabric, agreed } = shm::connect(path, &hello, ShmOptions::default())?;
     let device = DeviceDescription::decode(&agreed.peer.description)?;

@@ -1,7 +1,7 @@
 //! A small VMM on /dev/kvm: a bare guest that uses a borrowed NVMe drive, kept in a bank while it runs, and taken out of it anywhere.
 //!
-//! `mini-vmm home disk.img --lend-at /run/drive --bank /var/lib/bank --machine vm7` is the host with the drive; `mini-vmm run --from /run/drive --bank
-//! /var/lib/bank --deposit vm7` the one with the machine. Kill that one, and the first says what was written since, and runs the machine itself.
+//! `mini-vmm home disk.img --lend-at shm:/run/drive --bank /var/lib/bank --machine vm7` is the host with the drive; `mini-vmm run --from shm:/run/drive
+//! --bank shm:/run/bank --deposit vm7` the one with the machine. Kill that one, and the first says what was written since, and runs the machine itself.
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -11,11 +11,10 @@ use anyhow::{Context, Result, bail};
 use clap::{Args, Parser, Subcommand};
 use farbus_machine_bank::Bank;
 use farbus_machine_bank::lazy::Area;
-use farbus_machine_bank::store::Directory;
 use farbus_mini_vmm::kvm::guest;
 use farbus_mini_vmm::kvm::machine::Machine;
 use farbus_mini_vmm::link::{borrow, borrow_again};
-use farbus_mini_vmm::{Depositor, Device, Home, Withdrawn, meanwhile, say};
+use farbus_mini_vmm::{BankArgs, Depositor, Device, Home, Withdrawn, meanwhile, say};
 use farbus_remote_dma::model::{Nvme, NvmeOptions};
 use farbus_remote_dma::wait::Waker;
 
@@ -54,8 +53,8 @@ enum Command {
 struct HomeArgs {
     /// The image of the drive: at least 1 MiB. The guest overwrites its first MiB.
     image: PathBuf,
-    /// Where to lend it: a unix socket.
-    #[arg(long, value_name = "SOCKET")]
+    /// Where to lend it: a unix socket, as shm:PATH or by its path alone.
+    #[arg(long, value_name = "shm:PATH", value_parser = lender)]
     lend_at: PathBuf,
     #[command(flatten)]
     bank: BankArgs,
@@ -68,16 +67,9 @@ struct HomeArgs {
 }
 
 #[derive(Args)]
-struct BankArgs {
-    /// A bank's folder, as `farbus bank init` makes it.
-    #[arg(long, value_name = "FOLDER")]
-    bank: Option<PathBuf>,
-}
-
-#[derive(Args)]
 struct RunArgs {
-    /// The lender's socket.
-    #[arg(long, value_name = "SOCKET")]
+    /// The lender, as `farbus borrow` takes it: shm:PATH, or the path of its socket alone.
+    #[arg(long, value_name = "shm:PATH", value_parser = lender)]
     from: PathBuf,
     #[command(flatten)]
     bank: BankArgs,
@@ -115,13 +107,20 @@ fn main() -> ExitCode {
     }
 }
 
-fn open(bank: &BankArgs) -> Result<Option<Bank>> {
-    let open = |folder: &PathBuf| -> Result<Bank> { Ok(Bank::open(Box::new(Directory::open(folder)?), None)?) };
-    bank.bank.as_ref().map(|folder| open(folder).with_context(|| format!("no bank in {}", folder.display()))).transpose()
+/// A socket of this host.
+fn lender(text: &str) -> Result<PathBuf, String> {
+    match text.split_once(':') {
+        Some(("rdma", _)) => Err(format!(
+            "{text} is a lender of another host, and this VMM borrows on its own: run farbus borrow for it, with a VMM of vfio-user"
+        )),
+        Some(("shm", "")) => Err("shm: needs a path, as in shm:/run/drive".to_owned()),
+        Some(("shm", path)) => Ok(path.into()),
+        _ => Ok(text.into()),
+    }
 }
 
 fn home(args: &HomeArgs) -> Result<()> {
-    let bank = open(&args.bank)?;
+    let bank = args.bank.open()?;
     let nvme = Nvme::open(&args.image, NvmeOptions::default())?;
     let least = guest::BLOCKS * guest::BLOCK_BYTES / 512;
     if nvme.blocks() < least {
@@ -165,7 +164,7 @@ fn run(args: &RunArgs) -> Result<()> {
 }
 
 fn go_on(args: &GoOnArgs) -> Result<()> {
-    let bank = open(&args.run.bank)?.context("say where the machine is: --bank FOLDER")?;
+    let bank = args.run.bank.open()?.context("say where the machine is: --bank BANK")?;
     let withdrawn = Withdrawn::from_bank(&bank, &args.machine)?;
     let device = borrow_again(&args.run.from, withdrawn.state()?.rest().token)?;
     let (machine, restored) = Machine::again(&withdrawn, device)?;
@@ -180,7 +179,7 @@ fn go_on(args: &GoOnArgs) -> Result<()> {
 }
 
 fn keep_running(mut machine: Machine, mut depositor: Depositor<'_>, args: &RunArgs) -> Result<()> {
-    let bank = open(&args.bank)?;
+    let bank = args.bank.open()?;
     let until = Instant::now() + Duration::from_secs(args.seconds);
     let (Some(bank), Some(name)) = (bank, &args.deposit) else {
         machine.run_for(until.saturating_duration_since(Instant::now()))?;
@@ -193,6 +192,7 @@ fn keep_running(mut machine: Machine, mut depositor: Depositor<'_>, args: &RunAr
         if left <= BETWEEN_DEPOSITS {
             break;
         }
+        mark_lost(&mut depositor, &bank);
         let frozen = machine.freeze(&mut depositor)?;
         match machine.run_while(|| frozen.put(&bank, name))? {
             Ok(report) => {
@@ -206,7 +206,8 @@ fn keep_running(mut machine: Machine, mut depositor: Depositor<'_>, args: &RunAr
             }
         }
     }
-    let frozen = machine.freeze_and_leave(&mut depositor, LEASE)?;
+    mark_lost(&mut depositor, &bank);
+    let mut frozen = machine.freeze_and_leave(&mut depositor, LEASE)?;
     // What is frozen is all that there is of the machine, for as long as the drive is kept for it.
     let until = Instant::now() + LEASE;
     let deposited = loop {
@@ -214,6 +215,10 @@ fn keep_running(mut machine: Machine, mut depositor: Depositor<'_>, args: &RunAr
             Err(error) if Instant::now() < until => {
                 eprintln!("mini-vmm: the last deposit failed, and is tried again: {error:#}");
                 std::thread::sleep(Duration::from_secs(2));
+                // A repair may have come between.
+                if let Err(error) = depositor.add_lost(&bank, &mut frozen) {
+                    eprintln!("mini-vmm: what the bank has lost is not known: {error:#}");
+                }
             }
             done => break done?,
         }
@@ -221,6 +226,15 @@ fn keep_running(mut machine: Machine, mut depositor: Depositor<'_>, args: &RunAr
     println!("{}: left, and the drive is kept for a minute", deposited.machine);
     report(&machine);
     Ok(())
+}
+
+/// Where that is not known, the deposit may fail, and the next one looks again.
+fn mark_lost(depositor: &mut Depositor<'_>, bank: &Bank) {
+    match depositor.mark_lost(bank) {
+        Ok(0) => {}
+        Ok(pages) => println!("{pages} pages are deposited again, which the bank has lost"),
+        Err(error) => eprintln!("mini-vmm: what the bank has lost is not known: {error:#}"),
+    }
 }
 
 fn report(machine: &Machine) {

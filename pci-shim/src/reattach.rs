@@ -29,8 +29,8 @@ pub enum Found {
     NotYet,
     /// The device, as after a reset.
     Device(Box<dyn Attachment>),
-    /// The time is up.
-    Nobody,
+    /// The time is up, or there is no use in looking: why.
+    Nobody(String),
 }
 
 /// Looks for a device that was lost. Nothing here blocks.
@@ -62,7 +62,16 @@ pub enum Search {
     GaveUp(String),
 }
 
-type Connect = dyn FnMut() -> Result<Box<dyn Attachment>, String> + Send;
+/// Why an attempt found nothing.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum NotFound {
+    /// It may be there later.
+    Yet(String),
+    /// There is no use in looking: somebody else had it meanwhile, say.
+    Ever(String),
+}
+
+type Connect = dyn FnMut() -> Result<Box<dyn Attachment>, NotFound> + Send;
 type Hear = dyn FnMut(Search) + Send;
 
 /// Asks for the device again and again, on a thread of its own while it is lost.
@@ -74,7 +83,7 @@ pub struct Reconnector {
 }
 
 struct Running {
-    found: Receiver<Option<Box<dyn Attachment>>>,
+    found: Receiver<Result<Box<dyn Attachment>, String>>,
     /// Set when there is something in it.
     ready: Waker,
     /// Whoever looks stops when this is gone.
@@ -83,7 +92,7 @@ struct Running {
 
 impl Reconnector {
     /// Looks by `connect` for up to `give_up` since the loss. An attempt that takes long makes the next one late; it should give up by itself.
-    pub fn new(give_up: Duration, connect: impl FnMut() -> Result<Box<dyn Attachment>, String> + Send + 'static) -> Self {
+    pub fn new(give_up: Duration, connect: impl FnMut() -> Result<Box<dyn Attachment>, NotFound> + Send + 'static) -> Self {
         Self { connect: Arc::new(Mutex::new(Box::new(connect))), hear: Box::new(|_| {}), give_up, running: None }
     }
 
@@ -109,17 +118,19 @@ impl Reconnector {
 }
 
 /// Until it is found, nobody wants it any more, or the time is up.
-fn look(connect: &mut Connect, until: Instant, wanted: &Weak<()>) -> Option<Box<dyn Attachment>> {
+fn look(connect: &mut Connect, until: Instant, wanted: &Weak<()>) -> Result<Box<dyn Attachment>, String> {
     let began = Instant::now();
     let mut pause = FIRST_PAUSE;
     loop {
-        match connect() {
-            Ok(device) => return Some(device),
-            Err(error) => tracing::debug!(error, ?pause, "the lender is not back"),
-        }
+        let error = match connect() {
+            Ok(device) => return Ok(device),
+            Err(NotFound::Ever(error)) => return Err(error),
+            Err(NotFound::Yet(error)) => error,
+        };
+        tracing::debug!(error, ?pause, "the lender is not back");
         let left = until.saturating_duration_since(Instant::now());
         if left.is_zero() || wanted.strong_count() == 0 {
-            return None;
+            return Err(format!("it did not come back in time: {error}"));
         }
         std::thread::sleep(pause.min(left));
         pause = (pause * 2).min(if began.elapsed() < SOON { LONGEST_PAUSE } else { LATER_PAUSE });
@@ -137,9 +148,10 @@ impl Reattach for Reconnector {
 
     fn poll(&mut self) -> Found {
         match self.running.as_ref().map(|running| running.found.try_recv()) {
-            Some(Ok(Some(device))) => Found::Device(device),
+            Some(Ok(Ok(device))) => Found::Device(device),
             Some(Err(TryRecvError::Empty)) => Found::NotYet,
-            Some(Ok(None) | Err(TryRecvError::Disconnected)) | None => Found::Nobody,
+            Some(Ok(Err(why))) => Found::Nobody(why),
+            Some(Err(TryRecvError::Disconnected)) | None => Found::Nobody("nobody looks for it".into()),
         }
     }
 

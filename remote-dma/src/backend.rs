@@ -17,6 +17,7 @@ use crate::address::{BarAddress, Iova, Width};
 use crate::attachment::Activity;
 use crate::device::DeviceDescription;
 use crate::dma_buffer::DmaBuffer;
+use crate::holder::HolderNote;
 use crate::journal::Journal;
 use crate::shared_window::SharedWindow;
 
@@ -324,6 +325,14 @@ pub trait Backend: Send {
     fn unpark(&mut self, bus: &mut dyn Bus) -> Result<(), AttachError> {
         self.attach(bus)
     }
+
+    /// What [`Backend::note_holder`] noted last, also in an earlier process; `None` where nothing, or where the device cannot remember.
+    fn holder(&self) -> Option<HolderNote> {
+        None
+    }
+
+    /// Notes with the device itself, where that can be, who has it: beside an image, say, so that whoever lends it later knows.
+    fn note_holder(&mut self, _note: HolderNote) {}
 
     /// Which writes it began and acknowledged, where it counts them.
     fn journal(&self) -> Option<&Journal> {

@@ -12,6 +12,7 @@ pub mod dirty_log;
 pub mod dma_buffer;
 mod endpoint;
 pub mod guest_memory;
+pub mod holder;
 pub mod iova_map;
 pub mod journal;
 pub mod lender;
@@ -35,6 +36,7 @@ pub use backend::{
 pub use device::{BarDescription, BarKind, Constant, DeviceDescription, MsixLocation};
 pub use dma_buffer::DmaBuffer;
 pub use guest_memory::{GuestMemory, GuestMemoryError, GuestRegion};
+pub use holder::{Claim, HolderNote, HolderToken, Holders, Holding};
 pub use journal::{BlockRange, Journal, Mark, Since};
 pub use rest::{Continued, Kept, Lease, Rest, RestToken};
 pub use shared_window::SharedWindow;

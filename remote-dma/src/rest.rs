@@ -8,10 +8,8 @@ use std::io;
 use std::time::{Duration, Instant};
 
 use crate::backend::Backend;
+use crate::holder::Claim;
 use crate::journal::Mark;
-
-/// Begins the description of a borrower who comes for a kept device.
-const CLAIM: [u8; 5] = *b"rest ";
 
 /// Names one rest of one device: 16 random bytes, so that nobody who has not read the saved state can claim the device, and no older state fits.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -29,14 +27,9 @@ impl RestToken {
         if given == bytes.len() { Ok(Self(bytes)) } else { Err(io::ErrorKind::UnexpectedEof.into()) }
     }
 
-    /// What a borrower's hello says (its description) who comes for a kept device.
+    /// What a borrower's hello says (its description) who comes for a kept device and does not mean to come back.
     pub fn claim(&self) -> Vec<u8> {
-        [&CLAIM[..], &self.0].concat()
-    }
-
-    /// The token of a hello's description; `None` where its borrower comes for no kept device.
-    pub fn from_claim(description: &[u8]) -> Option<Self> {
-        description.strip_prefix(&CLAIM)?.try_into().ok().map(Self)
+        Claim { rest: Some(*self), holding: None }.encode()
     }
 
     /// Whether both are the same, in a time that does not say where they differ.
@@ -126,6 +119,11 @@ pub struct Continued {
 }
 
 impl Continued {
+    /// The device, to note something at it.
+    pub fn device_mut(&mut self) -> &mut dyn Backend {
+        &mut *self.backend
+    }
+
     /// What the device is.
     pub fn device(&self) -> &dyn Backend {
         &*self.backend
@@ -157,9 +155,7 @@ mod tests {
     #[test]
     fn a_claim_is_heard_as_it_was_said_and_nothing_else_is_one() {
         let token = RestToken::random().unwrap();
-        assert_eq!(RestToken::from_claim(&token.claim()), Some(token));
-        assert_eq!(RestToken::from_claim(b""), None);
-        assert_eq!(RestToken::from_claim(b"rest 15 bytes ....."), None);
+        assert_eq!(Claim::parse(&token.claim()).rest, Some(token));
     }
 
     #[test]

@@ -11,11 +11,12 @@ use std::sync::Arc;
 
 use farbus_machine_bank::Bank;
 use farbus_machine_bank::store::Directory;
+use farbus_mini_vmm::BankArgs;
 use farbus_remote_dma::model::{Nvme, NvmeOptions};
 use farbus_transport::Memory;
 use tempfile::TempDir;
 
-/// Says to this program that it is a borrower: its part, the lender's socket and the bank's folder.
+/// Says to this program that it is a borrower: its part, the lender's socket and the bank's address.
 const PART: &str = "FARBUS_TEST_BORROWER";
 
 /// A folder with an empty bank, and a drive in memory.
@@ -32,6 +33,11 @@ impl BankHome {
         Self { folder, image: Memory::memfd("image", bytes).unwrap() }
     }
 
+    /// Where everything of it is: the bank is in its folder `bank`.
+    pub fn folder(&self) -> &Path {
+        self.folder.path()
+    }
+
     /// Where the drive is lent.
     pub fn socket(&self) -> PathBuf {
         self.folder.path().join("lender")
@@ -39,7 +45,7 @@ impl BankHome {
 
     /// The bank.
     pub fn bank(&self) -> Bank {
-        open(&self.folder.path().join("bank"))
+        bank_at(self.folder.path().join("bank").to_str().unwrap())
     }
 
     /// The drive, reset.
@@ -56,7 +62,12 @@ impl BankHome {
 
     /// This test program as a borrower in a process of its own.
     pub fn borrower(&self, part: &str) -> Child {
-        let part = format!("{part}\n{}\n{}", self.socket().display(), self.folder.path().join("bank").display());
+        self.borrower_with(part, &self.folder.path().join("bank").display().to_string())
+    }
+
+    /// The same with the bank by another address.
+    pub fn borrower_with(&self, part: &str, bank: &str) -> Child {
+        let part = format!("{part}\n{}\n{bank}", self.socket().display());
         let mut command = Command::new(std::env::current_exe().unwrap());
         command.args(["--exact", "the_other_process", "--nocapture"]).env(PART, part).spawn().unwrap()
     }
@@ -77,9 +88,10 @@ pub fn part() -> Option<Part> {
     let part = std::env::var(PART).ok()?;
     let mut words = part.split('\n');
     let mut next = || words.next().unwrap();
-    Some(Part { name: next().to_owned(), socket: next().into(), bank: open(Path::new(next())) })
+    Some(Part { name: next().to_owned(), socket: next().into(), bank: bank_at(next()) })
 }
 
-fn open(folder: &Path) -> Bank {
-    Bank::open(Box::new(Directory::open(folder).unwrap()), None).unwrap()
+/// A bank as a VMM's command line names it.
+pub fn bank_at(address: &str) -> Bank {
+    BankArgs { bank: Some(address.parse().unwrap()), tenant_key: None }.open().unwrap().unwrap()
 }

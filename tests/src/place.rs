@@ -63,6 +63,16 @@ impl Place {
         self.borrow_for(socket, "100ms")
     }
 
+    /// Lends with other options.
+    pub fn lend_with(&self, options: &[&str]) -> Running {
+        let (device, link) = (self.device("disk.img"), self.link());
+        let mut args = vec!["lend", "--json", "--device", &device, "--listen", &link];
+        args.extend(options);
+        let mut lender = Running::farbus(&args);
+        lender.event("listening", AMPLE);
+        lender
+    }
+
     /// As [`Place::borrow`], by a borrower that looks for its lender for so long.
     pub fn borrow_for(&self, socket: &str, reconnect: &str) -> Running {
         let (link, socket) = (self.link(), self.name(socket));

@@ -114,6 +114,84 @@ fn a_vmm_reads_the_machine_as_it_uses_it_and_the_second_one_finds_it_there() {
 }
 
 #[test]
+fn a_vmm_waits_while_the_bank_is_away_and_the_server_says_so() {
+    if let Err(error) = Uffd::supported() {
+        eprintln!("farbus bank serve-faults: not run: {error}");
+        return;
+    }
+    if let Some(socket) = std::env::var_os(CLIENT) {
+        vmm(Path::new(&socket), 1);
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let (bank, ram, socket) = (folder.path().join("bank"), folder.path().join("ram"), folder.path().join("faults.sock"));
+    std::fs::write(&ram, memory()).unwrap();
+    assert_eq!(run(&["bank", "init", text(&bank)]).code(), Some(0));
+    assert_eq!(run(&["bank", "deposit", text(&bank), "vm7", "--memory", text(&ram)]).code(), Some(0));
+    let words = ["bank", "serve-faults", text(&bank), "--socket", text(&socket), "--machine", "vm7", "--json"];
+    let mut server = Running::farbus(&words);
+    server.event("serving", SOON);
+    // Before the VMM comes, so that it begins without a bank.
+    std::fs::rename(&bank, folder.path().join("elsewhere")).unwrap();
+    let mut client = std::process::Command::new(std::env::current_exe().unwrap());
+    client.args(["--exact", "a_vmm_waits_while_the_bank_is_away_and_the_server_says_so", "--nocapture"]);
+    let mut client = client.env(CLIENT, &socket).spawn().unwrap();
+    let away = server.event("store_away", SOON);
+    assert!(away["since_ms"].as_u64().unwrap() > 0 && away["why"].is_string(), "{away}");
+    std::thread::sleep(Duration::from_millis(1500));
+    assert!(client.try_wait().unwrap().is_none(), "the VMM did not wait");
+    std::fs::rename(folder.path().join("elsewhere"), &bank).unwrap();
+    let back = server.event("store_back", SOON);
+    assert!(back["away_ms"].as_u64().unwrap() > 1300, "{back}");
+    assert!(client.wait().unwrap().success());
+    let left = server.event("left", SOON);
+    assert_eq!((left["report"]["poisoned"].as_u64(), left["report"]["away"].as_u64()), (Some(0), Some(1)), "{left}");
+    server.terminate();
+    assert_eq!(server.wait(SOON).code(), Some(0));
+}
+
+#[test]
+fn a_vmm_waits_while_who_serves_the_bank_is_killed_and_started_again() {
+    if let Err(error) = Uffd::supported() {
+        eprintln!("farbus bank serve-faults over a link: not run: {error}");
+        return;
+    }
+    if let Some(socket) = std::env::var_os(CLIENT) {
+        vmm(Path::new(&socket), 1);
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let (bank, ram, socket) = (folder.path().join("bank"), folder.path().join("ram"), folder.path().join("faults.sock"));
+    std::fs::write(&ram, memory()).unwrap();
+    assert_eq!(run(&["bank", "init", text(&bank)]).code(), Some(0));
+    assert_eq!(run(&["bank", "deposit", text(&bank), "vm7", "--memory", text(&ram)]).code(), Some(0));
+    let link = format!("shm:{}", folder.path().join("link").display());
+    let serve = || {
+        let mut serving = Running::farbus(&["bank", "serve", text(&bank), "--listen", &link, "--json"]);
+        serving.event("serving", SOON);
+        serving
+    };
+    let serving = serve();
+    let mut server = Running::farbus(&["bank", "serve-faults", &link, "--socket", text(&socket), "--machine", "vm7", "--json"]);
+    server.event("serving", SOON);
+    serving.kill();
+    let mut client = std::process::Command::new(std::env::current_exe().unwrap());
+    client.args(["--exact", "a_vmm_waits_while_who_serves_the_bank_is_killed_and_started_again", "--nocapture"]);
+    let mut client = client.env(CLIENT, &socket).spawn().unwrap();
+    server.event("store_away", SOON);
+    assert!(client.try_wait().unwrap().is_none(), "the VMM did not wait");
+    let serving = serve();
+    server.event("store_back", SOON);
+    assert!(client.wait().unwrap().success());
+    let left = server.event("left", SOON);
+    assert_eq!(left["report"]["poisoned"].as_u64(), Some(0), "{left}");
+    for process in [server, serving] {
+        process.terminate();
+        assert_eq!(process.wait(SOON).code(), Some(0));
+    }
+}
+
+#[test]
 fn serve_faults_says_what_to_do_about_a_wrong_machine_section_and_place() {
     let folder = tempfile::tempdir().unwrap();
     let (bank, ram, socket) = (folder.path().join("bank"), folder.path().join("ram"), folder.path().join("faults.sock"));

@@ -76,6 +76,27 @@ fn a_link_address_is_a_bank() {
 }
 
 #[test]
+fn behind_a_cache_pages_come_over_a_link_once() {
+    let lab = lab();
+    let (link, out, cache) = (lab.link(), lab.path("out"), lab.path("cache"));
+    let server = lab.serve(&[]);
+    let withdraw = || lab.ok(&["withdraw", &link, "web", "--to", &out, "--replace", "--cache", &cache, "--cache-size", "64MiB"]);
+    let pages = memory(700).len() as u64 / 4096 + 1;
+    let said = withdraw();
+    assert_eq!((&said["cache"]["hits"], &said["cache"]["misses"]), (&0.into(), &pages.into()), "{said}");
+    let mut changed = memory(700);
+    changed[..8192].fill(9);
+    std::fs::write(lab.path("web"), &changed).unwrap();
+    lab.ok(&["deposit", &lab.path("bank"), "web", "--memory", &lab.path("web")]);
+    let said = withdraw();
+    assert!(std::fs::read(lab.path("out/memory")).unwrap() == changed);
+    // Two pages that are equal are one, and the names of all of them.
+    assert_eq!((&said["cache"]["hits"], &said["cache"]["misses"]), (&(pages - 2).into(), &2.into()), "{said}");
+    assert!(said["wire"]["read_bytes"].as_u64() < Some(pages * 32 + 4000), "{said}");
+    end_in_order(server);
+}
+
+#[test]
 fn a_client_has_what_the_rules_say_and_no_more() {
     let lab = lab();
     let link = lab.link();
@@ -165,12 +186,13 @@ fn whoever_is_killed_the_bank_is_whole_and_the_deposit_is_resumed() {
         std::thread::sleep(Duration::from_millis(after));
         server.kill();
         server.wait(AMPLE);
+        server = lab.serve(&[]);
+        // It has gone on with this one, or says that it has to be run again.
         let end = client.wait(AMPLE);
         if end.code() != Some(0) {
             end.assert_refusal(1, &["hint: "]);
         }
         lab.assert_whole();
-        server = lab.serve(&[]);
     }
     let said = lab.ok(&["deposit", &link, "big", "--memory", &lab.path("big")]);
     let pages = big.len() as u64 / 4096 + 1;
@@ -190,6 +212,37 @@ fn whoever_is_killed_the_bank_is_whole_and_the_deposit_is_resumed() {
 }
 
 #[test]
+fn a_withdrawal_goes_on_when_its_server_is_killed_and_another_one_comes() {
+    let lab = lab();
+    let (link, out) = (lab.link(), lab.path("out"));
+    let big: Vec<u8> = (0..6_000_000_u32).flat_map(|n| n.wrapping_mul(2_654_435_761).rotate_left(n % 31).to_le_bytes()).collect();
+    std::fs::write(lab.path("big"), &big).unwrap();
+    lab.ok(&["deposit", &lab.path("bank"), "big", "--memory", &lab.path("big")]);
+    let (mut server, mut caught) = (lab.serve(&[]), 0);
+    for after in [0, 5, 20] {
+        let mut client = Running::farbus(&["bank", "withdraw", &link, "big", "--to", &out, "--replace", "--json"]);
+        // Its file is made when it has a link and its machine.
+        while !std::path::Path::new(&lab.path("out/memory.farbus-part")).exists() && !client.has_ended() {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        caught += usize::from(!client.has_ended());
+        std::thread::sleep(Duration::from_millis(after));
+        server.kill();
+        server.wait(AMPLE);
+        std::thread::sleep(Duration::from_millis(300));
+        server = lab.serve(&[]);
+        let end = client.wait(AMPLE);
+        assert_eq!(end.code(), Some(0), "killed after {after} ms: {}", end.stderr);
+        assert!(std::fs::read(lab.path("out/memory")).unwrap() == big);
+    }
+    assert!(caught > 0, "every withdrawal had ended before its server was killed");
+    end_in_order(server);
+    let words = ["list", &lab.path("bank"), "--reconnect", "5s"];
+    BankLab::run(&words).assert_refusal(2, &["it is on this host"]);
+    lab.assert_whole();
+}
+
+#[test]
 fn what_makes_no_sense_is_refused_with_what_to_do() {
     let lab = lab();
     let (bank, link) = (lab.path("bank"), lab.link());
@@ -205,6 +258,7 @@ fn what_makes_no_sense_is_refused_with_what_to_do() {
         (&["serve", &bank, "--listen", &link, "--peer", "nas"], "--peer names a server"),
         (&["serve", &link, "--listen", &link], "served already"),
         (&["serve", &bank, "--listen", "bank.sock"], "is no link address"),
+        (&["serve", &bank, "--listen", &link, "--reconnect", "5s"], "--reconnect is a client's"),
         (&["list", &bank, "--tls", "x"], "takes no options of TLS"),
         (&["list", "rdma:nas:0"], "port 0"),
         (&["list", "shm:"], "needs a path"),

@@ -155,6 +155,48 @@ fn a_killed_lender_that_is_started_again_is_found_and_the_vmm_reads_late_and_not
 }
 
 #[test]
+fn who_comes_back_when_another_had_the_device_is_refused_for_good_also_by_a_lender_that_was_started_again() {
+    let place = Place::new();
+    let lender = place.lend();
+    let mut first = place.borrow_for("vmm", "60s");
+    let mut vmm = place.vmm("vmm");
+    assert_nvme(&mut vmm);
+    // Parted from its lender, and asleep for as long as another has the device.
+    first.signal(rustix::process::Signal::STOP);
+    lender.kill();
+    drop(lender);
+    let mut lender = place.lend_with(&["--hold", "0s"]);
+    place.assert_served(&mut lender);
+    lender.kill();
+    drop(lender);
+    let _lender = place.lend_with(&["--hold", "0s"]);
+    first.signal(rustix::process::Signal::CONT);
+    let why = reason(&first.event("lender-given-up", AMPLE));
+    assert!(why.contains("another borrower has had the device"), "{why}");
+    first.event("lender-gone", AMPLE);
+    assert_eq!(version(&mut vmm), u32::MAX);
+}
+
+#[test]
+fn a_device_whose_lender_was_killed_is_held_for_its_borrower_and_a_stranger_waits() {
+    let place = Place::new();
+    let lender = place.lend();
+    let mut first = place.borrow_for("vmm", "60s");
+    first.signal(rustix::process::Signal::STOP);
+    lender.kill();
+    drop(lender);
+    let mut lender = place.lend_with(&["--hold", "700ms"]);
+    let began = Instant::now();
+    let other = place.borrow("other");
+    assert!(began.elapsed() >= Duration::from_millis(500), "{:?}", began.elapsed());
+    assert!(reason(&lender.event("refused", AMPLE)).contains("held"));
+    assert_end_in_order(other);
+    first.signal(rustix::process::Signal::CONT);
+    let why = reason(&first.event("lender-given-up", AMPLE));
+    assert!(why.contains("another borrower has had the device"), "{why}");
+}
+
+#[test]
 fn a_signal_ends_a_borrower_in_order_also_over_a_dead_device_which_it_names() {
     let place = Place::new();
     let mut lender = place.lend();

@@ -24,7 +24,7 @@ fn second_link(place: &Place) -> String {
 }
 
 fn borrow_on(place: &Place, socket: &str) -> Running {
-    let mut borrower = Running::farbus(&["borrow", "--json", "--from", &second_link(place), "--vfio-user", &place.name(socket)]);
+    let mut borrower = Running::farbus(&["borrow", "--json", "--reconnect", "100ms", "--from", &second_link(place), "--vfio-user", &place.name(socket)]);
     borrower.event("serving", AMPLE);
     borrower
 }
@@ -70,7 +70,8 @@ fn a_device_whose_server_dies_is_gone_and_lent_again_when_it_is_back() {
     server.kill();
     let why = reason(&second.event("gone", AMPLE));
     assert_eq!(why, "its server closed the connection");
-    // The VMM sees a dead slot, and nobody else gets the device.
+    // The VMM sees a dead slot, when its borrower has looked for the device long enough, and nobody else gets it.
+    borrower.event("lender-gone", AMPLE);
     let mut bytes = [0; 4];
     vmm.region_read(0, 8, &mut bytes).unwrap();
     assert_eq!(bytes, [0xff; 4]);

@@ -20,7 +20,8 @@ use farbus_pci_shim::FunctionState;
 use farbus_remote_dma::lender::PollOptions;
 use farbus_remote_dma::native::Native;
 use farbus_remote_dma::wait::Waker;
-use farbus_tests::bank_home::{BankHome, Part, part};
+use farbus_tests::bank_home::{BankHome, Part, bank_at, part};
+use farbus_tests::process::Running;
 use farbus_transport::Memory;
 
 const LEASE: Duration = Duration::from_secs(60);
@@ -200,6 +201,47 @@ fn a_kvm_guest_is_deposited_while_it_runs_and_goes_on_in_another_process_and_hom
     assert!(!restored.revived);
     run(&mut machine, 100);
     judge(&place, withdrawn.area.memory());
+}
+
+#[test]
+fn a_kvm_guest_goes_on_from_a_bank_that_another_process_serves() {
+    if !kvm("a KVM guest out of a served bank") {
+        return;
+    }
+    let place = place();
+    let folder = place.folder().join("bank");
+    let listen = format!("shm:{}", place.folder().join("bank.link").display());
+    let mut serving = Running::farbus(&["bank", "serve", folder.to_str().unwrap(), "--listen", &listen, "--json"]);
+    serving.event("serving", LIMIT);
+    let bank = bank_at(&listen);
+    assert!(bank.store().service().is_some(), "the bank is not at the other end of a link");
+    let home = Home::open(&place.socket()).unwrap();
+    let lending = home.serve_aside(Device::Reset(place.nvme()), Waker::new().unwrap()).unwrap();
+    let area = Area::shared(MEMORY_BYTES).unwrap();
+    let mut depositor = Depositor::new(&area).unwrap();
+    let mut machine = Machine::begin(&area, borrow(&place.socket(), None).unwrap()).unwrap();
+    for _ in 0..2 {
+        run(&mut machine, 50);
+        assert_eq!(depositor.mark_lost(&bank).unwrap(), 0);
+        let frozen = machine.freeze(&mut depositor).unwrap();
+        let report = machine.run_while(|| frozen.put(&bank, "vm").unwrap()).unwrap();
+        depositor.done(&report);
+    }
+    let frozen = machine.freeze_and_leave(&mut depositor, LEASE).unwrap();
+    frozen.put(&bank, "vm").unwrap();
+    let (home, left) = lending.join().unwrap().unwrap();
+    let lending = home.serve_aside(left.device, Waker::new().unwrap()).unwrap();
+    assert!(place.borrower_with("goes on from the bank and ends", &listen).wait().unwrap().success(), "the machine did not go on");
+    let (_home, left) = lending.join().unwrap().unwrap();
+    // Whoever has the bank itself finds what came over the link.
+    let withdrawn = Withdrawn::from_bank(&place.bank(), "vm").unwrap();
+    let token = withdrawn.state().unwrap().rest().token;
+    let (mut machine, restored) = Machine::again(&withdrawn, left.device.attach_here(&token).unwrap()).unwrap();
+    assert!(!restored.revived);
+    run(&mut machine, 100);
+    judge(&place, withdrawn.area.memory());
+    serving.terminate();
+    assert_eq!(serving.wait(LIMIT).code(), Some(0));
 }
 
 #[test]

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use farbus_machine_bank::lazy::Area;
 use farbus_mini_vmm::link::borrow;
 use farbus_mini_vmm::{Device as HomeDevice, Home};
-use farbus_pci_shim::{Embedded, Reconnector, Search};
+use farbus_pci_shim::{Embedded, NotFound, Reconnector, Search};
 use farbus_remote_dma::GuestAddress;
 use farbus_remote_dma::guest_memory::SliceMemory;
 use farbus_remote_dma::model::{Nvme, NvmeOptions};
@@ -90,8 +90,9 @@ fn a_lender_that_is_killed_costs_its_guest_a_pause_and_no_block() {
     let memory = area.share().unwrap();
     let heard = Arc::new(Mutex::new(Vec::new()));
     let (tell, at) = (Arc::clone(&heard), socket.clone());
-    let reconnector = Reconnector::new(Duration::from_secs(20), move || borrow(&at, None).map_err(|error| format!("{error:#}")))
-        .telling(move |search| tell.lock().unwrap().push(search));
+    let reconnector =
+        Reconnector::new(Duration::from_secs(20), move || borrow(&at, None).map_err(|error| NotFound::Yet(format!("{error:#}"))))
+            .telling(move |search| tell.lock().unwrap().push(search));
     let slice = SliceMemory::new(GuestAddress(0), Arc::clone(&memory));
     let mut device = Embedded::new(attachment, FlagSink(Arc::clone(&memory)), slice).unwrap().reattaching(Box::new(reconnector));
     let guest = Guest::new(memory);

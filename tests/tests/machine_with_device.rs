@@ -8,7 +8,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use farbus_machine_bank::{Bank, Entry};
+use farbus_machine_bank::{Bank, Entry, keep};
 use farbus_mini_vmm::link::{borrow, borrow_again};
 use farbus_mini_vmm::{Depositor, Device as HomeDevice, Home, Pause, Withdrawn, meanwhile, say};
 use farbus_pci_shim::Embedded;
@@ -166,6 +166,80 @@ fn a_machine_is_deposited_while_it_works_and_goes_on_elsewhere_with_its_device()
     machine.run(300);
     machine.guest.drain(&mut machine.device).unwrap();
     judge(&place, &machine.guest);
+}
+
+/// Tears every pack, and has the bank find out what it lost by it.
+fn lose_all(place: &BankHome, bank: &Bank) {
+    for pack in std::fs::read_dir(place.folder().join("bank/packs")).unwrap() {
+        let pack = std::fs::OpenOptions::new().write(true).open(pack.unwrap().path()).unwrap();
+        pack.set_len(pack.metadata().unwrap().len() - 10).unwrap();
+    }
+    let report = keep::repair(bank, &|_| {}).unwrap();
+    assert!(report.lost > 10, "{report:?}");
+}
+
+/// The last deposit is whole, and is what is in `area`; the others are of no more use.
+fn assert_healed(bank: &Bank, area: &farbus_machine_bank::lazy::Area) {
+    let last = bank.find("vm").unwrap();
+    let others: Vec<_> = bank.listing().unwrap().0.iter().filter(|entry| entry.root != last.root).cloned().collect();
+    keep::remove(bank, &others).unwrap();
+    assert_eq!(keep::verify(bank, &|_| {}).unwrap().faults, []);
+    let withdrawn = Withdrawn::from_bank(bank, "vm").unwrap();
+    let bytes = |area: &farbus_machine_bank::lazy::Area| {
+        let mut bytes = vec![0; area.len() as usize];
+        area.memory().read(0, &mut bytes).unwrap();
+        bytes
+    };
+    assert!(bytes(&withdrawn.area) == bytes(area), "another machine came out");
+}
+
+#[test]
+fn what_a_bank_has_lost_the_next_deposit_brings_back_though_it_looks_at_changes_only() {
+    let place = place();
+    let bank = place.bank();
+    let home = Home::open(&place.socket()).unwrap();
+    let lending = home.serve_aside(device(&place), Waker::new().unwrap()).unwrap();
+    let area = farbus_machine_bank::lazy::Area::shared(MEMORY_BYTES).unwrap();
+    let mut depositor = Depositor::new(&area).unwrap();
+    let mut machine = Machine::begin(area.share().unwrap(), borrow(&place.socket(), None).unwrap(), 23);
+    for _ in 0..2 {
+        machine.run(100);
+        machine.deposit(&mut depositor, &bank);
+    }
+    lose_all(&place, &bank);
+    if depositor.tracks() {
+        // The rule, broken: what is lost is not looked for.
+        machine.run(10);
+        let frozen = depositor.freeze(&mut machine.device, || Ok(Vec::new())).unwrap();
+        let error = format!("{:#}", frozen.put(&bank, "vm").unwrap_err());
+        assert!(error.contains("was not copied"), "{error}");
+        depositor.failed(&frozen);
+    }
+    assert!(depositor.mark_lost(&bank).unwrap() > 0 || !depositor.tracks());
+    machine.run(10);
+    let (_, pages) = machine.deposit(&mut depositor, &bank);
+    assert!(pages < MEMORY_BYTES / 4096 || !depositor.tracks(), "all of the machine was deposited");
+
+    // Lost again when the machine has left already, and what is frozen is all that there is.
+    machine.run(50);
+    let mut frozen = depositor.freeze_and_leave(&mut machine.device, LEASE, || Ok(Vec::new())).unwrap();
+    lose_all(&place, &bank);
+    if depositor.tracks() {
+        assert!(frozen.put(&bank, "vm").is_err());
+        assert!(depositor.add_lost(&bank, &mut frozen).unwrap() > 0);
+    }
+    frozen.put(&bank, "vm").unwrap();
+    assert_healed(&bank, &area);
+    let (_home, left) = lending.join().unwrap().unwrap();
+    assert!(matches!(left.device, HomeDevice::Kept(_)));
+
+    // A deposit that was removed is nothing that another can follow.
+    depositor.follow(&bank.find("vm").unwrap());
+    keep::remove(&bank, &bank.listing().unwrap().0).unwrap();
+    depositor.add_lost(&bank, &mut frozen).unwrap();
+    assert_eq!(frozen.pages(), MEMORY_BYTES / 4096);
+    frozen.put(&bank, "vm").unwrap();
+    assert_healed(&bank, &area);
 }
 
 #[test]

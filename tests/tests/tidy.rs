@@ -46,6 +46,8 @@ const DATA_PATH: &[&str] = &[
 const UNSAFE: &[(&str, usize)] = &[
     ("bench/src/measure/allocations.rs", 9),
     ("bench/src/measure/syscalls.rs", 6),
+    // KVM is given the address of memory that a machine starts on.
+    ("bench/src/suite/bank_vm.rs", 1),
     ("machine-bank/src/lazy/area.rs", 6),
     ("machine-bank/src/lazy/device.rs", 4),
     ("machine-bank/src/lazy/uffd.rs", 4),
@@ -72,7 +74,7 @@ const UNSAFE: &[(&str, usize)] = &[
     ("transport/src/verbs/windows.rs", 3),
     ("transport/tests/loom_support/mod.rs", 2),
 ];
-const UNSAFE_IN_ALL: usize = 146;
+const UNSAFE_IN_ALL: usize = 147;
 
 /// Lines from which a file should have been split.
 const LONG: usize = 450;

@@ -171,7 +171,7 @@ impl Reattach for Meets {
         if self.choices.chance(700) {
             return Found::NotYet;
         }
-        let found = Lender::connect(&self.lender, None).map_or(Found::Nobody, Found::Device);
+        let found = Lender::connect(&self.lender, None).map_or_else(|| Found::Nobody("nobody lends it".into()), Found::Device);
         if self.choices.chance(200) {
             // Lost once more while the function is being brought back.
             let lender = self.lender.lock().unwrap();

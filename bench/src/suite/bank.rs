@@ -7,14 +7,15 @@
 //! images are in the page cache. Rows of times are judged by their pairs, as those of the suite soft-roce are.
 
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
-use anyhow::{Context, Result, anyhow, bail};
+use anyhow::{Context, Result, anyhow};
 
 use super::bank_large::{Large, large};
 use super::bank_lazy;
-use super::bank_peers::{Round, Tool, deposit, farbus, text};
+use super::bank_peers::{Bank, Round, Tool};
 use super::bank_series::Series;
+use super::bank_start;
 use super::bank_wire;
 use super::{Heard, Step};
 use crate::measure::Series as Figures;
@@ -27,11 +28,26 @@ pub struct Effort {
     pub rounds: usize,
     /// Bytes of the synthetic machine.
     pub large: u64,
+    /// Only these rows; `None`: all.
+    pub only: Option<Part>,
+}
+
+/// Rows that are measured together.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Part {
+    /// Images in and out, beside the peers, and what is in the bank already.
+    Peers,
+    /// A machine that starts at once.
+    Start,
+    /// Faults that the cache answers.
+    Faults,
+    /// A large machine.
+    Large,
 }
 
 impl Default for Effort {
     fn default() -> Self {
-        Self { rounds: 5, large: 10 << 30 }
+        Self { rounds: 5, large: 10 << 30, only: None }
     }
 }
 
@@ -49,44 +65,56 @@ type Rounds = BTreeMap<Tool, Result<Vec<Round>, String>>;
 
 /// Measures all rows.
 pub fn run(series: &Series, places: &Places, effort: &Effort, mut hear: impl FnMut(Heard<'_>)) -> SuiteReport {
+    let wanted = |part| effort.only.is_none_or(|only| only == part);
     let total = effort.rounds + 4;
+    let mut rows = Vec::new();
     let mut rounds: Rounds = BTreeMap::new();
-    for round in 0..effort.rounds {
-        hear(Heard::Begins(Step { what: "images in and out", done: round, total }));
-        let mut tools: Vec<_> = [Tool::Farbus].into_iter().chain(Tool::PEERS).collect();
-        if round % 2 == 1 {
-            tools.reverse();
+    if wanted(Part::Peers) {
+        for round in 0..effort.rounds {
+            hear(Heard::Begins(Step { what: "images in and out", done: round, total }));
+            one_round(round, series, places, &mut rounds);
         }
-        for tool in tools {
-            let of_tool = rounds.entry(tool).or_insert_with(|| Ok(Vec::new()));
-            if let Ok(so_far) = of_tool {
-                match tool.round(&places.farbus, series, &places.scratch) {
-                    Ok(figures) => so_far.push(figures),
-                    Err(error) => *of_tool = Err(format!("{error:#}")),
-                }
+        tell(&mut rows, against_peers(&rounds), &mut hear);
+        hear(Heard::Begins(Step { what: "what is in the bank already", done: effort.rounds, total }));
+        let mut shared = shared(series, places, &rounds);
+        shared.push(bank_wire::row(series, &places.farbus, &places.scratch));
+        tell(&mut rows, shared, &mut hear);
+    }
+    if wanted(Part::Start) {
+        hear(Heard::Begins(Step { what: "a machine that starts at once", done: effort.rounds + 1, total }));
+        tell(&mut rows, bank_start::rows(series, places, effort.rounds), &mut hear);
+    }
+    if wanted(Part::Faults) {
+        hear(Heard::Begins(Step { what: "faults", done: effort.rounds + 2, total }));
+        tell(&mut rows, bank_lazy::rows(effort.rounds), &mut hear);
+    }
+    if wanted(Part::Large) {
+        hear(Heard::Begins(Step { what: "a large machine", done: effort.rounds + 3, total }));
+        tell(&mut rows, of_large(large(&places.scratch.join("large"), effort.large)), &mut hear);
+    }
+    SuiteReport { suite: "bank".to_owned(), rows }
+}
+
+fn tell(rows: &mut Vec<Row>, more: Vec<Row>, hear: &mut impl FnMut(Heard<'_>)) {
+    hear(Heard::Measured(&more));
+    rows.extend(more);
+}
+
+/// All tools once; every other time in the opposite order.
+fn one_round(round: usize, series: &Series, places: &Places, rounds: &mut Rounds) {
+    let mut tools: Vec<_> = [Tool::Farbus].into_iter().chain(Tool::PEERS).collect();
+    if round % 2 == 1 {
+        tools.reverse();
+    }
+    for tool in tools {
+        let of_tool = rounds.entry(tool).or_insert_with(|| Ok(Vec::new()));
+        if let Ok(so_far) = of_tool {
+            match tool.round(&places.farbus, series, &places.scratch) {
+                Ok(figures) => so_far.push(figures),
+                Err(error) => *of_tool = Err(format!("{error:#}")),
             }
         }
     }
-    let mut rows = against_peers(&rounds);
-    hear(Heard::Measured(&rows));
-    hear(Heard::Begins(Step { what: "what is in the bank already", done: effort.rounds, total }));
-    let mut shared = shared(series, places, &rounds);
-    shared.push(bank_wire::row(series, &places.farbus, &places.scratch));
-    hear(Heard::Measured(&shared));
-    hear(Heard::Begins(Step { what: "a machine that starts at once", done: effort.rounds + 1, total }));
-    let start = lazy_start(series, places, &rounds, effort.rounds);
-    hear(Heard::Measured(std::slice::from_ref(&start)));
-    hear(Heard::Begins(Step { what: "faults", done: effort.rounds + 2, total }));
-    let faults = bank_lazy::rows(effort.rounds);
-    hear(Heard::Measured(&faults));
-    hear(Heard::Begins(Step { what: "a large machine", done: effort.rounds + 3, total }));
-    let large = of_large(large(&places.scratch.join("large"), effort.large));
-    hear(Heard::Measured(&large));
-    rows.extend(shared);
-    rows.push(start);
-    rows.extend(faults);
-    rows.extend(large);
-    SuiteReport { suite: "bank".to_owned(), rows }
 }
 
 /// A figure of a round.
@@ -148,32 +176,12 @@ fn shared(series: &Series, places: &Places, rounds: &Rounds) -> Vec<Row> {
     ]
 }
 
-/// How long until the pages that a first instruction needs are there, where memory comes lazily; restic has to restore all of it first. No VM is started on either
-/// side.
-fn lazy_start(series: &Series, places: &Places, rounds: &Rounds, count: usize) -> Row {
-    let (case, target) = ("lazy withdrawal, to the first 8 pages", Target::AtMost(0.1));
-    let measure = || -> Result<Row> {
-        let restic = match rounds.get(&Tool::Restic) {
-            Some(Ok(rounds)) if !rounds.is_empty() => rounds.iter().map(|round| round.restore_s).collect::<Vec<_>>(),
-            Some(Err(why)) => bail!("{why}"),
-            _ => bail!("no round was run"),
-        };
-        let bank = Bank::new(places, "lazy")?;
-        bank.deposit("vm", "--memory", &series.image("S0"))?;
-        bank.deposit("vm", "--memory", &series.image("S2"))?;
-        let ours: Vec<_> = (0..count).map(|_| bank_lazy::start(&bank.path, "vm", &series.image("S2"))).collect::<Result<_>>()?;
-        let ratios = Figures::new(ours.iter().zip(&restic).map(|(ours, theirs)| ours / theirs).collect());
-        Ok(Row::judged(case, "s", (&Figures::new(ours), "a restic restore of all", &Figures::new(restic)), &ratios, target))
-    };
-    measure().unwrap_or_else(|error| Row::missing(case, "s", "a restic restore of all", target, format!("{error:#}")))
-}
-
 fn number(report: &serde_json::Value, path: &str) -> Result<f64> {
     report.pointer(path).and_then(serde_json::Value::as_f64).with_context(|| format!("a deposit does not say {path}"))
 }
 
 fn with_disks(series: &Series, places: &Places) -> Result<f64> {
-    let bank = Bank::new(places, "disks")?;
+    let bank = Bank::new(&places.farbus, &places.scratch, "disks")?;
     let disks = series.disk("S0").zip(series.disk("S2")).context("the series has no disks")?;
     bank.deposit("vm", "--memory", &series.image("S0"))?;
     bank.deposit("disk", "--disk", &disks.0)?;
@@ -183,29 +191,11 @@ fn with_disks(series: &Series, places: &Places) -> Result<f64> {
 }
 
 fn other_machine(series: &Series, places: &Places) -> Result<f64> {
-    let bank = Bank::new(places, "other")?;
+    let bank = Bank::new(&places.farbus, &places.scratch, "other")?;
     bank.deposit("vm", "--memory", &series.image("S0"))?;
     let report = bank.deposit("other", "--memory", &series.image("T0"))?;
     let stored = number(&report, "/counts/pages")? - number(&report, "/counts/zero")?;
     Ok(100.0 * number(&report, "/counts/new")? / stored)
-}
-
-/// A bank that is removed with the scratch folder.
-struct Bank<'a> {
-    places: &'a Places,
-    path: PathBuf,
-}
-
-impl<'a> Bank<'a> {
-    fn new(places: &'a Places, name: &str) -> Result<Self> {
-        let path = places.scratch.join(name);
-        farbus(&places.farbus, &["bank", "init", text(&path)?])?;
-        Ok(Self { places, path })
-    }
-
-    fn deposit(&self, machine: &str, section: &str, image: &Path) -> Result<serde_json::Value> {
-        deposit(&self.places.farbus, &self.path, machine, section, image)
-    }
 }
 
 fn of_large(large: Result<Large>) -> Vec<Row> {

@@ -17,6 +17,7 @@ use farbus_machine_bank::{Bank, Changes, DepositOptions, PAGE, SectionKind};
 use farbus_transport::Memory;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 
+use super::bank_vm::Guest;
 use crate::measure::{Latencies, Series as Figures};
 use crate::report::{Row, Target};
 
@@ -55,16 +56,22 @@ pub fn rows(rounds: usize) -> Vec<Row> {
 /// Pages that a first instruction needs: its own, those of the page tables that lead there, stack and descriptor tables.
 const FIRST: u64 = 8;
 
-/// Seconds from nothing, with a cache that is empty, until that many pages of the machine, each of another group and none of them zero, are read.
-///
-/// # Errors
-/// There is no userfaultfd, or a page is not what it was.
-pub fn start(store: &Path, machine: &str, image: &Path) -> Result<f64> {
-    let wanted = first_pages(image)?;
-    let start = Instant::now();
+/// A machine that comes lazily out of the bank at `store`, with a cache that is empty.
+fn withdraw(store: &Path, machine: &str) -> Result<(LazyMachine, FaultServer)> {
     let bank = Arc::new(Bank::open(Box::new(Directory::open(store)?), None)?);
     let server = FaultServer::start(Cache::new(1 << 30))?;
     let lazy = server.withdraw(&bank, &bank.find(machine)?, Backing::Anonymous, LazyOptions::default())?;
+    Ok((lazy, server))
+}
+
+/// Seconds from nothing until 8 pages of the machine, each of another group and none of them zero, are read.
+///
+/// # Errors
+/// There is no userfaultfd, or a page is not what it was.
+pub fn pages(store: &Path, machine: &str, image: &Path) -> Result<f64> {
+    let wanted = first_pages(image)?;
+    let start = Instant::now();
+    let (lazy, _server) = withdraw(store, machine)?;
     let memory = lazy.memory().context("the memory is elsewhere")?;
     let mut pages = [[0; PAGE]; FIRST as usize];
     for (page, (at, _)) in pages.iter_mut().zip(&wanted) {
@@ -75,23 +82,47 @@ pub fn start(store: &Path, machine: &str, image: &Path) -> Result<f64> {
     Ok(seconds)
 }
 
-/// Where they are and what they hold.
-fn first_pages(image: &Path) -> Result<Vec<(u64, [u8; PAGE])>> {
+/// Seconds from nothing until a machine runs on that memory, and its guest has used as many pages.
+///
+/// # Errors
+/// There is no userfaultfd or no KVM, or the guest found something else.
+pub fn guest(store: &Path, machine: &str, guest: Guest) -> Result<f64> {
+    let start = Instant::now();
+    let (lazy, _server) = withdraw(store, machine)?;
+    guest.run(lazy.memory().context("the memory is elsewhere")?)?;
+    let seconds = start.elapsed().as_secs_f64();
+    let report = lazy.report();
+    ensure!(report.faults >= FIRST && report.poisoned == 0, "the memory did not come by faults: {report:?}");
+    Ok(seconds)
+}
+
+/// Eight pages that are not zero, each of another group and spread as widely as the image allows, with what they hold.
+///
+/// # Errors
+/// So many groups are not there.
+pub(super) fn first_pages(image: &Path) -> Result<Vec<(u64, [u8; PAGE])>> {
     let file = File::open(image)?;
     let groups = file.metadata()?.len() / GROUP;
-    let mut found = Vec::new();
-    for n in 0..FIRST {
-        let groups = n * groups / FIRST..(n + 1) * groups / FIRST;
-        let mut page = [0; PAGE];
-        for at in groups.map(|group| group * GROUP) {
-            file.read_exact_at(&mut page, at)?;
-            if page != [0; PAGE] {
-                found.push((at, page));
-                break;
-            }
+    let (mut bytes, mut filled) = (vec![0; GROUP as usize], Vec::new());
+    for group in 0..groups {
+        file.read_exact_at(&mut bytes, group * GROUP)?;
+        let pages = bytes.as_chunks::<PAGE>().0;
+        if let Some(page) = pages.iter().position(|page| *page != [0; PAGE]) {
+            filled.push((group, group * GROUP + (page * PAGE) as u64, pages[page]));
         }
     }
-    ensure!(found.len() as u64 == FIRST, "the image is nearly empty");
+    ensure!(
+        filled.len() as u64 >= FIRST,
+        "the image has {} groups of 64 KiB that are not zero, and {FIRST} are needed",
+        filled.len()
+    );
+    let mut found = Vec::new();
+    for n in 0..FIRST {
+        let wish = n * (groups - 1) / (FIRST - 1);
+        let nearest = filled.iter().enumerate().min_by_key(|(_, (group, ..))| group.abs_diff(wish)).map(|(at, _)| at);
+        let (_, at, page) = filled.remove(nearest.context("a group too few")?);
+        found.push((at, page));
+    }
     Ok(found)
 }
 
@@ -200,6 +231,30 @@ fn faults_left() -> Result<f64> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn eight_pages_are_found_wherever_they_are_and_seven_are_too_few() {
+        let scratch = tempfile::tempdir().unwrap();
+        let path = scratch.path().join("image");
+        let image = |groups: &[u64]| {
+            let file = File::create(&path).unwrap();
+            file.set_len(64 * GROUP).unwrap();
+            groups.iter().for_each(|group| file.write_all_at(&[*group as u8 + 1; 10], group * GROUP + 9000).unwrap());
+            first_pages(&path)
+        };
+        let groups = |pages: Vec<(u64, [u8; PAGE])>| -> Vec<u64> {
+            assert!(
+                pages.iter().all(|(at, page)| u64::from(page[9000 - 2 * PAGE]) == at / GROUP + 1 && at % GROUP == 2 * PAGE as u64)
+            );
+            let mut groups: Vec<_> = pages.iter().map(|(at, _)| at / GROUP).collect();
+            groups.sort_unstable();
+            groups
+        };
+        // All of them in the first eighth.
+        assert_eq!(groups(image(&[0, 1, 2, 3, 4, 5, 6, 7]).unwrap()), [0, 1, 2, 3, 4, 5, 6, 7]);
+        assert_eq!(groups(image(&(0..64).collect::<Vec<_>>()).unwrap()), [0, 9, 18, 27, 36, 45, 54, 63]);
+        assert!(image(&[1, 2, 3, 4, 5, 6, 7]).unwrap_err().to_string().contains("has 7 groups"));
+    }
 
     #[test]
     fn both_handlers_answer_with_the_right_bytes_and_a_working_set_leaves_few_faults() {

@@ -75,21 +75,46 @@ impl Tool {
     }
 }
 
-struct Place<'a> {
+/// A folder in which a tool has its store.
+pub struct Place<'a> {
     tool: Tool,
     farbus: &'a Path,
     place: PathBuf,
 }
 
-impl Place<'_> {
+impl<'a> Place<'a> {
+    /// restic in an empty folder, with one image in its store.
+    ///
+    /// # Errors
+    /// restic is not there, or fails.
+    pub fn restic(farbus: &'a Path, place: PathBuf, image: &Path) -> Result<Self> {
+        fs::create_dir(&place).with_context(|| format!("cannot make {}", place.display()))?;
+        let one = Self { tool: Tool::Restic, farbus, place };
+        one.init(&one.place.join("store"))?;
+        one.keep(&one.place.join("store"), "S2", image, &[])?;
+        Ok(one)
+    }
+
+    /// The image that was kept last, out into a file of an empty folder of this place.
+    ///
+    /// # Errors
+    /// It fails.
+    pub fn restored(&self, out: &str, image: &Path) -> Result<PathBuf> {
+        self.restore(&self.place.join("store"), &self.place.join(out), image)
+    }
+
+    fn init(&self, store: &Path) -> Result<()> {
+        match self.tool {
+            Tool::Farbus => self.run(&["bank", "init", text(store)?]),
+            Tool::Restic => self.run(&["init", "--quiet", "--repo", text(store)?]),
+            Tool::Borg => self.run(&["init", "--encryption", "none", text(store)?]),
+            Tool::Casync | Tool::Cp | Tool::QemuImg => Ok(fs::create_dir(store)?),
+        }
+    }
+
     fn round(&self, series: &Series) -> Result<Round> {
         let store = self.place.join("store");
-        match self.tool {
-            Tool::Farbus => self.run(&["bank", "init", text(&store)?])?,
-            Tool::Restic => self.run(&["init", "--quiet", "--repo", text(&store)?])?,
-            Tool::Borg => self.run(&["init", "--encryption", "none", text(&store)?])?,
-            Tool::Casync | Tool::Cp | Tool::QemuImg => fs::create_dir(&store)?,
-        }
+        self.init(&store)?;
         let (first_s, _) = self.keep(&store, "S0", &series.image("S0"), &[])?;
         let dirty = format!("memory={}", text(&series.idle_bitmap)?);
         let (idle_s, idle_bytes) = self.keep(&store, "S1", &series.image("S1"), &["--dirty", &dirty, "--parent", "vm@1"])?;
@@ -182,6 +207,33 @@ impl Place<'_> {
             );
         }
         Ok(())
+    }
+}
+
+/// A bank that is removed with the scratch folder.
+pub struct Bank<'a> {
+    farbus: &'a Path,
+    /// Where it is.
+    pub path: PathBuf,
+}
+
+impl<'a> Bank<'a> {
+    /// An empty one in the scratch folder.
+    ///
+    /// # Errors
+    /// It cannot be made.
+    pub fn new(program: &'a Path, scratch: &Path, name: &str) -> Result<Self> {
+        let path = scratch.join(name);
+        farbus(program, &["bank", "init", text(&path)?])?;
+        Ok(Self { farbus: program, path })
+    }
+
+    /// What a deposit says.
+    ///
+    /// # Errors
+    /// It fails.
+    pub fn deposit(&self, machine: &str, section: &str, image: &Path) -> Result<Value> {
+        deposit(self.farbus, &self.path, machine, section, image)
     }
 }
 

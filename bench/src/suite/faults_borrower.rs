@@ -15,7 +15,7 @@ use farbus_remote_dma::lender::{LenderSession, PollOptions};
 use farbus_remote_dma::model::{Nvme, NvmeOptions};
 use farbus_remote_dma::native::Native;
 use farbus_remote_dma::wait::Waker;
-use farbus_remote_dma::{Backend, BlockRange, Since};
+use farbus_remote_dma::{Backend, BlockRange, Claim, Since};
 use farbus_transport::Memory;
 use farbus_transport::link::hello::{Hello, Role, SPOKEN};
 use farbus_transport::shm::{Greeted, Listener, ShmOptions};
@@ -140,7 +140,7 @@ fn tell(guest: &Guest, image: &Memory, since: &Since) -> Result<()> {
 /// The borrower's process: works and puts aside, until it is killed.
 pub(super) fn put_aside(socket: &Path, aside: &Path, seed: u64) -> Result<()> {
     let memory = guest_memory()?;
-    let mut machine = Machine::boot(&memory, borrow_soon(socket, None)?.0, seed)?;
+    let mut machine = Machine::boot(&memory, borrow_soon(socket, &Claim::default())?.0, seed)?;
     let new = aside.with_extension("new");
     let mut bytes = vec![0; MEMORY_BYTES as usize];
     loop {

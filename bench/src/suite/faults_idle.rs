@@ -9,8 +9,8 @@ use std::process::Stdio;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
-use farbus_remote_dma::Activity;
 use farbus_remote_dma::wait::sleep_until_readable;
+use farbus_remote_dma::{Activity, Claim};
 use farbus_transport::Nanos;
 
 use super::machine::{LenderProcess, Machine, Places, Process, borrow_soon, empty_image, guest_memory, part};
@@ -68,7 +68,7 @@ fn cost(process: u32) -> Result<(u64, u64)> {
 
 /// The borrower's process: a VMM whose guest has nothing to do.
 pub(super) fn do_nothing(socket: &Path) -> Result<()> {
-    let mut machine = Machine::boot(&guest_memory()?, borrow_soon(socket, None)?.0, 5)?;
+    let mut machine = Machine::boot(&guest_memory()?, borrow_soon(socket, &Claim::default())?.0, 5)?;
     machine.run(500)?;
     machine.drain()?;
     let mut out = std::io::stdout();

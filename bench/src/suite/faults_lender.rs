@@ -9,7 +9,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail};
-use farbus_pci_shim::{Reconnector, Search};
+use farbus_pci_shim::{NotFound, Reconnector, Search};
+use farbus_remote_dma::{Claim, HolderToken, Holding};
 use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
 
@@ -89,14 +90,16 @@ impl<'a> Rig<'a> {
         let lender = LenderProcess::start(places, &image, &socket)?;
         lender.listening()?;
         let (said, open) = (Arc::new(Mutex::new(Said::default())), Arc::new(AtomicBool::new(true)));
-        let (attachment, cutter) = borrow_soon(&socket, None)?;
+        let holder = HolderToken::random()?;
+        let (attachment, cutter) = borrow_soon(&socket, &Claim { rest: None, holding: Some(Holding::First(holder)) })?;
         said.lock().unwrap_or_else(PoisonError::into_inner).cutter = Some(cutter);
         let (tell, hear, may, at) = (Arc::clone(&said), Arc::clone(&said), Arc::clone(&open), socket.clone());
+        let again = Claim { rest: None, holding: Some(Holding::Again(holder)) };
         let connect = move || {
             if !may.load(Ordering::Acquire) {
-                return Err("the link is cut".to_owned());
+                return Err(NotFound::Yet("the link is cut".to_owned()));
             }
-            let (attachment, cutter) = borrow(&at, None).map_err(|error| format!("{error:#}"))?;
+            let (attachment, cutter) = borrow(&at, &again).map_err(|error| NotFound::Yet(format!("{error:#}")))?;
             let mut tell = tell.lock().unwrap_or_else(PoisonError::into_inner);
             (tell.cutter, tell.connected) = (Some(cutter), Some(Instant::now()));
             Ok(attachment)

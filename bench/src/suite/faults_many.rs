@@ -9,6 +9,7 @@ use std::process::Stdio;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
+use farbus_remote_dma::Claim;
 use farbus_transport::shm::Listener;
 
 use super::faults_borrower::{drive, lend_once, memory_image};
@@ -28,7 +29,8 @@ pub(super) fn many(places: &Places, effort: f64) -> Result<(Series, Series, Seri
     let mut lender = Process::start(part(places, &["lend-many", text]).stdin(Stdio::null()).stdout(Stdio::piped()))?;
     let said = lender.child().stdout.as_mut().context("the lender has no voice")?;
     said.read_exact(&mut [0]).context("the lender of many does not start")?;
-    let machine = |at: usize| Machine::boot(&guest_memory()?, borrow_soon(&folder.join(at.to_string()), None)?.0, at as u64 + 1);
+    let machine =
+        |at: usize| Machine::boot(&guest_memory()?, borrow_soon(&folder.join(at.to_string()), &Claim::default())?.0, at as u64 + 1);
     let machines = std::cell::RefCell::new((0..MANY).map(machine).collect::<Result<Vec<_>>>()?);
     let round = ROUND.mul_f64(effort.clamp(0.1, 1.0));
     let rate = |count: usize| {

@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use farbus_pci_shim::{Embedded, Restored};
 use farbus_remote_dma::borrower::{BorrowerOptions, BorrowerSession};
-use farbus_remote_dma::{Attachment, DeviceDescription, RestToken};
+use farbus_remote_dma::{Attachment, Claim, DeviceDescription};
 use farbus_transport::link::hello::{Hello, Role, SPOKEN, exchange};
 use farbus_transport::link::verdict::hear;
 use farbus_transport::shm::{HELLO_LIMIT, ShmFabric, ShmOptions, Side};
@@ -153,10 +153,9 @@ pub(super) fn empty_image(path: &Path) -> Result<()> {
 /// By what a link is cut.
 pub(super) type Cutter = UnixStream;
 
-/// Borrows the drive at `path`, or the one that a function left there under a token.
-pub(super) fn borrow(path: &Path, token: Option<RestToken>) -> Result<(Box<dyn Attachment>, Cutter)> {
-    let description = token.map(|token| token.claim()).unwrap_or_default();
-    let hello = Hello { versions: SPOKEN, role: Role::Borrower, features: 0, epoch: 0, description };
+/// Borrows the drive at `path`, for and as what `claim` says.
+pub(super) fn borrow(path: &Path, claim: &Claim) -> Result<(Box<dyn Attachment>, Cutter)> {
+    let hello = Hello { versions: SPOKEN, role: Role::Borrower, features: 0, epoch: 0, description: claim.encode() };
     let mut stream = UnixStream::connect(path)?;
     let agreed = exchange(&mut stream, &hello, HELLO_LIMIT)?;
     hear(&mut stream, HELLO_LIMIT)?.map_err(|refusal| anyhow!("{refusal}"))?;
@@ -165,7 +164,7 @@ pub(super) fn borrow(path: &Path, token: Option<RestToken>) -> Result<(Box<dyn A
     let device = DeviceDescription::decode(&agreed.peer.description)?;
     let session = BorrowerSession::new(fabric, device, BorrowerOptions::default())?;
     Ok((
-        Box::new(match token {
+        Box::new(match claim.rest {
             Some(token) => session.continuing(token),
             None => session,
         }),
@@ -174,10 +173,10 @@ pub(super) fn borrow(path: &Path, token: Option<RestToken>) -> Result<(Box<dyn A
 }
 
 /// As [`borrow`], again and again while the lender is not ready.
-pub(super) fn borrow_soon(path: &Path, token: Option<RestToken>) -> Result<(Box<dyn Attachment>, Cutter)> {
+pub(super) fn borrow_soon(path: &Path, claim: &Claim) -> Result<(Box<dyn Attachment>, Cutter)> {
     let began = Instant::now();
     loop {
-        match borrow(path, token) {
+        match borrow(path, claim) {
             Ok(borrowed) => return Ok(borrowed),
             Err(error) if began.elapsed() > LIMIT => return Err(error.context("the lender lends nothing")),
             Err(_) => std::thread::yield_now(),

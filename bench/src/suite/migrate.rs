@@ -17,6 +17,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use farbus_pci_shim::FunctionState;
+use farbus_remote_dma::Claim;
 use farbus_transport::{Memory, Nanos};
 
 use super::machine::{
@@ -119,7 +120,7 @@ fn moves(places: &Places, count: u64, mut hear: impl FnMut(u64)) -> Result<Moves
     drop(command);
 
     let mut moved = Moves::default();
-    let mut machine = Some(Machine::boot(&memory, borrow_soon(&socket, None)?.0, 77)?);
+    let mut machine = Some(Machine::boot(&memory, borrow_soon(&socket, &Claim::default())?.0, 77)?);
     for at in 0..count {
         hear(at);
         let step = match machine.take() {
@@ -226,7 +227,7 @@ fn arrive(memory: &Arc<Memory>, stream: &mut UnixStream, socket: &Path) -> Resul
     // One clock for all processes of a host.
     let here = Nanos::now();
     let token = FunctionState::parse(&state)?.rest().token;
-    let (attachment, _) = borrow_soon(socket, Some(token))?;
+    let (attachment, _) = borrow_soon(socket, &Claim { rest: Some(token), holding: None })?;
     let borrowed = Nanos::now();
     let (mut machine, restored) = Machine::restore(memory, attachment, &state)?;
     ensure!(!restored.revived, "a device that was kept was reset");

@@ -8,6 +8,8 @@ mod bank_large;
 mod bank_lazy;
 mod bank_peers;
 mod bank_series;
+mod bank_start;
+mod bank_vm;
 mod bank_wire;
 mod engine;
 pub mod faults;

@@ -106,7 +106,8 @@ pub struct Place {
     /// How long to wait for a process that uses the bank in another way (a deposit during a gc), as in 10s or 5m
     #[arg(long, help_heading = HEADING, value_name = "TIME", default_value = "10s", value_parser = parse_duration)]
     pub wait: Duration,
-    /// Keep what is read from the bank in this directory, or nowhere: "none"; without it buckets have ~/.cache/farbus/bank, and other banks none
+    /// Keep what is read from the bank in this directory, or nowhere: "none"; without it buckets have ~/.cache/farbus/bank, and other banks none.
+    /// Of a bank over a link pages are kept, in a file of their own; of a sealed bank nothing that is not sealed
     #[arg(long, help_heading = HEADING, value_name = "DIR")]
     pub cache: Option<PathBuf>,
     /// How large a cache becomes that is made now, or is of another size and not in use, as in 512M or 4G
@@ -259,7 +260,8 @@ used, verified, 64 KiB at a time. In Firecracker's API: PUT /snapshot/load with 
 All VMMs get the same machine, and what one of them fetched the cache has for the others. A client that says something wrong is refused, and the
 next one is served. SIGINT and SIGTERM end it; a VMM whose memory is not all there then waits for ever, so end the VMMs first.
 
-A page that cannot be had is tried again for a quarter of a second; then its use is a SIGBUS in the VMM, and never another byte."
+A bank that is away is waited for, by whoever needs more of it than the cache has: it is asked again after 10 ms and then more and more seldom, at last
+every 2 s, for as long as it takes or until --give-up. What is damaged or lost in a bank that is there is a SIGBUS in the VMM, and never another byte."
 )]
 pub struct ServeFaultsArgs {
     /// The bank.
@@ -283,6 +285,9 @@ pub struct ServeFaultsArgs {
     /// How much of verified pages is kept in memory for VMMs to come, as in 512M or 2G
     #[arg(long, value_name = "SIZE", default_value = "1G", value_parser = parse_size)]
     pub memory_cache: u64,
+    /// Take what is needed of a bank that is away for so long for lost: its use is then a SIGBUS in the VMM, for ever
+    #[arg(long, value_name = "SECONDS")]
+    pub give_up: Option<u64>,
 }
 
 /// `farbus bank list`

@@ -39,7 +39,8 @@ pub fn deposit(
 
 /// Hands a machine to the Cloud Hypervisor that waits for it.
 pub fn withdraw(bank: &Bank, entry: &Entry, args: &WithdrawArgs, path: &Path) -> anyhow::Result<RestoreReport> {
-    let options = RestoreOptions { on_demand: args.on_demand, resume: args.resume };
+    // The log says that a bank is away, and that it is back: what is printed is one object.
+    let options = RestoreOptions { on_demand: args.on_demand, resume: args.resume, ..RestoreOptions::default() };
     let bar = Bar::new("cloud-hypervisor");
     restore(bank, entry, path, &options, &|progress| bar.show(progress))
         .helped(format!("cannot restore {entry} at {}", path.display()), &args.place)

@@ -28,13 +28,13 @@ use std::process::ExitCode;
 use std::sync::Arc;
 
 use farbus_control::read::ReadError;
-use farbus_machine_bank::page::{KEY, from_hex};
+use farbus_machine_bank::page::{KEY, key_of};
 use farbus_machine_bank::remote::WireCounts;
 use farbus_machine_bank::store::{CacheCounters, Kind, Store, StoreError};
 use farbus_machine_bank::{Bank, BankError, Entry};
 use serde::Serialize;
 
-use crate::bank::address::BankAddress;
+use crate::bank::address::{AtPlace, BankAddress};
 use crate::bank::args::{BankArgs, BankCommand, InitArgs, Place};
 use crate::count::count;
 use crate::failure::{Advise, misuse};
@@ -150,8 +150,7 @@ fn key(place: &Place) -> anyhow::Result<Option<[u8; KEY]>> {
             "name a file that this user can read; head -c 32 /dev/urandom >FILE makes a key",
         )?,
     };
-    let hex = std::str::from_utf8(&bytes).ok().and_then(|text| from_hex::<KEY>(text.trim_ascii_end()));
-    hex.or_else(|| bytes.try_into().ok()).map(Some).ok_or_else(no_key)
+    key_of(&bytes).map(Some).ok_or_else(no_key)
 }
 
 /// A machine by what people write.

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context;
-use farbus_machine_bank::remote::{BankServer, Client, Rights, ServeOptions, Served, Stop};
+use farbus_machine_bank::remote::{BankServer, Client, GREETING, Rights, ServeOptions, Served, Stop};
 use farbus_transport::Nanos;
 use farbus_transport::link::hello::{Hello, Role, SPOKEN};
 use farbus_transport::link::verdict::Refusal;
@@ -17,7 +17,7 @@ use farbus_transport::shm::ShmOptions;
 use serde_json::json;
 use tokio::sync::mpsc;
 
-use super::address::{BankAddress, GREETING};
+use super::address::BankAddress;
 use super::help::Helped;
 use super::serve_args::{Rule, ServeArgs};
 use super::{open, size};
@@ -52,6 +52,9 @@ pub fn run(args: &ServeArgs) -> anyhow::Result<()> {
     if args.place.link.peer.peer.is_some() {
         return Err(misuse("--peer names a server, and this is one", "name clients with --allow, --read and --write"));
     }
+    if args.place.link.reconnect.is_some() {
+        return Err(misuse("--reconnect is a client's, and this is a server", "leave it out: clients come by themselves"));
+    }
     let uses_tls = !args.place.link.security.plain && matches!(args.listen, crate::link_address::LinkAddress::Rdma(_));
     let rules = || args.read.iter().chain(&args.write).filter_map(|rule| rule.client.as_deref());
     if let Some(client) = rules().find(|client| client.starts_with("uid:") == uses_tls) {
@@ -60,7 +63,16 @@ pub fn run(args: &ServeArgs) -> anyhow::Result<()> {
     }
     let place = &args.place;
     let bank = open(place)?;
-    let options = ServeOptions { wait: place.wait, ..ServeOptions::default() };
+    let shares = &args.shares;
+    let options = ServeOptions {
+        wait: place.wait,
+        staged: shares.client_staged,
+        holds: shares.client_deposits,
+        pins: shares.client_withdrawals,
+        known: shares.client_known as usize,
+        hold: shares.hold_age,
+        ..ServeOptions::default()
+    };
     let server = BankServer::new(bank, options).helped(format!("cannot serve the bank {}", place.bank), place)?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().context("cannot wait for clients")?;
     runtime.block_on(serve(args, &server))

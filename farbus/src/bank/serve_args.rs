@@ -3,6 +3,7 @@
 //! `--read 'web-*=vm7'` parses into a [`Rule`]: the client vm7 may read machines whose names begin with `web-`.
 
 use std::str::FromStr;
+use std::time::Duration;
 
 use clap::Args;
 use farbus_control::identity::Name;
@@ -11,6 +12,7 @@ use farbus_machine_bank::remote::Pattern;
 use super::args::Place;
 use crate::link_address::LinkAddress;
 use crate::security::{AllowArgs, PeerArgs, SecurityArgs};
+use crate::values::{parse_duration, parse_size, parse_wait};
 
 /// How the two sides of a link to a bank know each other.
 #[derive(Clone, Debug, Args)]
@@ -21,12 +23,15 @@ pub struct BankLinkArgs {
     /// Which server is wanted.
     #[command(flatten)]
     pub peer: PeerArgs,
+    /// How long to wait for a server that went away, as in 60s, which it is without this, or 0s: reading then goes on, and so does a deposit of which nothing was on its way
+    #[arg(long, help_heading = "The bank", value_name = "TIME", value_parser = parse_duration)]
+    pub reconnect: Option<Duration>,
 }
 
 impl BankLinkArgs {
     /// Whether anything was said.
     pub fn is_given(&self) -> bool {
-        self.security.is_given() || self.peer.peer.is_some()
+        self.security.is_given() || self.peer.peer.is_some() || self.reconnect.is_some()
     }
 }
 
@@ -42,7 +47,8 @@ and nothing else, and has never heard of other machines; a user that is named by
   farbus bank serve /srv/bank --listen shm:/run/bank
   farbus bank serve /srv/bank --listen rdma:nas:7001,dev=mlx5_0 --tls nas --allow '*' --read 'golden-*' --read '*=backup' --write 'web-*=web'
 
-Both sides need the tenant key of a bank that has one. SIGINT and SIGTERM end it: what clients had under way fails and can be run again."
+Both sides need the tenant key of a bank that has one. SIGINT and SIGTERM end it: clients wait for the next one (--reconnect), go on with what they read, and say
+so where a deposit has to be run again."
 )]
 pub struct ServeArgs {
     /// The bank.
@@ -60,9 +66,35 @@ pub struct ServeArgs {
     /// Clients at a time: each may take 40 MiB, and 256 MiB more while it deposits
     #[arg(long, value_name = "N", default_value_t = 16, value_parser = clap::value_parser!(u16).range(1..=1024))]
     pub clients: u16,
+    /// What a client may have, over all its links
+    #[command(flatten)]
+    pub shares: ShareArgs,
     /// Who may connect.
     #[command(flatten)]
     pub allow: AllowArgs,
+}
+
+/// Where they are in the help.
+const SHARES: &str = "What a client may have, over all its links";
+
+/// What one client may have of a served bank.
+#[derive(Clone, Debug, Args)]
+pub struct ShareArgs {
+    /// How much a client may have sent before it is checked, as in 256M
+    #[arg(long, help_heading = SHARES, value_name = "SIZE", default_value = "256M", value_parser = parse_size)]
+    pub client_staged: u64,
+    /// Deposits that a client may have under way
+    #[arg(long, help_heading = SHARES, value_name = "N", default_value_t = 64, value_parser = clap::value_parser!(u64).range(1..))]
+    pub client_deposits: u64,
+    /// Machines that a client may be withdrawing
+    #[arg(long, help_heading = SHARES, value_name = "N", default_value_t = 256, value_parser = clap::value_parser!(u64).range(1..))]
+    pub client_withdrawals: u64,
+    /// Pages whose names are remembered for a client that may not read every machine, some 24 bytes each: what is beyond them it sends again
+    #[arg(long, help_heading = SHARES, value_name = "N", default_value_t = 1 << 20, value_parser = clap::value_parser!(u64).range(0..1 << 32))]
+    pub client_known: u64,
+    /// After how long a deposit or a withdrawal ends whose client neither uses nor renews it; a living one renews it every 10 s
+    #[arg(long, help_heading = SHARES, value_name = "TIME", default_value = "5m", value_parser = parse_wait)]
+    pub hold_age: Duration,
 }
 
 /// Machines, and the client whom a rule is for.

@@ -1,14 +1,16 @@
 //! `farbus bank serve-faults`: VMMs get a machine's memory as they use it.
 //!
 //! `farbus bank serve-faults /srv/bank --socket /run/vm7.faults --machine vm7` says "serving vm7@3 at /run/vm7.faults", and for each Firecracker that loads
-//! its snapshot with that socket a line when it begins and one with what it took when it leaves; the last line says what all took, and why it ended.
+//! its snapshot with that socket a line when it begins and one with what it took when it leaves; a bank that is away is waited for, and "the bank is away" and
+//! "the bank is back" say so. The last line says what all took, and why it ended.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::time::{Duration, UNIX_EPOCH};
 
 use anyhow::Context;
 use farbus_machine_bank::lazy::firecracker::{FaultSocket, Told};
-use farbus_machine_bank::lazy::{Cache, Failure, FaultServer, LazyMachine, LazyOptions, LazyReport, Uffd};
+use farbus_machine_bank::lazy::{Cache, Failure, FaultServer, LazyMachine, LazyOptions, LazyReport, Patience, StoreEvent, Uffd};
 use farbus_machine_bank::{Bank, Entry};
 use serde::Serialize;
 use serde_json::json;
@@ -50,8 +52,11 @@ pub fn run(args: &ServeFaultsArgs) -> anyhow::Result<()> {
             let text = format!("{len} bytes from {offset} cannot be had: {reason}");
             events.say("failure", json!({ "offset_bytes": offset, "bytes": len, "reason": reason }), &text);
         }),
+        patience: Patience { give_up: args.give_up.map(Duration::from_secs), ..Patience::default() },
+        on_store: Arc::new(move |event: &StoreEvent| say_store(events, event)),
         ..LazyOptions::default()
     };
+    server.prepare(&bank, &entry, &args.section).with_context(|| format!("cannot serve {entry}"))?;
     let path = args.socket.display();
     let about = json!({ "machine": entry.to_string(), "root": entry.root.to_string(), "socket": args.socket });
     events.say("serving", about, &format!("serving {entry} at {path}"));
@@ -81,6 +86,20 @@ pub fn run(args: &ServeFaultsArgs) -> anyhow::Result<()> {
     };
     count(&|totals| ended(events, &reason, totals));
     served
+}
+
+fn say_store(events: Events, event: &StoreEvent) {
+    match event {
+        StoreEvent::Away { since, why } => {
+            let since = since.duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis() as u64);
+            let text = format!("the bank is away, and whoever needs more of it waits: {why}");
+            events.say("store_away", json!({ "since_ms": since, "why": why }), &text);
+        }
+        StoreEvent::Back { away } => {
+            let text = format!("the bank is back after {:.1} s", away.as_secs_f64());
+            events.say("store_back", json!({ "away_ms": away.as_millis() as u64 }), &text);
+        }
+    }
 }
 
 /// What became of all clients.
@@ -122,8 +141,12 @@ fn ended(events: Events, reason: &str, totals: &Totals) {
 
 fn left(events: Events, client: u64, machine: &LazyMachine) {
     let report = machine.report();
+    let away = match report.away_ms {
+        0 => String::new(),
+        ms => format!("; the bank was away {} times, for {:.1} s in all", report.away, ms as f64 / 1000.0),
+    };
     let text = format!(
-        "client {client}: gone after {}: {} on demand and {} ahead, {} copied, {} zero, {} that could not be had",
+        "client {client}: gone after {}: {} on demand and {} ahead, {} copied, {} zero, {} that could not be had{away}",
         plural(report.faults, "fault"),
         plural(report.demanded, "group"),
         report.ahead,

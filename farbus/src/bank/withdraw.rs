@@ -132,7 +132,10 @@ pub fn run(args: &WithdrawArgs) -> anyhow::Result<()> {
             };
             lines.push(format!("Cloud Hypervisor has {entry}, {} of {}{on_demand}", count(*slots, "slot"), size(*bytes)));
         }
-        lines.extend(cache.map(|CacheFigures { hits, wire_bytes, .. }| {
+        lines.extend(cache.map(|CacheFigures { hits, misses, wire_bytes, .. }| {
+            if wire.is_some() {
+                return format!("{} came from the bank, and {} from the cache", count(misses, "page"), count(hits, "page"));
+            }
             format!("{} came from the bank, and {} of 32 KiB from the cache", size(wire_bytes), count(hits, "block"))
         }));
         let leaves = written.iter().map(|written| written.report.pages.div_ceil(LEAF as u64)).sum();

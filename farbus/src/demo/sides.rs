@@ -17,7 +17,7 @@ use farbus_remote_dma::borrower::BorrowerOptions;
 use farbus_remote_dma::lender::PollOptions;
 use farbus_remote_dma::model::nvme::{Nvme, NvmeOptions};
 use farbus_remote_dma::native::Native;
-use farbus_remote_dma::{Attachment, Iova};
+use farbus_remote_dma::{Attachment, Claim, Iova};
 use farbus_transport::Memory;
 
 use super::far_side::FarSide;
@@ -65,7 +65,8 @@ pub struct DriverSide {
 /// The device that is lent at `far`.
 pub fn remote(far: &FarSide, original: &Path) -> anyhow::Result<DriverSide> {
     let options = BorrowerOptions { spin: SPIN, ..BorrowerOptions::default() };
-    DriverSide::new(attach(&far.address, &far.security, &far.peer, options)?, original).context("the borrowed device")
+    DriverSide::new(attach(&far.address, &far.security, &far.peer, options, &Claim::default())?, original)
+        .context("the borrowed device")
 }
 
 /// A device of this process over `image`.

@@ -16,7 +16,7 @@ use farbus_pci_shim::{Function, FunctionOptions, FunctionState, RecorderSink};
 use farbus_remote_dma::borrower::{BorrowerOptions, BorrowerSession};
 use farbus_remote_dma::model::nvme::media::{Job, JobKind, Media};
 use farbus_remote_dma::model::nvme::{Nvme, NvmeOptions};
-use farbus_remote_dma::{Attachment, BarAddress, DeviceDescription, Iova, RestToken, Width, Window, WindowMemory};
+use farbus_remote_dma::{Attachment, BarAddress, Claim, DeviceDescription, Iova, RestToken, Width, Window, WindowMemory};
 use farbus_transport::link::hello::{Hello, Role, SPOKEN};
 use farbus_transport::shm::{self, ShmOptions};
 use farbus_transport::{Access, Memory};
@@ -97,6 +97,7 @@ impl Lender {
         let (begun, go) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicBool::new(false)));
         let disk = Hanging { jobs: VecDeque::new(), begun: Arc::clone(&begun), go: Arc::clone(&go) };
         let args = LendArgs {
+            hold: Duration::from_secs(5),
             device: DeviceSpec::Nvme { path: PathBuf::from("hanging"), options: NvmeOptions::default() },
             listen: address.clone(),
             once,
@@ -160,8 +161,9 @@ struct Borrowed {
 
 impl Borrowed {
     fn new(address: &LinkAddress) -> Result<Self, String> {
-        let session = attach(address, &SecurityArgs::default(), &PeerArgs::default(), BorrowerOptions::default())
-            .map_err(|error| format!("{error:#}"))?;
+        let session =
+            attach(address, &SecurityArgs::default(), &PeerArgs::default(), BorrowerOptions::default(), &Claim::default())
+                .map_err(|error| format!("{error:#}"))?;
         let memory = Memory::memfd("driver", 4 << 20).unwrap();
         let registers = FunctionRegisters::open(session, RecorderSink::default(), &memory, BASE).unwrap();
         let driver = Driver::start(registers, DmaMemory::new(Arc::clone(&memory), BASE), DriverOptions::default()).unwrap();
@@ -220,7 +222,7 @@ fn a_device_is_kept_for_the_function_that_left_it_and_for_nobody_else() {
 /// A session, for a new function or for one that left the device under a token.
 fn session(address: &LinkAddress, token: Option<RestToken>) -> Result<Box<dyn Attachment>, String> {
     let LinkAddress::Shm(path) = address else { panic!("a link of this host") };
-    let description = token.map(|token| token.claim()).unwrap_or_default();
+    let description = Claim { rest: token, holding: None }.encode();
     let hello = Hello { versions: SPOKEN, role: Role::Borrower, features: 0, epoch: 0, description };
     let connection = shm::connect(path, &hello, ShmOptions::default()).map_err(|error| error.to_string())?;
     let device = DeviceDescription::decode(&connection.agreed.peer.description).unwrap();

@@ -9,7 +9,7 @@ use std::time::Duration;
 use farbus_bench::measure::pin_to;
 use farbus_remote_dma::lender::{LenderSession, PollOptions};
 use farbus_remote_dma::wait::{Waker, sleep_until_readable};
-use farbus_remote_dma::{Backend, Continued, Kept, RestToken};
+use farbus_remote_dma::{Backend, Claim, Continued, Kept};
 use farbus_transport::link::hello::Hello;
 use farbus_transport::link::verdict::Refusal;
 use farbus_transport::shm::ShmOptions;
@@ -51,8 +51,8 @@ pub enum News {
         /// Why.
         why: String,
     },
-    /// Its hello is complete, and names the rest that it comes to end, if any: the answer is the device, or why it cannot have it.
-    Claims(Option<RestToken>, oneshot::Sender<Result<Claimed, Refusal>>),
+    /// Its hello is complete, and says what it comes for: the answer is the device, or why it cannot have it.
+    Claims(Claim, oneshot::Sender<Result<Claimed, Refusal>>),
     /// It has the device; its name, if it showed one. [`News::Returned`] follows.
     Lent(Option<String>),
     /// The borrower has left, and the device has not ended so many accesses. [`News::Returned`] follows when it has.
@@ -108,7 +108,7 @@ impl Visit {
             Err(error) => return self.tell(News::TurnedAway { from, why: error.to_string() }),
         };
         let (claim, answer) = oneshot::channel();
-        self.tell(News::Claims(greeted.rest(), claim));
+        self.tell(News::Claims(greeted.claim(), claim));
         match answer.blocking_recv() {
             Ok(Ok(device)) => self.serve(greeted, device),
             Ok(Err(refusal)) => {

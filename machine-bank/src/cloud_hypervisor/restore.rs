@@ -1,16 +1,18 @@
 //! A machine goes on in a Cloud Hypervisor that waits for one: whole, or at once, with each page as the guest uses it.
 //!
-//! `restore(&bank, &vm7, path, &RestoreOptions { on_demand: true, resume: true }, …)` passes empty memfds; the guest runs, and its first use of an address is a
+//! `restore(&bank, &vm7, path, &RestoreOptions { on_demand: true, resume: true, … }, …)` passes empty memfds; the guest runs, and its first use of an address is a
 //! request that is answered when 64 KiB around it are in the memfd, verified.
 
+use std::fmt;
 use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rustix::fs::MemfdFlags;
 use serde::Serialize;
@@ -20,7 +22,7 @@ use super::wire::{self, Link, Refused, Slot, slots};
 use super::{CONFIG, STATE, slot_section};
 use crate::bank::Bank;
 use crate::deposit::Progress;
-use crate::lazy::{Bits, Image, Patience, pages_of};
+use crate::lazy::{Away, Bits, Image, OnStore, Patience, StoreEvent, Unread, Waiting, pages_of};
 use crate::manifest::Entry;
 use crate::pack::{GROUP, GROUP_PAGES};
 use crate::page::PAGE;
@@ -33,12 +35,29 @@ const MOST_FAULT: u64 = 64 << 20;
 static ZEROS: [u8; GROUP] = [0; GROUP];
 
 /// How to restore.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone)]
 pub struct RestoreOptions {
     /// Pages come as they are used. The other end has to wait with `memory_mode=postcopy`.
     pub on_demand: bool,
     /// The guest runs then, and is not paused as it was.
     pub resume: bool,
+    /// How a store is waited for that is away while the guest needs a page.
+    pub patience: Patience,
+    /// Is told that it is, and that it is back.
+    pub on_store: OnStore,
+}
+
+impl Default for RestoreOptions {
+    fn default() -> Self {
+        Self { on_demand: false, resume: false, patience: Patience::default(), on_store: Arc::new(|_: &StoreEvent| {}) }
+    }
+}
+
+impl fmt::Debug for RestoreOptions {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { on_demand, resume, patience, .. } = self;
+        write!(f, "RestoreOptions(on demand {on_demand}, resume {resume}, {patience:?})")
+    }
 }
 
 /// What was restored.
@@ -54,6 +73,8 @@ pub struct RestoreReport {
     pub placed: u64,
     /// How often the store was asked again.
     pub retries: u64,
+    /// How long it was away altogether while the guest needed a page, in milliseconds.
+    pub away_ms: u64,
 }
 
 /// Why a machine was not restored.
@@ -68,6 +89,9 @@ pub enum RestoreError {
     /// A page cannot be had.
     #[error(transparent)]
     Withdraw(#[from] WithdrawError),
+    /// The store is away, before anything was handed over.
+    #[error("the store does not answer: {0}")]
+    Away(String),
     /// A page that the guest waits for cannot be had; it was told so.
     #[error("the page at {0:#x} of the guest cannot be had")]
     Page(u64),
@@ -99,7 +123,7 @@ pub fn restore(
     let retries = AtomicU64::new(0);
     let mut memory = Vec::new();
     for slot in &slots {
-        memory.push(SlotMemory::new(bank, entry, &withdrawal, *slot, &retries)?);
+        memory.push(SlotMemory::new(bank, entry, &withdrawal, *slot, options.patience, &retries)?);
     }
     let (mut report, total) =
         (RestoreReport { slots: slots.len() as u64, ..RestoreReport::default() }, slots.iter().map(|slot| slot.size).sum());
@@ -135,8 +159,8 @@ pub fn restore(
     faults.0.set_read_timeout(None).map_err(Refused::from)?;
     let hang_up = faults.0.try_clone().map_err(Refused::from)?;
     std::thread::scope(|scope| {
-        let report = &mut report;
-        let served = scope.spawn(move || serve(&mut faults, &mut memory, report, total, progress));
+        let (report, waiting) = (&mut report, Waiting::new(options.patience, options.on_store.clone()));
+        let served = scope.spawn(move || serve(&mut faults, &mut memory, waiting, report, progress));
         let handed = link.ask(wire::STATE, "the state", &state).and_then(|()| link.ask(end, "the end", &[]));
         if handed.is_err() {
             // Nobody will ask any more.
@@ -156,8 +180,8 @@ pub fn restore(
 fn serve(
     link: &mut Link,
     memory: &mut [SlotMemory<'_>],
+    mut waiting: Waiting,
     report: &mut RestoreReport,
-    total: u64,
     progress: &(dyn Fn(Progress) + Sync),
 ) -> Result<(), RestoreError> {
     while let Some(request) = link.request()? {
@@ -173,14 +197,47 @@ fn serve(
         link.fill(&mut range)?;
         let (gpa, len) = (u64::from_le_bytes(first_half(range)), u64::from_le_bytes(second_half(range)));
         let slot = memory.iter_mut().find(|memory| memory.has(gpa, len));
-        let placed = slot.ok_or(RestoreError::Stray(gpa, len)).and_then(|slot| slot.place(gpa, len));
+        let placed = match slot {
+            None => Err(RestoreError::Stray(gpa, len)),
+            Some(slot) => match place(slot, gpa, len, link, &mut waiting, report) {
+                Ok(true) => Ok(()),
+                // Nobody waits for it any more.
+                Ok(false) => return Ok(()),
+                Err(error) => Err(error),
+            },
+        };
         // Whatever went wrong, the other end hears of it before we go.
         link.answer(placed.is_ok())?;
         report.faults += 1;
-        report.placed += placed?;
-        progress(Progress { done: (report.placed * PAGE as u64).min(total), total });
+        placed?;
+        progress(Progress { done: (report.placed * PAGE as u64).min(report.bytes), total: report.bytes });
     }
     Ok(())
+}
+
+/// Writes what is asked for, however long the store is away meanwhile; false: the other end has gone in the meantime.
+fn place(
+    slot: &mut SlotMemory<'_>,
+    gpa: u64,
+    len: u64,
+    link: &Link,
+    waiting: &mut Waiting,
+    report: &mut RestoreReport,
+) -> Result<bool, RestoreError> {
+    loop {
+        let away = match slot.place(gpa, len, &mut report.placed) {
+            Ok(()) => {
+                report.away_ms += waiting.answered().map_or(0, |away| away.as_millis() as u64);
+                return Ok(true);
+            }
+            Err(Unplaced::Failed(error)) => return Err(error),
+            Err(Unplaced::Away(away)) => away,
+        };
+        let Some(until) = waiting.failed(&away) else { return Err(RestoreError::Page(gpa)) };
+        if link.closes_within(until.saturating_duration_since(Instant::now()))? {
+            return Ok(false);
+        }
+    }
 }
 
 fn first_half([a, b, c, d, e, f, g, h, ..]: [u8; 16]) -> [u8; 8] {
@@ -213,6 +270,14 @@ fn told_of_mode(config: Vec<u8>) -> Result<Vec<u8>, Refused> {
     Ok(serde_json::to_vec(&value)?)
 }
 
+/// Why pages are not there.
+enum Unplaced {
+    /// The store is away.
+    Away(Away),
+    /// They cannot be had, or not be written.
+    Failed(RestoreError),
+}
+
 /// The memory of a slot, that the other end maps.
 struct SlotMemory<'b> {
     slot: Slot,
@@ -228,6 +293,7 @@ impl<'b> SlotMemory<'b> {
         entry: &Entry,
         withdrawal: &Withdrawal<'_>,
         slot: Slot,
+        patience: Patience,
         retries: &'b AtomicU64,
     ) -> Result<Self, RestoreError> {
         let name = slot_section(slot.slot);
@@ -238,7 +304,10 @@ impl<'b> SlotMemory<'b> {
         let memfd = |errno: rustix::io::Errno| RestoreError::Memory(errno.into());
         let file: OwnedFd = rustix::fs::memfd_create("farbus-bank-slot", MemfdFlags::CLOEXEC).map_err(memfd)?;
         rustix::fs::ftruncate(&file, slot.file_offset + slot.size).map_err(memfd)?;
-        let image = Image::open(bank, entry, &name, Patience::default(), retries)?;
+        let image = Image::open(bank, entry, &name, patience, retries).map_err(|error| match error {
+            Unread::Away(away) => RestoreError::Away(away.why),
+            Unread::Lost(error) => error.into(),
+        })?;
         Ok(Self { slot, file: file.into(), image, placed: Bits::new(slot.size / PAGE as u64) })
     }
 
@@ -249,13 +318,13 @@ impl<'b> SlotMemory<'b> {
         whole && from.and_then(|from| from.checked_add(len)).is_some_and(|end| end <= self.slot.size)
     }
 
-    /// Writes what is asked for, with what is beside it, and says how many pages that were.
-    fn place(&mut self, gpa: u64, len: u64) -> Result<u64, RestoreError> {
+    /// Writes what is asked for, with what is beside it, and counts the pages.
+    fn place(&mut self, gpa: u64, len: u64, count: &mut u64) -> Result<(), Unplaced> {
         let first = (gpa - self.slot.gpa) / PAGE as u64;
         let asked = first..first + len / PAGE as u64;
         let groups: Vec<u64> = (asked.start / GROUP_PAGES as u64..asked.end.div_ceil(GROUP_PAGES as u64)).collect();
         let pages = self.slot.size / PAGE as u64;
-        let (mut written, mut failed) = (0, None);
+        let mut failed = None;
         for group in groups {
             let range = pages_of(group, pages);
             let needed = range.start.max(asked.start)..range.end.min(asked.end);
@@ -263,7 +332,7 @@ impl<'b> SlotMemory<'b> {
                 continue;
             }
             let (placed, file, from) = (&mut self.placed, &self.file, self.slot.file_offset);
-            self.image.fetch(&[group], &mut |fetched| {
+            let fetched = self.image.fetch(&[group], &mut |fetched| {
                 let bytes = fetched.bytes.unwrap_or(&ZEROS);
                 for page in range.clone() {
                     let at = (page - range.start) as usize;
@@ -274,20 +343,21 @@ impl<'b> SlotMemory<'b> {
                     match file.write_all_at(&bytes[at * PAGE..][..PAGE], from + page * PAGE as u64) {
                         Ok(()) => {
                             placed.set(page);
-                            written += 1;
+                            *count += 1;
                         }
                         Err(error) => failed = Some(RestoreError::Memory(error)),
                     }
                 }
-            })?;
+            });
+            fetched.map_err(Unplaced::Away)?;
             if let Some(error) = failed {
-                return Err(error);
+                return Err(Unplaced::Failed(error));
             }
             if let Some(page) = needed.clone().find(|page| !self.placed.get(*page)) {
-                return Err(RestoreError::Page(self.slot.gpa + page * PAGE as u64));
+                return Err(Unplaced::Failed(RestoreError::Page(self.slot.gpa + page * PAGE as u64)));
             }
         }
-        Ok(written)
+        Ok(())
     }
 }
 

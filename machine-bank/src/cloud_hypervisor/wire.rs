@@ -6,7 +6,9 @@ use std::io::{self, IoSlice, IoSliceMut, Read, Write};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
+use std::time::{Duration, Instant};
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, recvmsg, sendmsg,
 };
@@ -177,6 +179,21 @@ impl Link {
             return Err(Refused::Version(u16::from_le_bytes([version_low, version_high])));
         }
         Ok(Some(Request { command, length: u64::from_le_bytes(length) }))
+    }
+
+    /// Waits for so long; whether the other end has closed the connection.
+    pub fn closes_within(&self, time: Duration) -> Result<bool, Refused> {
+        let until = Instant::now() + time;
+        loop {
+            let left = until.saturating_duration_since(Instant::now());
+            let left = Timespec { tv_sec: left.as_secs().cast_signed(), tv_nsec: left.subsec_nanos().into() };
+            let mut fds = [PollFd::new(&self.0, PollFlags::RDHUP)];
+            match poll(&mut fds, Some(&left)) {
+                Ok(ready) => return Ok(ready > 0),
+                Err(rustix::io::Errno::INTR) => {}
+                Err(errno) => return Err(io::Error::from(errno).into()),
+            }
+        }
     }
 
     pub fn fill(&mut self, bytes: &mut [u8]) -> Result<(), Refused> {

@@ -139,7 +139,7 @@ pub struct Deposit<'b> {
     pages: Pages,
     workers: Vec<Worker>,
     pack_bytes: AtomicU64,
-    _hold: Box<dyn Guard>,
+    hold: Box<dyn Guard>,
 }
 
 impl Bank {
@@ -170,7 +170,7 @@ impl Bank {
         let pages = Pages { known: RwLock::new(Known::open(self)?), claimed: Mutex::default(), lost };
         let workers = (0..THREADS).map(|_| Worker::new()).collect::<Result<_, _>>()?;
         let machine = machine.to_owned();
-        Ok(Deposit { bank: self, machine, parent, writer, pages, workers, pack_bytes: AtomicU64::new(0), _hold: hold })
+        Ok(Deposit { bank: self, machine, parent, writer, pages, workers, pack_bytes: AtomicU64::new(0), hold })
     }
 }
 
@@ -284,6 +284,8 @@ impl Deposit<'_> {
         if self.writer.is_empty() {
             return Err(DepositError::Empty);
         }
+        // What is named here was kept by it.
+        self.hold.check()?;
         let (counts, last) = (self.writer.counts(), self.last_packs());
         let Self { bank, machine, parent, writer, pages, mut pack_bytes, .. } = self;
         let mut known = pages.known.into_inner().unwrap_or_else(PoisonError::into_inner);

@@ -9,9 +9,11 @@
 //!
 //! Its limit: 4 bytes of memory for each page of the bank, a gigabyte for a terabyte of pages that are all different.
 
+mod merge;
 mod run;
 
 use std::collections::{HashMap, HashSet};
+use std::sync::Arc;
 
 use thiserror::Error;
 
@@ -20,7 +22,9 @@ use crate::pack::{PackId, Place, TRAILER, parse_directory, parse_trailer};
 use crate::page::PageId;
 use crate::store::{Kind, Store, StoreError};
 
-use run::{Cursor, Run, RunWriter};
+pub use merge::Merge;
+use merge::{open_run, write_run};
+use run::Run;
 pub use run::{Location, RunError};
 
 /// Pages in memory from which they become a run: 6 MiB.
@@ -38,7 +42,7 @@ enum Trust {
 }
 
 /// A run, and for each of its packs the number in the index's table; `None`: the pack is gone.
-type Mapped = (Run, Vec<Option<u32>>);
+type Mapped = (Arc<Run>, Vec<Option<u32>>);
 
 /// Finds pages.
 #[derive(Debug)]
@@ -47,6 +51,8 @@ pub struct Index {
     numbers: HashMap<PackId, u32>,
     runs: Vec<Mapped>,
     loose: HashMap<PageId, Location>,
+    /// What is being written outside of this index ([`Index::begin_merge`]).
+    merging: Arc<HashMap<PageId, Location>>,
     /// Runs that are damaged, or name no pack that is there: superseded by the next flush.
     useless: Vec<String>,
 }
@@ -98,8 +104,14 @@ impl Index {
         let mut objects = store.list(Kind::Index)?;
         objects.sort_by_key(|object| object.len);
         let packs = store.list(Kind::Pack)?;
-        let mut index =
-            Self { packs: Vec::new(), numbers: HashMap::new(), runs: Vec::new(), loose: HashMap::new(), useless: Vec::new() };
+        let mut index = Self {
+            packs: Vec::new(),
+            numbers: HashMap::new(),
+            runs: Vec::new(),
+            loose: HashMap::new(),
+            merging: Arc::default(),
+            useless: Vec::new(),
+        };
         let lens: HashMap<PackId, u64> =
             packs.iter().filter_map(|object| PackId::from_name(&object.name).map(|id| (id, object.len))).collect();
         for id in lens.keys() {
@@ -138,7 +150,7 @@ impl Index {
             if numbers.iter().all(Option::is_none) {
                 index.useless.push(object.name);
             } else {
-                index.runs.push((run, numbers));
+                index.runs.push((Arc::new(run), numbers));
             }
         }
         for (number, _) in covered.iter().enumerate().filter(|(_, covered)| !**covered) {
@@ -185,7 +197,7 @@ impl Index {
     /// # Errors
     /// The store's fault.
     pub fn find(&self, store: &dyn Store, id: &PageId) -> Result<Option<Location>, StoreError> {
-        if let Some(location) = self.loose.get(id) {
+        if let Some(location) = self.loose.get(id).or_else(|| self.merging.get(id)) {
             return Ok(Some(*location));
         }
         for (run, numbers) in &self.runs {
@@ -293,32 +305,17 @@ impl Index {
     }
 
     fn write(&self, store: &dyn Store, merged: &[Mapped]) -> Result<Option<(String, u64)>, StoreError> {
-        let mut loose: Vec<_> = self.loose.iter().map(|(id, location)| (*id, *location)).collect();
-        loose.sort_unstable_by_key(|(id, _)| *id);
-        let mut sources: Vec<Source<'_>> = vec![Source::Loose(loose.iter())];
-        sources.extend(merged.iter().map(|(run, numbers)| Source::Run(run.cursor(), numbers)));
-        let mut heads = sources.iter_mut().map(|source| source.next(store)).collect::<Result<Vec<_>, _>>()?;
-        let (mut writer, mut packs) = (RunWriter::new(store)?, Packs::default());
-        while let Some((at, (id, location))) =
-            heads.iter().enumerate().filter_map(|(at, head)| head.map(|head| (at, head))).min_by_key(|(_, (id, _))| *id)
-        {
-            let pack = packs.local(location.pack, self.packs[location.pack as usize]);
-            writer.push(&id, &Location { pack, place: location.place })?;
-            heads[at] = sources[at].next(store)?;
-        }
-        writer.finish(&packs.ids)
+        write_run(store, &self.loose, &self.packs, merged)
     }
 
     fn open_written(&self, store: &dyn Store, run: Option<(String, u64)>) -> Result<Option<Mapped>, StoreError> {
-        let Some((name, len)) = run else { return Ok(None) };
-        let run = Run::open(store, &name, len).map_err(|error| match error {
-            RunError::Store(error) => error,
-            malformed @ RunError::Malformed(..) => {
-                StoreError::io("an index that was just written", std::io::Error::other(malformed))
-            }
-        })?;
+        let run = run.map(|(name, len)| open_run(store, &name, len)).transpose()?;
+        Ok(run.map(|run| self.mapped(run)))
+    }
+
+    fn mapped(&self, run: Run) -> Mapped {
         let numbers = run.packs.iter().map(|pack| self.numbers.get(pack).copied()).collect();
-        Ok(Some((run, numbers)))
+        (Arc::new(run), numbers)
     }
 
     /// Takes packs out that are no more, with their pages.
@@ -333,42 +330,6 @@ impl Index {
             }
         }
         self.numbers.retain(|pack, _| !gone(pack));
-    }
-}
-
-/// The packs of a run that is being written, numbered as they come.
-#[derive(Default)]
-struct Packs {
-    local: HashMap<u32, u32>,
-    ids: Vec<PackId>,
-}
-
-impl Packs {
-    fn local(&mut self, number: u32, id: PackId) -> u32 {
-        *self.local.entry(number).or_insert_with(|| {
-            self.ids.push(id);
-            self.ids.len() as u32 - 1
-        })
-    }
-}
-
-enum Source<'a> {
-    Loose(std::slice::Iter<'a, (PageId, Location)>),
-    Run(Cursor<'a>, &'a [Option<u32>]),
-}
-
-impl Source<'_> {
-    fn next(&mut self, store: &dyn Store) -> Result<Option<(PageId, Location)>, StoreError> {
-        match self {
-            Self::Loose(entries) => Ok(entries.next().copied()),
-            Self::Run(cursor, numbers) => loop {
-                let Some((id, Location { pack, place })) = cursor.next(store)? else { return Ok(None) };
-                // Pages of packs that are gone are left out.
-                if let Some(pack) = numbers[pack as usize] {
-                    return Ok(Some((id, Location { pack, place })));
-                }
-            },
-        }
     }
 }
 

@@ -5,7 +5,10 @@
 
 use std::collections::HashSet;
 
+use crate::bank::Bank;
 use crate::codec::{Input, Malformed};
+use crate::manifest::head::leaves;
+use crate::manifest::{Entry, LEAF, ManifestError};
 use crate::page::PageId;
 use crate::store::{Durability, Kind, Store, StoreError};
 
@@ -72,6 +75,27 @@ impl Lost {
         }
         store.sync(Kind::Config)
     }
+}
+
+/// The pages of a section of a machine, by their numbers, whose names are noted as lost: a deposit that follows the machine reads them whether they changed or not,
+/// so a source that has only what changed needs these too. None in a bank where nothing was lost, of which nothing is read for it.
+///
+/// # Errors
+/// The machine's manifest cannot be read, or the store's fault.
+pub fn lost_pages(bank: &Bank, entry: &Entry, section: &str) -> Result<Vec<u64>, ManifestError> {
+    let lost = Lost::read(bank.store())?;
+    let mut pages = Vec::new();
+    if lost == Lost::default() {
+        return Ok(pages);
+    }
+    let manifest = bank.manifest(entry)?;
+    let Some(at) = manifest.section(section) else { return Ok(pages) };
+    for leaf in 0..leaves(manifest.head.sections[at].len) {
+        let ids = manifest.leaf(bank.store(), bank.identity(), at, leaf)?;
+        let of_leaf = ids.iter().enumerate().filter(|(_, id)| lost.has(id));
+        pages.extend(of_leaf.map(|(page, _)| (leaf * LEAF + page) as u64));
+    }
+    Ok(pages)
 }
 
 fn parse(bytes: &[u8]) -> Result<Lost, Malformed> {

@@ -5,6 +5,7 @@
 mod copy;
 mod diff;
 pub(crate) mod lost;
+pub(crate) mod numbers;
 mod remove;
 mod repair;
 mod stats;
@@ -14,6 +15,7 @@ mod verify;
 
 pub use copy::{CopyError, CopyReport, copy};
 pub use diff::{Diff, SectionDiff, diff};
+pub use lost::lost_pages;
 pub use remove::{Keep, RemoveError, RemoveReport, expired, remove};
 pub use repair::{RepairError, RepairReport, repair};
 pub use stats::{Stats, stats};

@@ -8,6 +8,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use serde::Serialize;
 use thiserror::Error;
 
+use super::numbers::Numbers;
 use crate::bank::Bank;
 use crate::manifest::{Entry, Manifest, ManifestError, rewrite};
 use crate::page::Root;
@@ -76,7 +77,7 @@ pub fn expired(bank: &Bank, machine: Option<&str>, keep: &Keep) -> Result<Vec<En
     Ok(expired)
 }
 
-/// Takes machines out. Those that rest on them are written anew first; those that are being withdrawn stay, with those
+/// Takes machines out; their numbers are not given again. Those that rest on them are written anew first; those that are being withdrawn stay, with those
 /// that they rest on.
 ///
 /// # Errors
@@ -120,6 +121,8 @@ pub fn remove(bank: &Bank, entries: &[Entry]) -> Result<RemoveReport, RemoveErro
         let depth = Manifest::open(store, identity, &listing, &entry.root).map_or(u8::MAX, |manifest| manifest.table.depth);
         std::cmp::Reverse(depth)
     });
+    // Before any is gone: a number never names another deposit.
+    Numbers::note(store, going.iter().copied())?;
     for entry in going {
         // Whoever pins a machine does so under this lock: either the pin is seen here, or the machine is gone before it.
         let _commit = store.hold(Hold::Commit, bank.wait())?;

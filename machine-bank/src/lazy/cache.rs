@@ -31,6 +31,8 @@ pub enum Held {
 /// The groups of one section of one machine.
 #[derive(Debug)]
 pub struct CachedImage {
+    /// Bytes of the section.
+    len: u64,
     memory: Arc<Memory>,
     held: RwLock<Vec<Held>>,
     used: Vec<AtomicBool>,
@@ -75,9 +77,15 @@ impl Cache {
         let memory = Memory::memfd("farbus-bank-cache", len.max(1).next_multiple_of(PAGE as u64))?;
         let used = (0..groups).map(|_| AtomicBool::new(false)).collect();
         let held = RwLock::new(vec![Held::Absent; groups]);
-        let image = Arc::new(CachedImage { memory, held, used, there: AtomicUsize::new(0) });
+        let image = Arc::new(CachedImage { len, memory, held, used, there: AtomicUsize::new(0) });
         inner.images.insert((entry.root, section.to_owned()), image.clone());
         Ok(image)
+    }
+
+    /// Bytes of a section of a machine whose groups it has, or would have.
+    pub(super) fn len_of(&self, entry: &Entry, section: &str) -> Option<u64> {
+        let inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
+        inner.images.get(&(entry.root, section.to_owned())).map(|image| image.len)
     }
 
     /// Takes a group, verified by the caller; `None`: it is zero. Others go where there is no room.

@@ -1,36 +1,23 @@
 //! A machine's section by groups of 64 KiB: which pages they are, fetched from the store and verified, with patience where the store fails.
 //!
-//! `image.fetch(&[12, 13], …)` names 32 pages, reads the 30 that are not zero in one go, and hands out two groups; a store that answers an error is
-//! asked again after 10, 40 and 160 ms, and then group by group and page by page, so that one damaged page takes no others with it.
+//! `image.fetch(&[12, 13], …)` names 32 pages, reads the 30 that are not zero in one go, and hands out two groups. What is said to be damaged or missing is
+//! asked for again after 10, 20 and 40 ms, and then page by page, so that one damaged page takes no others with it. A store that is away is the caller's to
+//! wait for: nothing was concluded, and the groups can be asked for again.
 
 use std::collections::HashMap;
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Duration;
+use std::time::Instant;
 
+use super::away::{Away, Patience, Unread};
 use super::working_set::WorkingSet;
 use crate::bank::Bank;
 use crate::manifest::{Entry, LEAF};
 use crate::pack::{GROUP, GROUP_PAGES};
 use crate::page::{PAGE, PageId};
-use crate::reader::{At, ReadError, Scratch, Wanted};
+use crate::reader::{At, Scratch, Wanted};
 use crate::withdraw::{WithdrawError, Withdrawal};
-
-/// How often a store is asked for what it does not give.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Patience {
-    /// Times in all, at least 1.
-    pub tries: u32,
-    /// Before the second; before each further one four times as long.
-    pub pause: Duration,
-}
-
-impl Default for Patience {
-    fn default() -> Self {
-        Self { tries: 4, pause: Duration::from_millis(10) }
-    }
-}
 
 /// A group as it was fetched.
 #[derive(Debug)]
@@ -39,8 +26,10 @@ pub(crate) struct Fetched<'a> {
     pub group: u64,
     /// Its bytes, of those pages that the section has; `None`: all are zero.
     pub bytes: Option<&'a [u8]>,
-    /// Pages of it that cannot be had, by their number in the group.
+    /// Pages of it that are damaged or lost, by their number in the group.
     pub bad: Vec<usize>,
+    /// What was wrong with the first of these.
+    pub why: String,
 }
 
 /// A section that is being fetched, by one thread.
@@ -53,23 +42,22 @@ pub(crate) struct Image<'b> {
     leaves: HashMap<usize, Arc<[PageId]>>,
     scratch: Scratch,
     buffer: Vec<u8>,
+    /// Whether the store was asked since this was cleared.
+    asked: bool,
     /// How often the store was asked again.
     retries: &'b AtomicU64,
 }
 
 impl<'b> Image<'b> {
-    pub fn open(
-        bank: &'b Bank,
-        entry: &Entry,
-        section: &str,
-        patience: Patience,
-        retries: &'b AtomicU64,
-    ) -> Result<Self, WithdrawError> {
-        let withdrawal = patient(patience, retries, || bank.withdraw(entry))?;
-        let at = withdrawal.manifest().section(section).ok_or_else(|| WithdrawError::Section(section.to_owned()))?;
+    pub fn open(bank: &'b Bank, entry: &Entry, section: &str, patience: Patience, retries: &'b AtomicU64) -> Result<Self, Unread> {
+        let withdrawal = ask(bank, patience, retries, || bank.withdraw(entry))?;
+        let missing = || Unread::Lost(WithdrawError::Section(section.to_owned()));
+        let at = withdrawal.manifest().section(section).ok_or_else(missing)?;
         let pages = withdrawal.manifest().head.sections[at].pages();
-        let (leaves, scratch, buffer) = (HashMap::new(), Scratch::new()?, Vec::new());
-        Ok(Self { withdrawal, bank, section: at, pages, patience, leaves, scratch, buffer, retries })
+        let begun = Instant::now();
+        let scratch = Scratch::new().map_err(|error| Unread::sorted(bank, begun, error.into()))?;
+        let (leaves, buffer, asked) = (HashMap::new(), Vec::new(), false);
+        Ok(Self { withdrawal, bank, section: at, pages, patience, leaves, scratch, buffer, asked, retries })
     }
 
     /// The working set that is kept with the machine; empty where there is none.
@@ -83,31 +71,44 @@ impl<'b> Image<'b> {
         }
     }
 
-    /// Fetches groups and hands each to `sink`, in their order. An error of the manifest's is that of all of them.
-    pub fn fetch(&mut self, groups: &[u64], sink: &mut dyn FnMut(Fetched<'_>)) -> Result<(), WithdrawError> {
+    /// Fetches groups and hands each to `sink`, in their order, and says whether the store had to be asked; where it fails none was handed out, or some.
+    pub fn fetch(&mut self, groups: &[u64], sink: &mut dyn FnMut(Fetched<'_>)) -> Result<bool, Away> {
+        self.asked = false;
         let mut names = Vec::with_capacity(groups.len());
         for group in groups {
-            names.push(self.names(*group)?);
+            names.push(match self.names(*group) {
+                Ok(names) => Ok(names),
+                Err(Unread::Lost(error)) => Err(error.to_string()),
+                Err(Unread::Away(away)) => return Err(away),
+            });
         }
-        let all = self.read(groups, &names);
+        let all = match self.read(groups, &names) {
+            Ok(()) => true,
+            Err(Unread::Lost(_)) => false,
+            Err(Unread::Away(away)) => return Err(away),
+        };
         for (at, (group, ids)) in groups.iter().zip(&names).enumerate() {
-            let mut bad = Vec::new();
-            if all.is_err() {
-                bad = self.one_by_one(at, *group, ids);
+            let (mut bad, mut why) = (Vec::new(), String::new());
+            let pages = pages_of(*group, self.pages);
+            match ids {
+                Ok(ids) if !all => (bad, why) = self.one_by_one(at, *group, ids)?,
+                Ok(_) => {}
+                Err(error) => (bad, why) = ((0..(pages.end - pages.start) as usize).collect(), error.clone()),
             }
-            let zero = bad.is_empty() && ids.iter().all(PageId::is_zero);
-            let bytes = &self.buffer[at * GROUP..][..ids.len() * PAGE];
-            sink(Fetched { group: *group, bytes: (!zero).then_some(bytes), bad });
+            let zero = ids.as_ref().is_ok_and(|ids| ids.iter().all(PageId::is_zero));
+            let bytes = &self.buffer[at * GROUP..][..(pages.end - pages.start) as usize * PAGE];
+            sink(Fetched { group: *group, bytes: (!zero).then_some(bytes), bad, why });
         }
-        Ok(())
+        Ok(self.asked)
     }
 
     /// Reads all of the groups into the buffer.
-    fn read(&mut self, numbers: &[u64], groups: &[Vec<PageId>]) -> Result<(), ReadError> {
+    fn read(&mut self, numbers: &[u64], groups: &[Result<Vec<PageId>, String>]) -> Result<(), Unread> {
         self.buffer.clear();
         self.buffer.resize(groups.len() * GROUP, 0);
         let section = self.section;
-        let places = groups.iter().enumerate().flat_map(|(at, ids)| ids.iter().enumerate().map(move |(page, id)| (at, page, id)));
+        let named = groups.iter().enumerate().filter_map(|(at, ids)| ids.as_ref().ok().map(|ids| (at, ids)));
+        let places = named.flat_map(|(at, ids)| ids.iter().enumerate().map(move |(page, id)| (at, page, id)));
         let wanted: Vec<_> = places
             .filter(|(_, _, id)| !id.is_zero())
             .map(|(at, page, id)| Wanted {
@@ -116,37 +117,46 @@ impl<'b> Image<'b> {
                 at: place(section, numbers[at], page),
             })
             .collect();
+        self.asked |= !wanted.is_empty();
         let (reader, scratch, buffer) = (self.withdrawal.reader(), &mut self.scratch, &mut self.buffer);
-        patient(self.patience, self.retries, || {
+        ask(self.bank, self.patience, self.retries, || {
             reader.fetch(&wanted, scratch, &mut |at, page| buffer[at as usize * PAGE..][..PAGE].copy_from_slice(page))
         })
     }
 
-    /// Reads the pages of the group at `at` of the buffer each for itself, and says which cannot be had. The store was asked patiently before.
-    fn one_by_one(&mut self, at: usize, group: u64, ids: &[PageId]) -> Vec<usize> {
-        let mut bad = Vec::new();
+    /// Reads the pages of the group at `at` of the buffer each for itself, and says which cannot be had and why. The store was asked often enough before.
+    fn one_by_one(&mut self, at: usize, group: u64, ids: &[PageId]) -> Result<(Vec<usize>, String), Away> {
+        let (mut bad, mut why) = (Vec::new(), String::new());
         for (page, id) in ids.iter().enumerate().filter(|(_, id)| !id.is_zero()) {
             let to = &mut self.buffer[at * GROUP + page * PAGE..][..PAGE];
             let wanted = [Wanted { id: *id, token: 0, at: place(self.section, group, page) }];
-            if let Err(error) = self.withdrawal.reader().fetch(&wanted, &mut self.scratch, &mut |_, page| to.copy_from_slice(page))
-            {
-                tracing::error!(%error, "a page of a machine cannot be had");
-                bad.push(page);
+            let asked = Instant::now();
+            let read = self.withdrawal.reader().fetch(&wanted, &mut self.scratch, &mut |_, page| to.copy_from_slice(page));
+            match read.map_err(|error| Unread::sorted(self.bank, asked, error.into())) {
+                Ok(()) => {}
+                Err(Unread::Away(away)) => return Err(away),
+                Err(Unread::Lost(error)) => {
+                    if bad.is_empty() {
+                        why = error.to_string();
+                    }
+                    bad.push(page);
+                }
             }
         }
-        bad
+        Ok((bad, why))
     }
 
     /// The names of a group's pages.
-    fn names(&mut self, group: u64) -> Result<Vec<PageId>, WithdrawError> {
+    fn names(&mut self, group: u64) -> Result<Vec<PageId>, Unread> {
         let Range { start, end } = pages_of(group, self.pages);
         let leaf = (start / LEAF as u64) as usize;
         let ids = match self.leaves.get(&leaf) {
             Some(ids) => ids.clone(),
             None => {
                 let (bank, manifest) = (self.bank, self.withdrawal.manifest());
+                self.asked = true;
                 let read = || manifest.leaf(bank.store(), bank.identity(), self.section, leaf);
-                let ids: Arc<[PageId]> = patient(self.patience, self.retries, read)?.into();
+                let ids: Arc<[PageId]> = ask(bank, self.patience, self.retries, read)?.into();
                 self.leaves.insert(leaf, ids.clone());
                 ids
             }
@@ -167,20 +177,28 @@ pub(crate) fn pages_of(group: u64, pages: u64) -> Range<u64> {
     start..(start + GROUP_PAGES as u64).min(pages)
 }
 
-/// Asks again, with longer and longer pauses.
-fn patient<T, E>(patience: Patience, retries: &AtomicU64, mut ask: impl FnMut() -> Result<T, E>) -> Result<T, E> {
-    let mut pause = patience.pause;
-    for _ in 1..patience.tries {
-        match ask() {
+/// Asks, and asks again for what is said to be damaged or missing, with longer and longer pauses.
+fn ask<T, E: Into<WithdrawError>>(
+    bank: &Bank,
+    patience: Patience,
+    retries: &AtomicU64,
+    mut once: impl FnMut() -> Result<T, E>,
+) -> Result<T, Unread> {
+    let (mut left, mut pause) = (patience.tries, patience.pause);
+    loop {
+        let asked = Instant::now();
+        let error = match once() {
             Ok(answer) => return Ok(answer),
-            Err(_) => {
-                retries.fetch_add(1, Ordering::Relaxed);
-                std::thread::sleep(pause);
-                pause *= 4;
-            }
+            Err(error) => Unread::sorted(bank, asked, error.into()),
+        };
+        left = left.saturating_sub(1);
+        if left == 0 || matches!(error, Unread::Away(_)) {
+            return Err(error);
         }
+        retries.fetch_add(1, Ordering::Relaxed);
+        std::thread::sleep(pause);
+        pause = patience.after(pause);
     }
-    ask()
 }
 
 /// A leaf has whole groups, so a group has one leaf.

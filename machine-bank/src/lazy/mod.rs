@@ -17,7 +17,11 @@
 //!
 //! # What cannot be had
 //!
-//! A store that fails is asked four times within a quarter of a second. Then the failure is reported, and the use of those pages is a SIGBUS
+//! A store that is away (a link that is down, an error of the disk, a server that does not answer) is waited for: whoever uses a page of it waits, it is asked
+//! again after 10 ms and then more and more seldom, up to every 2 s, and [`LazyOptions::on_store`] is told that it is away and that it is back. That goes on for as
+//! long as the machine is there, or until the limit of [`Patience`]. Meanwhile other machines are served, and this one too with what the cache has.
+//!
+//! What is proven to be damaged or lost, by a store that is there and was asked four times, is reported, and the use of those pages is a SIGBUS
 //! (UFFDIO_POISON, Linux 6.6). An older kernel leaves whoever uses them waiting: to stop watching would answer with zeros, which is a wrong byte.
 //!
 //! # Clients that others wrote
@@ -30,23 +34,27 @@
 //! not served. A machine's memory goes with its [`LazyMachine`]; that of another process keeps waiting, if it kept its descriptor open.
 
 mod area;
+mod away;
 mod bits;
 mod cache;
 mod device;
 pub mod firecracker;
 mod image;
+mod pager;
 mod regions;
 mod report;
 mod served;
 mod server;
 mod state;
 mod uffd;
+mod waits;
 mod working_set;
 
 pub use area::Area;
+pub(crate) use away::{Away, Unread, Waiting};
+pub use away::{OnStore, Patience, StoreEvent};
 pub(crate) use bits::Bits;
 pub use cache::{Cache, CachedImage, Held};
-pub use image::Patience;
 pub(crate) use image::{Image, pages_of};
 pub use regions::{MOST_REGIONS, Region, RegionError, Regions};
 pub use report::{Failure, LazyReport, OnFailure};

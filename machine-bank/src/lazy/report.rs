@@ -27,6 +27,12 @@ pub struct LazyReport {
     pub zero: u64,
     /// How often the store was asked again.
     pub retries: u64,
+    /// How often the store was away and came back.
+    pub away: u64,
+    /// How long it was in all of these times, in milliseconds.
+    pub away_ms: u64,
+    /// Since when it is away, in milliseconds of Unix time; `None`: it is there, as far as is known.
+    pub away_since_ms: Option<u64>,
     /// Pages that could not be had: their use is a SIGBUS.
     pub poisoned: u64,
     /// Pages that could not be had, on a kernel that cannot make their use a SIGBUS: whoever uses them waits.

@@ -7,7 +7,7 @@
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use rustix::io::Errno;
 
@@ -26,6 +26,8 @@ const TURN: usize = 64;
 const AHEAD: usize = 4;
 /// Before a page is placed again in a range that was changing: the event that says so is read by then.
 const CHANGING: Duration = Duration::from_micros(100);
+/// Before a page is placed again that the host had no memory for.
+const SCARCE: Duration = Duration::from_millis(10);
 /// Zeros for kernels and mappings that know no page of zeros.
 static ZEROS: [u8; GROUP] = [0; GROUP];
 
@@ -41,8 +43,8 @@ pub(super) struct Served {
     /// How often the store was asked again.
     pub retries: AtomicU64,
     on_failure: OnFailure,
-    state: Mutex<State>,
-    changed: Condvar,
+    pub(super) state: Mutex<State>,
+    pub(super) changed: Condvar,
 }
 
 /// What a pager does next.
@@ -84,7 +86,7 @@ impl Served {
         }
     }
 
-    fn lock(&self) -> MutexGuard<'_, State> {
+    pub(super) fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -115,31 +117,6 @@ impl Served {
         state.planned = true;
         drop(state);
         self.changed.notify_all();
-    }
-
-    /// Waits until all groups are there; false: they are not, in that time, or never will.
-    pub fn wait_whole(&self, most: Duration) -> bool {
-        self.wait_until(most, |state| state.left == 0)
-    }
-
-    /// Waits until nothing is to be fetched ahead any more.
-    pub fn wait_ahead(&self, most: Duration) -> bool {
-        self.wait_until(most, |state| state.planned && !state.busy && state.ahead.is_empty() && state.rest.is_none())
-    }
-
-    /// Waits until its process or memory is gone; whether it is.
-    pub fn wait_over(&self, most: Duration) -> bool {
-        self.wait_until(most, |state| state.over)
-    }
-
-    fn wait_until(&self, most: Duration, done: impl Fn(&State) -> bool) -> bool {
-        let end = Instant::now() + most;
-        let mut state = self.lock();
-        while !done(&state) && !state.over {
-            let Some(left) = end.checked_duration_since(Instant::now()).filter(|left| !left.is_zero()) else { break };
-            state = self.changed.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
-        }
-        done(&state)
     }
 
     /// Reads what the kernel tells, and answers what can be answered at once. Called by the handler thread, which never waits here.
@@ -328,6 +305,9 @@ impl Served {
     /// Places a group that the cache has; whether it did. A fault is answered then.
     pub fn put_cached(&self, group: u64, demanded: bool) -> bool {
         let mut state = self.lock();
+        if state.over {
+            return false;
+        }
         let placed = matches!(self.place(&mut state, group), Ok(Some(())));
         if placed {
             self.done(&mut state, group, demanded);
@@ -340,6 +320,9 @@ impl Served {
         let first = fetched.group * GROUP_PAGES as u64;
         loop {
             let mut state = self.lock();
+            if state.over {
+                return;
+            }
             let cached = if fetched.bad.is_empty() { self.place(&mut state, fetched.group) } else { Ok(None) };
             let answer = match cached {
                 Ok(None) => self.put_bytes(&mut state, fetched),
@@ -349,6 +332,11 @@ impl Served {
                 Ok(()) => return self.done(&mut state, fetched.group, demanded),
                 Err(PlaceError::Changing | PlaceError::NotCached) if !state.over => {}
                 Err(PlaceError::Gone) => return self.note(&mut state, Err(PlaceError::Gone)),
+                Err(PlaceError::Host(Errno::NOMEM)) => {
+                    // The page is there, and the host may have room for it later.
+                    drop(self.changed.wait_timeout(state, SCARCE).unwrap_or_else(PoisonError::into_inner));
+                    continue;
+                }
                 Err(error) => {
                     drop(state);
                     let pages = pages_of(fetched.group, self.pages);
@@ -378,8 +366,14 @@ impl Served {
 
     /// Pages that cannot be had: whoever uses one gets a SIGBUS, and never another byte.
     pub fn fail(&self, pages: std::ops::Range<u64>, reason: &str) {
-        let mut state = self.lock();
+        if self.is_over() {
+            return;
+        }
         let range = pages.start * PAGE as u64..pages.end * PAGE as u64;
+        tracing::error!(offset = range.start, len = range.end - range.start, reason, "a part of a machine cannot be had");
+        // Before anybody dies of it.
+        (self.on_failure)(&Failure { offset: range.start, len: range.end - range.start, reason: reason.to_owned() });
+        let mut state = self.lock();
         state.bad.set_all(pages.clone());
         for piece in self.regions.pieces(range.clone()) {
             match self.uffd.poison(piece.address, piece.len) {
@@ -393,8 +387,5 @@ impl Served {
             }
         }
         self.done(&mut state, pages.start / GROUP_PAGES as u64, true);
-        drop(state);
-        tracing::error!(offset = range.start, len = range.end - range.start, reason, "a part of a machine cannot be had");
-        (self.on_failure)(&Failure { offset: range.start, len: range.end - range.start, reason: reason.to_owned() });
     }
 }

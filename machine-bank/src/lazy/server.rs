@@ -17,19 +17,21 @@ use rustix::event::{EventfdFlags, epoll, eventfd};
 use thiserror::Error;
 
 use super::area::Area;
+use super::away::{OnStore, Patience, StoreEvent};
 use super::cache::Cache;
-use super::image::{Image, Patience, pages_of};
+use super::pager::page;
 use super::regions::{Region, RegionError, Regions};
 use super::report::{Failure, LazyReport, OnFailure};
-use super::served::{Next, Served};
+use super::served::Served;
 use super::uffd::{Features, Uffd, UffdError, Watch};
 use super::working_set::WorkingSet;
 use crate::bank::Bank;
 use crate::manifest::{Entry, ManifestError};
-use crate::withdraw::WithdrawError;
 
 /// Bit of an epoll datum that says that it is of the machine's process and not of its faults.
 const PROCESS: u64 = 1 << 63;
+/// How long a pager may take to leave when its machine ends: if it is asking the store for something, that goes on without anybody.
+const LEAVE: Duration = Duration::from_millis(100);
 /// The epoll datum that ends the handler.
 const END: u64 = u64::MAX;
 
@@ -50,7 +52,7 @@ pub enum Backing {
 pub struct LazyOptions {
     /// Which section; `memory` unless this says otherwise.
     pub section: String,
-    /// How often the store is asked.
+    /// How a store that is away is waited for.
     pub patience: Patience,
     /// Whether the working set that is kept with the machine is fetched before it is asked for.
     pub prefetch: bool,
@@ -58,12 +60,15 @@ pub struct LazyOptions {
     pub rest: bool,
     /// Is told what cannot be had.
     pub on_failure: OnFailure,
+    /// Is told that the store is away, and that it is back.
+    pub on_store: OnStore,
 }
 
 impl Default for LazyOptions {
     fn default() -> Self {
         let on_failure: OnFailure = Arc::new(|_: &Failure| {});
-        Self { section: "memory".to_owned(), patience: Patience::default(), prefetch: true, rest: false, on_failure }
+        let on_store: OnStore = Arc::new(|_: &StoreEvent| {});
+        Self { section: "memory".to_owned(), patience: Patience::default(), prefetch: true, rest: false, on_failure, on_store }
     }
 }
 
@@ -197,6 +202,26 @@ impl FaultServer {
         &self.shared.cache
     }
 
+    /// Reads what a section of a machine is, for clients who come while the store is away: they are served what the cache has, and wait for the rest.
+    ///
+    /// # Errors
+    /// The machine cannot be read.
+    pub fn prepare(&self, bank: &Bank, entry: &Entry, section: &str) -> Result<(), LazyError> {
+        let len = self.section_len(bank, entry, section)?;
+        self.shared.cache.image(entry, section, len)?;
+        Ok(())
+    }
+
+    /// Bytes of a section, from the store if the cache does not know it.
+    fn section_len(&self, bank: &Bank, entry: &Entry, section: &str) -> Result<u64, LazyError> {
+        if let Some(len) = self.shared.cache.len_of(entry, section) {
+            return Ok(len);
+        }
+        let manifest = bank.manifest(entry)?;
+        let at = manifest.section(section).ok_or_else(|| LazyError::Section(section.to_owned()))?;
+        Ok(manifest.head.sections[at].len)
+    }
+
     /// Makes memory in this process whose contents are a section of the machine, and come when they are used.
     ///
     /// # Errors
@@ -208,7 +233,7 @@ impl FaultServer {
         backing: Backing,
         options: LazyOptions,
     ) -> Result<LazyMachine, LazyError> {
-        let len = section_len(bank, entry, &options.section)?;
+        let len = self.section_len(bank, entry, &options.section)?;
         let wish = if backing == Backing::View { Features::MINOR_SHMEM.and(Features::MISSING_SHMEM) } else { Features(0) };
         let poison = Features(Uffd::supported()?.0 & Features::POISON.0);
         let uffd = Uffd::new(wish.and(poison))?;
@@ -239,7 +264,7 @@ impl FaultServer {
         process: Option<OwnedFd>,
         options: LazyOptions,
     ) -> Result<LazyMachine, LazyError> {
-        let regions = Regions::new(regions, section_len(bank, entry, &options.section)?)?;
+        let regions = Regions::new(regions, self.section_len(bank, entry, &options.section)?)?;
         self.add(bank, entry, uffd, regions, false, options, process)
     }
 
@@ -254,14 +279,17 @@ impl FaultServer {
         options: LazyOptions,
         process: Option<OwnedFd>,
     ) -> Result<LazyMachine, LazyError> {
-        let len = section_len(bank, entry, &options.section)?;
+        let len = self.section_len(bank, entry, &options.section)?;
         let cached = self.shared.cache.image(entry, &options.section, len)?;
         let pages = len.div_ceil(crate::PAGE as u64);
         let served = Arc::new(Served::new(uffd, regions, cached, share, pages, process, options.on_failure.clone()));
         let id = self.shared.next.fetch_add(1, Ordering::Relaxed);
         let (bank, entry, pages) = (bank.clone(), entry.clone(), (served.clone(), self.shared.cache.clone()));
         let pager = std::thread::Builder::new().name("farbus-pager".to_owned());
-        let pager = pager.spawn(move || page(&bank, &entry, &pages.0, &pages.1, &options));
+        let pager = pager.spawn(move || {
+            page(&bank, &entry, &pages.0, &pages.1, &options);
+            pages.0.left();
+        });
         let pager = pager.map_err(|source| LazyError::Host { what: "start a pager", source })?;
         let machine = LazyMachine { served: served.clone(), id, pager: Some(pager), area: None, handler: self._handler.clone() };
         self.shared.machines.lock().unwrap_or_else(PoisonError::into_inner).insert(id, served.clone());
@@ -272,12 +300,6 @@ impl FaultServer {
         }
         Ok(machine)
     }
-}
-
-fn section_len(bank: &Bank, entry: &Entry, section: &str) -> Result<u64, LazyError> {
-    let manifest = bank.manifest(entry)?;
-    let at = manifest.section(section).ok_or_else(|| LazyError::Section(section.to_owned()))?;
-    Ok(manifest.head.sections[at].len)
 }
 
 impl LazyMachine {
@@ -324,7 +346,11 @@ impl Drop for LazyMachine {
         if let Some(served) = shared.machines.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.id) {
             shared.forget(&served);
         }
-        if self.pager.take().is_some_and(|pager| pager.join().is_err()) {
+        let Some(pager) = self.pager.take() else { return };
+        if !self.served.wait_left(LEAVE) && !pager.is_finished() {
+            // It waits for a store that does not answer, and finds out afterwards that nobody needs that any more.
+            tracing::debug!("the pager of a machine that has ended is still asking its store");
+        } else if pager.join().is_err() {
             tracing::error!("a pager had panicked");
         }
     }
@@ -363,54 +389,4 @@ fn handle(shared: &Shared) {
             }
         }
     }
-}
-
-/// Fetches what one machine needs, until it is over.
-fn page(bank: &Bank, entry: &Entry, served: &Served, cache: &Cache, options: &LazyOptions) {
-    let mut image = Image::open(bank, entry, &options.section, options.patience, &served.retries);
-    match &image {
-        Ok(image) => {
-            let set = if options.prefetch { image.working_set(&options.section) } else { WorkingSet::default() };
-            served.fetch_ahead(&set.groups, options.rest);
-        }
-        Err(error) => {
-            tracing::error!(%error, "a machine cannot be read");
-            served.fetch_ahead(&[], false);
-        }
-    }
-    loop {
-        let (groups, demanded) = match served.next() {
-            Next::Over => return,
-            Next::Again(address) => {
-                served.answer_again(address);
-                continue;
-            }
-            Next::Demand(group) => (vec![group], true),
-            Next::Ahead(groups) => (groups, false),
-        };
-        let answer = match &mut image {
-            Ok(image) => fetch(image, served, cache, &groups, demanded).map_err(|error| error.to_string()),
-            Err(error) => Err(error.to_string()),
-        };
-        // What was only fetched ahead is asked for again when somebody needs it.
-        if let (Err(reason), true) = (answer, demanded) {
-            groups.iter().for_each(|group| served.fail(pages_of(*group, served.pages), &reason));
-        }
-    }
-}
-
-fn fetch(image: &mut Image<'_>, served: &Served, cache: &Cache, groups: &[u64], demanded: bool) -> Result<(), WithdrawError> {
-    let missing: Vec<_> = groups.iter().copied().filter(|group| !served.put_cached(*group, demanded)).collect();
-    image.fetch(&missing, &mut |fetched| {
-        if fetched.bad.is_empty()
-            && let Err(error) = cache.insert(&served.cached, fetched.group as usize, fetched.bytes)
-        {
-            tracing::warn!(%error, "a group is not kept in the cache");
-        }
-        served.put(&fetched, demanded);
-        for page in &fetched.bad {
-            let page = pages_of(fetched.group, served.pages).start + *page as u64;
-            served.fail(page..page + 1, "the page is missing or damaged");
-        }
-    })
 }

@@ -31,6 +31,8 @@ pub(super) struct State {
     pub removed: Bits,
     pub bad: Bits,
     pub over: bool,
+    /// Whether the pager has ended.
+    pub pager_gone: bool,
     pub report: LazyReport,
 }
 
@@ -52,6 +54,7 @@ impl State {
             removed: Bits::new(pages),
             bad: Bits::new(pages),
             over: false,
+            pager_gone: false,
             report: LazyReport::default(),
         }
     }

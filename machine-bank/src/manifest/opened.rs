@@ -165,14 +165,23 @@ impl Manifest {
 
     fn verified(&self, store: &dyn Store, identity: &Identity, section: usize, leaf: usize) -> Result<Vec<PageId>, ManifestError> {
         let pages = self.head.sections[section].pages_of(leaf);
+        let hash = self.head.sections[section].leaves[leaf];
+        let mut fetched = None;
         let ids = match store.service() {
             Some(service) => {
-                let full = service.leaf(&self.root, section, leaf)?;
-                parse_full(&full, pages).map_err(|error| self.malformed(error))?
+                let kept = store.pages().and_then(|cache| cache.leaf(&hash)).and_then(|full| parse_full(&full, pages).ok());
+                if let Some(ids) = kept.filter(|ids| identity.leaf(ids) == hash) {
+                    return Ok(ids);
+                }
+                let full = fetched.insert(service.leaf(&self.root, section, leaf)?);
+                parse_full(full, pages).map_err(|error| self.malformed(error))?
             }
             None => self.resolve(store, section, leaf, pages)?,
         };
-        if identity.leaf(&ids) == self.head.sections[section].leaves[leaf] {
+        if identity.leaf(&ids) == hash {
+            if let (Some(cache), Some(full)) = (store.pages(), fetched) {
+                cache.keep_leaf(&hash, &full);
+            }
             Ok(ids)
         } else {
             Err(self.malformed(Malformed::Hash("a leaf")))

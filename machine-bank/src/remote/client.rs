@@ -2,7 +2,10 @@
 //!
 //! `RemoteStore::connect(fabric, "rdma:nas:7001", …)` says hello; `Bank::open(Box::new(store), None)` is then a bank like any other, except that who
 //! serves it decides which machines there are, and that nothing is removed from here. A `Flight` is a request under way; `part` waits for its next part.
+//! With `RemoteStore::reconnecting` a link that ended is made anew (`client/again.rs`).
 
+mod again;
+mod guards;
 mod store;
 
 use std::collections::VecDeque;
@@ -21,14 +24,22 @@ use super::port::{Heard, Port};
 use super::wire::{BODY, Carried, INLINE, Op, PART, Request, Status, ToClient, ToServer, VERSION};
 use crate::store::{Kind, StoreError};
 
+pub use again::Reconnect;
+pub(super) use again::Remote;
+pub(super) use store::list;
+
 /// How long a server may take to say hello.
 const HELLO_LIMIT: Duration = Duration::from_secs(10);
 
 /// A bank at the other end of a link.
 #[derive(Debug)]
-pub struct RemoteStore(Arc<Client>);
+pub struct RemoteStore(Arc<Remote>);
 
-/// What guards and drafts share with the store.
+/// A link whose server has said hello.
+#[derive(Debug)]
+pub struct Link(Arc<Client>);
+
+/// One link, which ends once.
 pub(super) struct Client {
     address: String,
     state: Arc<State>,
@@ -57,7 +68,7 @@ pub(super) struct Flight {
 }
 
 impl RemoteStore {
-    /// Says hello to the bank at the other end of `fabric`. `clock` is the time for the fabric.
+    /// Says hello to the bank at the other end of `fabric`. `clock` is the time for the fabric. When the link ends, so does the store.
     ///
     /// # Errors
     /// The link's fault, or nobody there speaks the protocol.
@@ -66,7 +77,7 @@ impl RemoteStore {
         address: impl Into<String>,
         clock: impl FnMut() -> Nanos + Send + 'static,
     ) -> Result<Self, StoreError> {
-        Self::connect_within(fabric, address, clock, ANSWER_LIMIT)
+        Link::open(fabric, address, clock).map(Self::over)
     }
 
     /// The same with a limit for the server's silence while something is asked of it.
@@ -74,6 +85,50 @@ impl RemoteStore {
     /// # Errors
     /// As [`RemoteStore::connect`].
     pub fn connect_within<F: Fabric + 'static>(
+        fabric: F,
+        address: impl Into<String>,
+        clock: impl FnMut() -> Nanos + Send + 'static,
+        limit: Duration,
+    ) -> Result<Self, StoreError> {
+        Link::open_within(fabric, address, clock, limit).map(Self::over)
+    }
+
+    /// Over a link, for as long as it lasts.
+    pub fn over(Link(client): Link) -> Self {
+        Self(Arc::new(Remote::new(client, None)))
+    }
+
+    /// Over a link, and when that has ended over what `make` makes. What only asks is asked again; a deposit goes on between two objects, and what was in the middle
+    /// of one is [`StoreError::Gone`]. Holds and pins are taken anew; where one cannot be, what rests on it fails, and [`Guard::check`](crate::store::Guard) says why.
+    ///
+    /// `make` is called by whoever needs the link, one at a time. Its [`StoreError::Refused`] is final; after any other error it is called again.
+    pub fn reconnecting(
+        Link(client): Link,
+        times: Reconnect,
+        make: impl Fn() -> Result<Link, StoreError> + Send + Sync + 'static,
+    ) -> Self {
+        Self(Arc::new(Remote::new(client, Some((times, Box::new(make))))))
+    }
+}
+
+impl Link {
+    /// Says hello, as [`RemoteStore::connect`].
+    ///
+    /// # Errors
+    /// As there.
+    pub fn open<F: Fabric + 'static>(
+        fabric: F,
+        address: impl Into<String>,
+        clock: impl FnMut() -> Nanos + Send + 'static,
+    ) -> Result<Self, StoreError> {
+        Self::open_within(fabric, address, clock, ANSWER_LIMIT)
+    }
+
+    /// The same with a limit for the server's silence while something is asked of it.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn open_within<F: Fabric + 'static>(
         fabric: F,
         address: impl Into<String>,
         mut clock: impl FnMut() -> Nanos + Send + 'static,
@@ -134,6 +189,16 @@ fn welcome<F: Fabric>(port: &mut Port<F>, clock: &mut impl FnMut() -> Nanos) -> 
 }
 
 impl Client {
+    /// Whether the link has ended.
+    pub fn is_over(&self) -> bool {
+        self.state.over().is_some()
+    }
+
+    /// How many holds and pins there are, which have to be renewed.
+    fn keep(&self, held: usize) {
+        self.state.held.store(held, Ordering::Release);
+    }
+
     fn gone(&self) -> StoreError {
         StoreError::Gone(format!("{}: {}", self.address, self.state.over().unwrap_or_else(|| "the link is closed".to_owned())))
     }
@@ -193,6 +258,7 @@ impl Client {
             Status::Missing => StoreError::Missing { kind: Kind::Manifest, name: String::new() },
             Status::Refused => StoreError::Refused(text),
             Status::Busy | Status::Overtaken => StoreError::Busy { by: text },
+            Status::Quota => StoreError::Full(other(io::ErrorKind::QuotaExceeded)),
             Status::Full => StoreError::Full(other(io::ErrorKind::StorageFull)),
             Status::ReadOnly => StoreError::ReadOnly(other(io::ErrorKind::ReadOnlyFilesystem)),
             Status::Failed => StoreError::Io { what: format!("the bank at {}", self.address), source: other(io::ErrorKind::Other) },

@@ -4,6 +4,7 @@
 
 use std::collections::VecDeque;
 use std::os::fd::{AsFd, OwnedFd};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, Sender, TryRecvError};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -16,7 +17,7 @@ use super::wire::{Answer, Carried, LANES, Request, Status, ToClient, ToServer};
 
 /// How long a server may say nothing while something is asked of it.
 pub const ANSWER_LIMIT: Duration = Duration::from_secs(30);
-/// How often a client that asks for nothing says that it is there.
+/// How often a client that asks for nothing says that it is there, and at least how often one says that it needs what it holds.
 const PING: Duration = Duration::from_secs(20);
 
 /// A part of an answer.
@@ -49,13 +50,15 @@ pub(super) struct State {
     /// Why there is no link any more.
     over: Mutex<Option<String>>,
     counts: Mutex<WireCounts>,
+    /// Holds and pins at the server.
+    pub held: AtomicUsize,
     pub wake: OwnedFd,
 }
 
 impl State {
     pub fn new(wake: OwnedFd) -> Self {
         let free = Mutex::new((0..LANES as u8).collect());
-        Self { free, freed: Condvar::new(), over: Mutex::new(None), counts: Mutex::default(), wake }
+        Self { free, freed: Condvar::new(), over: Mutex::new(None), counts: Mutex::default(), held: AtomicUsize::new(0), wake }
     }
 
     /// Takes 1 to `most` lanes; nothing where the link is over.
@@ -145,7 +148,8 @@ impl<F: Fabric> Courier<F> {
     fn serve(&mut self, flights: &mut [Option<Flight>; LANES]) -> String {
         let mut landings: [Option<Landing>; LANES] = Default::default();
         let mut heard = VecDeque::new();
-        let (mut last_heard, mut last_said) = (Instant::now(), Instant::now());
+        let (mut last_heard, mut last_said, mut last_kept) = (Instant::now(), Instant::now(), Instant::now());
+        let keep_every = (self.limit / 3).min(PING);
         loop {
             let mut idle = true;
             loop {
@@ -194,6 +198,13 @@ impl<F: Fabric> Courier<F> {
             if flying && last_heard.elapsed() > self.limit {
                 return format!("the bank there has not answered for {:?}", self.limit);
             }
+            if last_kept.elapsed() >= keep_every {
+                (last_kept, idle) = (Instant::now(), false);
+                if self.state.held.load(Ordering::Acquire) > 0 {
+                    last_said = Instant::now();
+                    self.port.send(ToServer::Keep.encode());
+                }
+            }
             if last_said.elapsed() > PING {
                 last_said = Instant::now();
                 self.port.send(ToServer::Ping.encode());
@@ -201,7 +212,7 @@ impl<F: Fabric> Courier<F> {
             }
             if idle {
                 let state = self.state.clone();
-                self.port.sleep(&[state.wake.as_fd()], Duration::from_secs(1));
+                self.port.sleep(&[state.wake.as_fd()], keep_every.min(Duration::from_secs(1)));
                 let mut count = [0; 8];
                 if let Err(errno) = rustix::io::read(&state.wake, &mut count) {
                     tracing::trace!(%errno, "woken by something else");

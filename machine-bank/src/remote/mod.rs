@@ -21,7 +21,8 @@
 //! client  2, op, lane, lanes lent (a bit each), 0 (4), length (4), body request
 //! server  2, status, lane, lane of the part, last, 0 (3), length (4), part   answer, or a part of one
 //! client  3                                                             it is there: every 20 s
-//! server  3                                                             it works: where an answer takes long
+//! client  4                                                             it is there, and needs what it holds: every 10 s while it holds something
+//! server  3                                                             it works: every 5 s where an answer takes long
 //! ```
 //!
 //! A client owns all lanes. A request takes one, by whose number its answers are known, and lends the server lanes of the slab; a lane is lent again only
@@ -41,7 +42,7 @@
 //! | 9 let go | handle (4) | |
 //! | 10 stage | stream (4), offset (8), bytes | |
 //! | 11 pack | stream, length (8), name (16) | the stream is verified, and a pack |
-//! | 12 commit | stream, length, root, number (8; 0: the next), machine | the deposit's number |
+//! | 12 commit | stream, length, root, number (8; 0, or one more than that of the machine's last deposit, which is to be the last still), machine | the deposit's number |
 //! | 13 discard | stream | |
 //!
 //! Status 0 is done; the others are the reasons of a [`StoreError`](crate::store::StoreError), with a text. A part of an answer to *fetch* begins with the
@@ -66,7 +67,19 @@
 //! # When somebody dies
 //!
 //! A client's holds, pins and unfinished streams end with its link. Packs that it had sent stay for the next attempt, which finds them by *have*, until a sweep. A
-//! client whose server dies hears it as [`StoreError::Gone`](crate::store::StoreError::Gone), and goes on with a new link. One that says nothing for 90 s is gone.
+//! client that says nothing for 90 s is gone; one that neither uses nor renews what it holds for 5 minutes holds nothing any more.
+//!
+//! A client whose server dies makes a new link where it was told how ([`RemoteStore::reconnecting`]), with longer and longer pauses, for a minute at most. Reading is
+//! asked again. What it holds it takes anew on the new link before anything else is asked there; what was known of pages under a hold that had a gap is settled at the
+//! commit, when the server looks for every page that the manifest names. An object that was on its way is nowhere: its deposit is
+//! [`StoreError::Gone`](crate::store::StoreError::Gone), and says that it has to be run again. Where the answer to a commit got lost, the client looks for the root that only this deposit has.
+//!
+//! # What one may have
+//!
+//! Of a client, over all its links, at most so many bytes lie unchecked, and so many holds and pins are taken, as [`ServeOptions`] says; beyond that it hears status 8.
+//! Reading the index, and merging it, happens beside the one that is used, on a thread of its own: others go on, and who waits for it is told that it is worked on.
+//! What is remembered of the machines of a client that may not read all is bounded: it is told less of what need not be sent, and at its commit the server looks
+//! through its packs and its machines once more instead.
 
 mod client;
 mod courier;
@@ -76,6 +89,9 @@ pub mod server;
 mod service;
 pub mod wire;
 
-pub use client::RemoteStore;
+pub use client::{Link, Reconnect, RemoteStore};
 pub use server::{BankServer, Client, Pattern, Rights, ServeOptions, Served, Stop};
 pub use service::{Fetched, Service, WireCounts};
+
+/// What both sides of a link to a bank say of themselves in their hellos, so that nobody takes a device for one.
+pub const GREETING: &[u8] = b"farbus bank";

@@ -27,6 +27,21 @@ pub struct WireCounts {
     pub offered_bytes: u64,
 }
 
+impl WireCounts {
+    /// These and others.
+    #[must_use]
+    pub fn and(&self, other: &Self) -> Self {
+        Self {
+            messages_sent: self.messages_sent + other.messages_sent,
+            messages_received: self.messages_received + other.messages_received,
+            message_bytes: self.message_bytes + other.message_bytes,
+            reads: self.reads + other.reads,
+            read_bytes: self.read_bytes + other.read_bytes,
+            offered_bytes: self.offered_bytes + other.offered_bytes,
+        }
+    }
+}
+
 /// What comes of pages that are fetched.
 #[derive(Debug)]
 pub enum Fetched<'a> {

@@ -44,6 +44,8 @@ pub enum ToServer {
     Request(Request),
     /// It is there.
     Ping,
+    /// It is there, and what it holds it still needs.
+    Keep,
 }
 
 /// Something that is wanted.
@@ -116,11 +118,22 @@ pub enum Status {
     Failed,
     /// The machine was deposited by somebody else meanwhile.
     Overtaken,
+    /// This client has as much of something as one may have.
+    Quota,
 }
 
 impl Status {
-    const ALL: [Self; 8] =
-        [Self::Done, Self::Missing, Self::Refused, Self::Busy, Self::Full, Self::ReadOnly, Self::Failed, Self::Overtaken];
+    const ALL: [Self; 9] = [
+        Self::Done,
+        Self::Missing,
+        Self::Refused,
+        Self::Busy,
+        Self::Full,
+        Self::ReadOnly,
+        Self::Failed,
+        Self::Overtaken,
+        Self::Quota,
+    ];
 
     fn code(self) -> u8 {
         Self::ALL.iter().position(|status| *status == self).unwrap_or_default() as u8
@@ -199,6 +212,7 @@ impl ToServer {
                 out
             }
             Self::Ping => vec![3],
+            Self::Keep => vec![4],
         }
     }
 
@@ -216,6 +230,7 @@ impl ToServer {
                 Ok(Self::Request(Request { op, lane, lent, body: Carried::parse(&mut input, BODY)? }))
             }
             3 => input.end().map(|()| Self::Ping),
+            4 => input.end().map(|()| Self::Keep),
             other => Err(Malformed::Value("a client's message", other.into())),
         }
     }
@@ -274,6 +289,7 @@ mod tests {
             ToServer::Request(Request { op: 4, lane: 7, lent: 0x81, body: Carried::Inline(vec![3; INLINE]) }),
             ToServer::Request(Request { op: 4, lane: 0, lent: 1, body: Carried::Lane(BODY as u32) }),
             ToServer::Ping,
+            ToServer::Keep,
         ];
         for message in client {
             let bytes = message.encode();
@@ -302,7 +318,7 @@ mod tests {
                 assert!(ToClient::parse(&bytes[..len]).is_err());
             }
         }
-        for wrong in [vec![2, 4, 8, 0, 0, 0, 0, 0, 0, 0, 0, 0], vec![2, 4, 0, 0, 0, 0, 0, 0, 0, 0, 0x11, 0], vec![4], vec![]] {
+        for wrong in [vec![2, 4, 8, 0, 0, 0, 0, 0, 0, 0, 0, 0], vec![2, 4, 0, 0, 0, 0, 0, 0, 0, 0, 0x11, 0], vec![5], vec![]] {
             assert!(ToServer::parse(&wrong).is_err(), "{wrong:?}");
         }
     }

@@ -3,6 +3,7 @@
 //! `store.create(Kind::Pack)?`, `append(&bytes)`, `commit("9f…")`: at every instant, also after a power cut, there is either all of pack 9f… or
 //! nothing of it. Three calls write, three read, two lock; what a directory, memory, an object store or another bank keeps is the same.
 
+pub mod address;
 pub mod cached;
 #[cfg(feature = "conformance")]
 pub mod conformance;
@@ -22,7 +23,8 @@ use crate::manifest::Entry;
 use crate::page::Root;
 use crate::remote::Service;
 
-pub use cached::{CacheCounters, CacheFigures, CachedStore};
+pub use address::{BankAddress, LinkSpec, ShmPath};
+pub use cached::{CacheCounters, CacheFigures, CachedStore, PageCache, PagedStore};
 pub use directory::Directory;
 pub use memory::MemoryStore;
 #[cfg(feature = "object")]
@@ -99,7 +101,15 @@ pub struct Pin {
 }
 
 /// Ends what it stands for when it is dropped, or when its process dies.
-pub trait Guard: Send + Sync + fmt::Debug {}
+pub trait Guard: Send + Sync + fmt::Debug {
+    /// Whether it still does.
+    ///
+    /// # Errors
+    /// It ended before it was dropped, with the link that it was taken over.
+    fn check(&self) -> Result<(), StoreError> {
+        Ok(())
+    }
+}
 
 /// Where objects are. Names are checked by the caller of the bank ([`valid_name`]); a store refuses others all the same.
 pub trait Store: Send + Sync + fmt::Debug {
@@ -171,8 +181,13 @@ pub trait Store: Send + Sync + fmt::Debug {
         None
     }
 
-    /// Takes a name for whoever asks first, once and for all: `vm7@00000003` is the third deposit of `vm7` and of nobody else. A store whose holds cannot
-    /// lapse needs no more than them.
+    /// Pages that were fetched before, where they are kept by name: what a bank at the other end of a link has for a cache.
+    fn pages(&self) -> Option<&PageCache> {
+        None
+    }
+
+    /// Takes a name for whoever asks first: `vm7@00000003` is the third deposit of `vm7` and of nobody else. A store whose holds cannot lapse needs no more than them.
+    /// A name is taken until a later deposit of the machine is there and the store is tidied; which numbers deposits had that were removed since, the bank notes itself.
     ///
     /// # Errors
     /// The store cannot be written.
@@ -331,6 +346,8 @@ impl StoreError {
                 | Self::ReadOnly(_)
                 | Self::Full(_)
                 | Self::Unreachable { .. }
+                | Self::Gone(_)
+                | Self::Refused(_)
                 | Self::Lapsed { .. }
                 | Self::Busy { .. }
         )

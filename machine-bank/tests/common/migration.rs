@@ -8,8 +8,11 @@ use std::mem::MaybeUninit;
 use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
 
-use farbus_machine_bank::PAGE;
+use farbus_machine_bank::cloud_hypervisor::{RestoreError, RestoreOptions, RestoreReport, SaveError, restore, save};
+use farbus_machine_bank::deposit::DepositReport;
+use farbus_machine_bank::{Bank, DepositOptions, PAGE, SectionKind};
 use rustix::fs::MemfdFlags;
 use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, recvmsg, sendmsg,
@@ -150,4 +153,53 @@ pub fn receive(listener: &UnixListener, faults: Option<Faults<'_>>) -> Received 
 
 pub fn fault(stream: &mut UnixStream, gpa: u64, len: u64) -> Option<u16> {
     ask(stream, PAGE_FAULT, &[gpa.to_le_bytes(), len.to_le_bytes()].concat())
+}
+
+/// Runs `vmm` as the other end of a deposit.
+pub fn saved(bank: &Bank, vmm: impl FnOnce(&mut UnixStream) + Send) -> Result<DepositReport, SaveError> {
+    let (ours, mut theirs) = UnixStream::pair().unwrap();
+    std::thread::scope(|scope| {
+        let vmm = scope.spawn(move || vmm(&mut theirs));
+        let disk: &[u8] = b"a disk";
+        let ended = save(bank, "vm7", &DepositOptions::default(), &[(SectionKind::Disk, "disk0", &disk)], ours, &|_, _| {});
+        vmm.join().unwrap();
+        ended
+    })
+}
+
+pub fn hand_over(stream: &mut UnixStream, last: u16) -> Option<u16> {
+    let memory = memfd(&memory());
+    assert_eq!(ask(stream, START, &[]), Some(1));
+    assert_eq!((pass(stream, 0, &[&memory]), pass(stream, 3, &[&memory])), (Some(1), Some(1)));
+    assert_eq!(ask(stream, CONFIG, config().as_bytes()), Some(1));
+    assert_eq!(ask(stream, STATE, b"{\"vcpus\":[]}"), Some(1));
+    ask(stream, last, &[])
+}
+
+pub fn place(folder: &Path) -> (PathBuf, UnixListener) {
+    let path = folder.join("restore");
+    let listener = UnixListener::bind(&path).unwrap();
+    (path, listener)
+}
+
+pub fn restored(
+    bank: &Bank,
+    options: RestoreOptions,
+    faults: Option<Faults<'_>>,
+) -> (Result<RestoreReport, RestoreError>, Received) {
+    let folder = tempfile::tempdir().unwrap();
+    let (path, listener) = place(folder.path());
+    std::thread::scope(|scope| {
+        let vmm = scope.spawn(|| receive(&listener, faults));
+        let ended = restore(bank, &bank.find("vm7").unwrap(), &path, &options, &|_| {});
+        // Who waits for somebody who never came fails, and does not wait for ever.
+        drop(UnixStream::connect(&path));
+        (ended, vmm.join().unwrap())
+    })
+}
+
+pub fn page_of(file: &File, at: u64) -> Vec<u8> {
+    let mut page = vec![0; PAGE];
+    file.read_exact_at(&mut page, at * PAGE as u64).unwrap();
+    page
 }

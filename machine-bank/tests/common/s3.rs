@@ -28,6 +28,8 @@ pub enum Mood {
     Says(u16, &'static str),
     /// Passes on so many bytes to the service in all, and then closes it for ever.
     Cut(u64),
+    /// Passes on one request, and says 502 in the place of its answer; after that it is fine.
+    Forgets,
 }
 
 /// The wire.
@@ -89,6 +91,18 @@ impl Wire {
                 while matches!(client.read(&mut request), Ok(1..)) {}
                 let answer = format!("HTTP/1.1 {status} {reason}\r\ncontent-length: 0\r\nconnection: close\r\n\r\n");
                 _ = client.write_all(answer.as_bytes());
+            }
+            Mood::Forgets => {
+                let server = TcpStream::connect(service).unwrap();
+                let (from, to) = (client.try_clone().unwrap(), server.try_clone().unwrap());
+                let there = std::thread::spawn(move || pass(from, to, &|_| true));
+                let mut answer = [0; 65536];
+                assert!((&server).read(&mut answer).unwrap() > 0, "the service did not answer");
+                *self.mood.lock().unwrap() = Mood::Fine;
+                let said = "HTTP/1.1 502 Bad Gateway\r\ncontent-length: 0\r\nconnection: close\r\n\r\n";
+                _ = client.write_all(said.as_bytes());
+                _ = client.shutdown(Shutdown::Both);
+                there.join().unwrap();
             }
             Mood::Fine | Mood::Cut(_) => {
                 let server = TcpStream::connect(service).unwrap();

@@ -141,7 +141,7 @@ impl<S: IrqSink> Function<S> {
         let Some(recovery) = &mut self.recovery else { return Activity::Idle(None) };
         match recovery.reattach.poll() {
             Found::NotYet => return Activity::Idle(None),
-            Found::Nobody => self.give_up("it did not come back in time"),
+            Found::Nobody(why) => self.give_up(&why),
             Found::Device(device) => match self.recover(device) {
                 Ok(took) => {
                     if let Some(recovery) = &mut self.recovery {

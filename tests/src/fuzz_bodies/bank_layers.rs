@@ -1,9 +1,11 @@
-//! What lies below a bank, written by somebody else: a sealed object that was changed opens to what was sealed or to an error, and a cache's file never changes a byte.
+//! What lies below a bank, written by somebody else: a sealed object that was changed opens to what was sealed or to an error, a cache's file never changes a byte, and a
+//! note of numbers leads to a number that is free or to none.
 //!
 //! A first byte of 0 and `40 80 01` turn a bit of the first block of an object of 40,000 bytes: reads of that block are refused, and the others come out right.
 
 use std::os::unix::fs::FileExt;
 
+use farbus_machine_bank::Bank;
 use farbus_machine_bank::store::{CachedStore, Durability, Kind, MemoryStore, SealedStore, Store, StoreError};
 
 use super::input::Input;
@@ -13,14 +15,15 @@ const KEY: [u8; 32] = [9; 32];
 /// A cache of one set.
 const CACHE: u64 = 4096 + 16 * (64 + 32768);
 
-/// Sealed or cached, by the first byte.
+/// Sealed, cached or noted, by the first byte.
 pub fn bank_layers(bytes: &[u8]) {
     let mut input = Input(bytes);
     let Some(which) = input.u8() else { return };
     let plain: Vec<u8> = (0..LEN as u32).map(|at| (at.wrapping_mul(0x9e37_79b9) >> 24) as u8).collect();
-    match which % 3 {
-        0 => changed(&mut input, &plain),
-        1 => made_up(input.0),
+    match which {
+        3 => noted(input.0),
+        _ if which % 3 == 0 => changed(&mut input, &plain),
+        _ if which % 3 == 1 => made_up(input.0),
         _ => cached(&mut input, &plain),
     }
 }
@@ -48,6 +51,20 @@ fn changed(input: &mut Input<'_>, plain: &[u8]) {
         match opened.read(Kind::Pack, "p", offset, &mut back) {
             Ok(()) => assert!(back == piece, "other bytes came out"),
             Err(error) => assert!(matches!(error, StoreError::Unsealed { .. }), "{error}"),
+        }
+    }
+}
+
+/// A note of numbers with these fields, and with them as they are.
+fn noted(fields: &[u8]) {
+    let copy = [fields, blake3::hash(fields).as_bytes()].concat();
+    for note in [[&copy[..], &copy].concat(), fields.to_vec()] {
+        let store = MemoryStore::new();
+        let bank = Bank::init(Box::new(store.clone()), None).expect("memory can be written");
+        store.put(Kind::Config, "numbers", &note, Durability::Durable).expect("memory can be written");
+        match bank.next_number("vm7") {
+            Ok(number) => assert!(number > 0, "a deposit without a number"),
+            Err(error) => assert!(matches!(error, StoreError::Io { .. }), "{error}"),
         }
     }
 }

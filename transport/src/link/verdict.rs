@@ -18,6 +18,8 @@ const KEPT: u8 = 3;
 const NOT_KEPT: u8 = 4;
 const CROWDED: u8 = 5;
 const GONE: u8 = 6;
+const HELD: u8 = 7;
+const OTHERS: u8 = 8;
 
 /// Why a borrower whose hello was good gets no link.
 #[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
@@ -40,6 +42,12 @@ pub enum Refusal {
     /// The device itself is gone, and has not come back yet.
     #[error("the device is gone at the lender")]
     Gone,
+    /// It is held for a borrower whose link was lost and who may come back.
+    #[error("the device is held for a borrower whose link was lost: try again in some seconds")]
+    Held,
+    /// Somebody else had it since this borrower lost its link: what it would tell the device again would undo what that one did.
+    #[error("another borrower has had the device since this one lost its link")]
+    Others,
     /// A reason of a later version of farbus.
     #[error("the lender refuses for reason {0}, which this version does not know")]
     Unknown(u8),
@@ -54,6 +62,8 @@ impl Refusal {
             Self::Kept => KEPT,
             Self::NotKept => NOT_KEPT,
             Self::Gone => GONE,
+            Self::Held => HELD,
+            Self::Others => OTHERS,
             Self::Unknown(code) => code,
         }
     }
@@ -91,6 +101,8 @@ pub fn hear<S: HelloStream>(stream: &mut S, allowed: Duration) -> Result<Verdict
         KEPT => Ok(Err(Refusal::Kept)),
         NOT_KEPT => Ok(Err(Refusal::NotKept)),
         GONE => Ok(Err(Refusal::Gone)),
+        HELD => Ok(Err(Refusal::Held)),
+        OTHERS => Ok(Err(Refusal::Others)),
         other => Ok(Err(Refusal::Unknown(other))),
     }
 }
@@ -115,6 +127,8 @@ mod tests {
             Err(Refusal::NotKept),
             Err(Refusal::Crowded),
             Err(Refusal::Gone),
+            Err(Refusal::Held),
+            Err(Refusal::Others),
             Err(Refusal::Unknown(200)),
         ] {
             tell(&mut lender, verdict, SOON).unwrap();

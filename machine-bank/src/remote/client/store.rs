@@ -3,13 +3,14 @@
 //! `store.list(Kind::Manifest)` asks for names behind "", and behind the last of them until there are no more; `fetch` asks for a leaf's pages until all
 //! are there.
 
-use std::sync::Arc;
+use std::sync::PoisonError;
 use std::time::Duration;
 
 use super::super::draft::RemoteDraft;
 use super::super::service::{Fetched, Service, WireCounts};
 use super::super::wire::{BITMAP, LANES, MOST_NAMES, Op, PART, parse_objects, parse_part};
-use super::{Client, RemoteStore, named};
+use super::{Remote, RemoteStore, named};
+use crate::bank::CONFIG;
 use crate::codec::Input;
 use crate::manifest::head::MOST_HEAD;
 use crate::page::{PAGE, PageId, Root};
@@ -20,24 +21,6 @@ const MOST_OBJECTS: usize = 1 << 22;
 /// Lanes of one fetch at most, so that another thread's can be under way too.
 const FETCH_LANES: usize = LANES / 2;
 
-/// A hold or a pin at the server.
-#[derive(Debug)]
-struct RemoteGuard {
-    client: Arc<Client>,
-    handle: u32,
-}
-
-impl Guard for RemoteGuard {}
-
-impl Drop for RemoteGuard {
-    fn drop(&mut self) {
-        // With the link it ends anyhow.
-        if let Err(error) = self.client.call(&Op::LetGo(self.handle)) {
-            tracing::debug!(%error, "a hold on a bank ended with its link");
-        }
-    }
-}
-
 /// A hold that the server takes by itself when it is needed.
 #[derive(Debug)]
 struct Unneeded;
@@ -45,15 +28,12 @@ struct Unneeded;
 impl Guard for Unneeded {}
 
 impl RemoteStore {
-    fn guard(&self, op: &Op) -> Result<Box<dyn Guard>, StoreError> {
-        let handle = self.0.call(op)?;
-        let handle = handle.first_chunk::<4>().map(|bytes| u32::from_le_bytes(*bytes));
-        let handle = handle.ok_or_else(|| self.0.wrong("a hold without a number"))?;
-        Ok(Box::new(RemoteGuard { client: self.0.clone(), handle }))
-    }
-
     fn config(&self, name: &str) -> Result<Vec<u8>, StoreError> {
-        self.0.call(&Op::Config(name.to_owned()))
+        let config = self.0.call(&Op::Config(name.to_owned()))?;
+        if name == CONFIG {
+            self.0.described.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert_with(|| config.clone());
+        }
+        Ok(config)
     }
 
     fn not_here<T>(&self, what: &str) -> Result<T, StoreError> {
@@ -61,9 +41,27 @@ impl RemoteStore {
     }
 }
 
+/// All objects of a kind that this client may know of.
+pub(in crate::remote) fn list(remote: &Remote, kind: Kind) -> Result<Vec<Object>, StoreError> {
+    let mut all: Vec<Object> = Vec::new();
+    loop {
+        let after = all.last().map(|object| object.name.clone()).unwrap_or_default();
+        let part = remote.call(&Op::List(kind, after.clone()))?;
+        let (objects, more) = parse_objects(&part).map_err(|error| remote.wrong(error))?;
+        let sorted = objects.first().is_none_or(|first| first.name > after) && objects.is_sorted_by(|a, b| a.name < b.name);
+        if !sorted || (more && objects.is_empty()) || all.len() + objects.len() > MOST_OBJECTS {
+            return Err(remote.wrong("a listing without order or end"));
+        }
+        all.extend(objects);
+        if !more {
+            return Ok(all);
+        }
+    }
+}
+
 impl Store for RemoteStore {
     fn address(&self) -> String {
-        self.0.address.clone()
+        self.0.address()
     }
 
     fn service(&self) -> Option<&dyn Service> {
@@ -71,20 +69,7 @@ impl Store for RemoteStore {
     }
 
     fn list(&self, kind: Kind) -> Result<Vec<Object>, StoreError> {
-        let mut all: Vec<Object> = Vec::new();
-        loop {
-            let after = all.last().map(|object| object.name.clone()).unwrap_or_default();
-            let part = self.0.call(&Op::List(kind, after.clone()))?;
-            let (objects, more) = parse_objects(&part).map_err(|error| self.0.wrong(error))?;
-            let sorted = objects.first().is_none_or(|first| first.name > after) && objects.is_sorted_by(|a, b| a.name < b.name);
-            if !sorted || (more && objects.is_empty()) || all.len() + objects.len() > MOST_OBJECTS {
-                return Err(self.0.wrong("a listing without order or end"));
-            }
-            all.extend(objects);
-            if !more {
-                return Ok(all);
-            }
-        }
+        list(&self.0, kind)
     }
 
     fn read(&self, kind: Kind, name: &str, offset: u64, buf: &mut [u8]) -> Result<(), StoreError> {
@@ -147,6 +132,7 @@ impl Store for RemoteStore {
 
 impl Service for RemoteStore {
     fn head(&self, root: &Root) -> Result<(u8, Vec<u8>), StoreError> {
+        self.0.pins(root)?;
         let mut head = Vec::new();
         loop {
             let part = self.0.call(&Op::Head(*root, head.len() as u32))?;
@@ -164,6 +150,7 @@ impl Service for RemoteStore {
     }
 
     fn leaf(&self, root: &Root, section: usize, leaf: usize) -> Result<Vec<u8>, StoreError> {
+        self.0.pins(root)?;
         self.0.call(&Op::Leaf(*root, section as u16, leaf as u32))
     }
 
@@ -183,29 +170,34 @@ impl Service for RemoteStore {
             }
         }
         let mut left: usize = wanted.iter().map(|byte| byte.count_ones() as usize).sum();
+        self.0.pins(root)?;
         while left > 0 {
             let before = left;
-            let op = Op::Fetch(*root, section as u16, leaf as u32, wanted.clone());
+            let op = |wanted: &[u8; BITMAP]| Op::Fetch(*root, section as u16, leaf as u32, Box::new(*wanted));
             let lanes = (left * PAGE / PART + 1).min(FETCH_LANES);
-            let mut flight = self.0.send(op.code(), &op.body(), &[], lanes)?;
-            loop {
-                let last = flight.part(buffer).map_err(|error| named(error, &op))?;
-                let (missing, groups) = parse_part(buffer).map_err(|error| self.0.wrong(error))?;
-                let pages = missing.iter().chain(groups.iter().flat_map(|group| group.pages.iter().map(|(page, _)| page)));
-                for page in pages {
-                    let (byte, bit) = (&mut wanted[usize::from(*page) / 8], 1 << (page % 8));
-                    if *byte & bit == 0 {
-                        return Err(self.0.wrong("a page that was not asked for"));
+            // What came over a link that ended is not asked for again.
+            self.0.ask(|client| {
+                let op = op(&wanted);
+                let mut flight = client.send(op.code(), &op.body(), &[], lanes)?;
+                loop {
+                    let last = flight.part(buffer).map_err(|error| named(error, &op))?;
+                    let (missing, groups) = parse_part(buffer).map_err(|error| client.wrong(error))?;
+                    let pages = missing.iter().chain(groups.iter().flat_map(|group| group.pages.iter().map(|(page, _)| page)));
+                    for page in pages {
+                        let (byte, bit) = (&mut wanted[usize::from(*page) / 8], 1 << (page % 8));
+                        if *byte & bit == 0 {
+                            return Err(client.wrong("a page that was not asked for"));
+                        }
+                        *byte &= !bit;
+                        left -= 1;
                     }
-                    *byte &= !bit;
-                    left -= 1;
+                    missing.iter().for_each(|page| sink(Fetched::Missing(*page)));
+                    groups.iter().for_each(|group| sink(Fetched::Group(&buffer[group.bytes.clone()], &group.pages)));
+                    if last || left == 0 {
+                        return Ok(());
+                    }
                 }
-                missing.iter().for_each(|page| sink(Fetched::Missing(*page)));
-                groups.iter().for_each(|group| sink(Fetched::Group(&buffer[group.bytes.clone()], &group.pages)));
-                if last {
-                    break;
-                }
-            }
+            })?;
             if left == before {
                 return Err(self.0.wrong("an answer without pages"));
             }
@@ -215,6 +207,7 @@ impl Service for RemoteStore {
 
     fn have(&self, ids: &[PageId]) -> Result<Vec<bool>, StoreError> {
         let mut have = Vec::with_capacity(ids.len());
+        self.0.holds()?;
         for ids in ids.chunks(MOST_NAMES) {
             let bitmap = self.0.call(&Op::Have(ids.to_vec()))?;
             if bitmap.len() != ids.len().div_ceil(8) {
@@ -226,6 +219,6 @@ impl Service for RemoteStore {
     }
 
     fn wire(&self) -> WireCounts {
-        self.0.state.counts()
+        self.0.wire()
     }
 }

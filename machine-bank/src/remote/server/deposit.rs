@@ -10,17 +10,21 @@ use std::time::Duration;
 use farbus_transport::Fabric;
 
 use super::super::wire::Status;
+use super::quota::What;
 use super::staged::Staged;
-use super::{Failure, Half, Handle, MOST_BROUGHT, Session, half, refused};
-use crate::manifest::{Entry, Manifest, ManifestError};
+use super::{BankServer, Failure, Half, Handle, MOST_BROUGHT, Session, Stream, half, refused};
+use crate::index::{LOOSE, read_directory};
+use crate::manifest::{Entry, LEAF, Manifest, ManifestError};
 use crate::pack::{FULL, FULL_PAGES, GROUP, GroupDecoder, PackId, Place, parse_pack};
 use crate::page::{PAGE, PageId, Root};
-use crate::store::{Durability, Hold, Kind};
+use crate::store::{Durability, Hold, Kind, StoreError};
 
 /// Objects that a client may be sending at a time.
 const MOST_STREAMS: usize = 16;
 /// Bytes of the largest pack that is taken: groups up to the one that fills it, and a directory of short groups.
 const MOST_PACK: u64 = (FULL + GROUP + FULL_PAGES * 40 + 4096) as u64;
+/// Packs of a client that are remembered: those of half a terabyte.
+const MOST_PACKS: usize = 1 << 16;
 /// Leaves between two words to the client that they are being checked.
 const LEAVES_A_WORD: usize = 64;
 
@@ -30,17 +34,31 @@ impl<F: Fabric> Session<'_, F> {
         if self.client.rights.write.is_empty() {
             return Err(refused("this client may deposit nothing here"));
         }
+        let share = self.share(What::Holds)?;
         let wait = wait.min(self.server.options.wait);
-        let hold = self.server.bank.store().hold(Hold::Deposit, wait)?;
-        // What a sweep took before this the index must not say any more.
-        self.server.renew()?;
+        let hold = self.busy(|server| {
+            let hold = server.bank.store().hold(Hold::Deposit, wait)?;
+            // What a sweep took before this the index must not say any more.
+            server.renew()?;
+            Ok::<_, Failure>(hold)
+        })?;
         self.known = None;
-        self.handle(Handle::Hold(hold))
+        self.lapsed = false;
+        Ok(self.handle(Handle { is_hold: true, _guard: Some(hold), _share: share }))
     }
 
     fn holds(&self) -> Result<(), Failure> {
-        let holds = self.handles.values().any(|handle| matches!(handle, Handle::Hold(_)));
-        if holds { Ok(()) } else { Err(refused("no deposit is under way")) }
+        if self.handles.values().any(|handle| handle.is_hold) {
+            return Ok(());
+        }
+        Err(refused(if self.lapsed {
+            let limit = self.server.options.hold;
+            format!(
+                "the deposit ended here, because its client neither went on with it nor renewed it for {limit:?}: deposit again"
+            )
+        } else {
+            "no deposit is under way".to_owned()
+        }))
     }
 
     /// Which pages need not be sent: those that are there and that this client knows.
@@ -48,43 +66,45 @@ impl<F: Fabric> Session<'_, F> {
         self.holds()?;
         self.learn()?;
         let mut bitmap = vec![0; ids.len().div_ceil(8)];
-        for (at, known) in self.known(ids)?.into_iter().enumerate() {
-            bitmap[at / 8] |= u8::from(known) << (at % 8);
+        for (at, (there, known)) in self.look(ids)?.into_iter().enumerate() {
+            bitmap[at / 8] |= u8::from(there && known) << (at % 8);
         }
         Ok(bitmap)
     }
 
-    fn known(&self, ids: &[PageId]) -> Result<Vec<bool>, Failure> {
-        let index = self.server.index.read().unwrap_or_else(PoisonError::into_inner);
+    /// Which pages are there, and which of them this client is known to know.
+    fn look(&self, ids: &[PageId]) -> Result<Vec<(bool, bool)>, Failure> {
         let brought = self.server.brought.lock().unwrap_or_else(PoisonError::into_inner);
         let brought = brought.get(&self.client.name);
-        let mut known = Vec::with_capacity(ids.len());
-        for id in ids {
-            let half = half(id);
-            let knows = self.client.rights.reads_all()
-                || self.known.as_ref().is_some_and(|known| known.contains(&half))
-                || brought.is_some_and(|brought| brought.contains(&half));
-            known.push(knows && index.find(self.server.bank.store(), id)?.is_some());
-        }
-        Ok(known)
+        let knows: Vec<_> = ids
+            .iter()
+            .map(|id| {
+                let half = half(id);
+                self.client.rights.reads_all()
+                    || self.known.as_ref().is_some_and(|known| known.contains(&half))
+                    || brought.is_some_and(|brought| brought.pages.contains(&half))
+            })
+            .collect();
+        let store = self.server.bank.store();
+        let there: Result<Vec<_>, StoreError> =
+            self.server.indexed(|index| ids.iter().map(|id| Ok(index.find(store, id)?.is_some())).collect());
+        Ok(there?.into_iter().zip(knows).collect())
     }
 
-    /// Reads the machines that a client may read who may not read all of them.
-    fn learn(&mut self) -> Result<(), Failure> {
-        if self.known.is_some() || self.client.rights.reads_all() {
-            return Ok(());
-        }
+    /// Hands the names of the pages of all machines that this client may read to `each`, leaf by leaf and each leaf once, until it says that it has enough.
+    fn read_machines(&mut self, mut each: impl FnMut(&[PageId]) -> bool) -> Result<(), Failure> {
         let bank = &self.server.bank;
         let listing = bank.listing()?;
-        let (mut known, mut seen): (HashSet<Half>, HashSet<[u8; 32]>) = Default::default();
+        let mut seen: HashSet<[u8; 32]> = HashSet::new();
         let mut leaves = 0;
         for entry in listing.0.iter().filter(|entry| self.client.rights.reads(&entry.machine)) {
             let manifest = Manifest::open(bank.store(), bank.identity(), &listing, &entry.root)?;
             for (at, section) in manifest.head.sections.iter().enumerate() {
                 for (leaf, hash) in section.leaves.iter().enumerate() {
                     if seen.insert(*hash) {
-                        let ids = manifest.leaf(bank.store(), bank.identity(), at, leaf)?;
-                        known.extend(ids.iter().filter(|id| !id.is_zero()).map(half));
+                        if each(&manifest.leaf(bank.store(), bank.identity(), at, leaf)?) {
+                            return Ok(());
+                        }
                         leaves += 1;
                         if leaves % LEAVES_A_WORD == 0 {
                             self.wait();
@@ -93,60 +113,105 @@ impl<F: Fabric> Session<'_, F> {
                 }
             }
         }
+        Ok(())
+    }
+
+    /// Reads the machines that a client may read who may not read all of them, up to the limit: what is beyond it is sent again.
+    fn learn(&mut self) -> Result<(), Failure> {
+        if self.known.is_some() || self.client.rights.reads_all() {
+            return Ok(());
+        }
+        let (mut known, most) = (HashSet::new(), self.server.options.known);
+        self.read_machines(|ids| {
+            let halves = ids.iter().filter(|id| !id.is_zero()).map(half);
+            for half in halves {
+                if known.len() >= most {
+                    return true;
+                }
+                known.insert(half);
+            }
+            false
+        })?;
         self.known = Some(known);
         Ok(())
+    }
+
+    /// Whether this client knows these pages, which are more than is remembered of it: from what it brought, pack by pack, and from the machines that it may read.
+    fn settle(&mut self, pages: &mut HashSet<Half>) -> Result<(), Failure> {
+        if pages.is_empty() {
+            return Ok(());
+        }
+        let packs: Vec<_> = {
+            let brought = self.server.brought.lock().unwrap_or_else(PoisonError::into_inner);
+            brought.get(&self.client.name).map(|brought| brought.packs.iter().copied().collect()).unwrap_or_default()
+        };
+        let store = self.server.bank.store();
+        for (at, pack) in packs.into_iter().enumerate() {
+            let entries = store.len(Kind::Pack, &pack.name()).ok().and_then(|len| read_directory(store, pack, len).ok());
+            // One that is gone says nothing.
+            entries.iter().flatten().for_each(|(id, _)| _ = pages.remove(&half(id)));
+            if (at + 1) % LEAVES_A_WORD == 0 {
+                self.wait();
+            }
+        }
+        if !pages.is_empty() {
+            self.read_machines(|ids| {
+                ids.iter().for_each(|id| _ = pages.remove(&half(id)));
+                pages.is_empty()
+            })?;
+        }
+        if pages.is_empty() { Ok(()) } else { Err(refused("the manifest names a page that was not brought")) }
     }
 
     /// Takes bytes of an object.
     pub(super) fn stage(&mut self, stream: u32, offset: u64, bytes: &[u8]) -> Result<(), Failure> {
         self.holds()?;
-        let staged: u64 = self.streams.values().map(|stream| stream.len() as u64).sum();
-        if staged + bytes.len() as u64 > self.server.options.staged {
-            return Err(refused(format!("more than {} bytes that are yet to be checked", self.server.options.staged)));
-        }
         if !self.streams.contains_key(&stream) && self.streams.len() >= MOST_STREAMS {
-            return Err(refused("too many objects at a time"));
+            return Err(Failure(Status::Quota, format!("more than {MOST_STREAMS} objects at a time")));
         }
-        let there = self.streams.entry(stream).or_default();
-        if there.len() as u64 != offset {
+        let share = || self.server.quotas.share(&self.client.name, What::Staged);
+        let there = self.streams.entry(stream).or_insert_with(|| Stream { bytes: Vec::new(), share: share() });
+        if there.bytes.len() as u64 != offset {
             return Err(refused("a piece that does not follow the one before"));
         }
-        there.extend_from_slice(bytes);
+        let most = self.server.options.staged;
+        if !there.share.grow(bytes.len() as u64, most) {
+            return Err(Failure(Status::Quota, format!("a client may have sent {most} bytes that are yet to be checked")));
+        }
+        there.bytes.extend_from_slice(bytes);
         Ok(())
     }
 
-    fn staged(&mut self, stream: u32, len: u64) -> Result<Vec<u8>, Failure> {
+    fn staged(&mut self, stream: u32, len: u64) -> Result<Stream, Failure> {
         self.holds()?;
-        let bytes = self.streams.remove(&stream).ok_or_else(|| refused("nothing was sent of it"))?;
-        if bytes.len() as u64 == len { Ok(bytes) } else { Err(refused("it has another length than was sent")) }
+        let stream = self.streams.remove(&stream).ok_or_else(|| refused("nothing was sent of it"))?;
+        if stream.bytes.len() as u64 == len { Ok(stream) } else { Err(refused("it has another length than was sent")) }
     }
 
     /// A pack is complete: it is checked, and then in the bank.
     pub(super) fn pack(&mut self, stream: u32, len: u64, id: PackId) -> Result<(), Failure> {
-        let bytes = self.staged(stream, len)?;
+        let Stream { bytes, share: _staged } = self.staged(stream, len)?;
         if len > MOST_PACK {
             return Err(refused(format!("a pack of {len} bytes")));
         }
         let entries = parse_pack(id, &bytes)?;
         self.check_pages(&bytes, &entries)?;
-        let bank = &self.server.bank;
-        bank.store().put(Kind::Pack, &id.name(), &bytes, Durability::Durable)?;
-        {
-            let mut index = self.server.index.write().unwrap_or_else(PoisonError::into_inner);
-            index.add(id, &entries);
-            if index.loose() >= crate::index::LOOSE {
-                index.flush(bank.store())?;
-            }
+        self.busy(|server| server.bank.store().put(Kind::Pack, &id.name(), &bytes, Durability::Durable))?;
+        if self.server.add(id, &entries) >= LOOSE {
+            self.busy(BankServer::merge)?;
         }
         if !self.client.rights.reads_all() {
-            let mut brought = self.server.brought.lock().unwrap_or_else(PoisonError::into_inner);
-            if brought.values().map(HashSet::len).sum::<usize>() + entries.len() > MOST_BROUGHT {
-                // Whose deposit was interrupted sends those pages once more; what this one brings is remembered by itself.
-                brought.clear();
+            let mut all = self.server.brought.lock().unwrap_or_else(PoisonError::into_inner);
+            if all.values().map(|brought| brought.pages.len()).sum::<usize>() + entries.len() > MOST_BROUGHT {
+                // Whose deposit was interrupted sends those pages once more; which packs brought them is remembered.
+                all.values_mut().for_each(|brought| brought.pages.clear());
             }
-            brought.entry(self.client.name.clone()).or_default().extend(entries.iter().map(|(id, _)| half(id)));
-            let mine = self.known.get_or_insert_default();
-            mine.extend(entries.iter().map(|(id, _)| half(id)));
+            let brought = all.entry(self.client.name.clone()).or_default();
+            brought.pages.extend(entries.iter().map(|(id, _)| half(id)));
+            if brought.packs.len() >= MOST_PACKS {
+                brought.packs.pop_front();
+            }
+            brought.packs.push_back(id);
         }
         Ok(())
     }
@@ -173,14 +238,14 @@ impl<F: Fabric> Session<'_, F> {
 
     /// A manifest is complete: it is checked, gets its number, and is seen.
     pub(super) fn commit(&mut self, stream: u32, len: u64, root: Root, number: u64, machine: &str) -> Result<Vec<u8>, Failure> {
-        let bytes = self.staged(stream, len)?;
+        let Stream { bytes, share: _staged } = self.staged(stream, len)?;
         if !self.client.rights.writes(machine) {
             return Err(refused(format!("this client may not deposit {machine}")));
         }
         self.learn()?;
         let bank = &self.server.bank;
         let (store, identity) = (bank.store(), bank.identity());
-        let mut entry = Entry { machine: machine.to_owned(), number: u64::MAX, root, len };
+        let entry = Entry { machine: machine.to_owned(), number: u64::MAX, root, len };
         let staged = Staged { store, name: entry.object(), bytes };
         let mut listing = bank.listing()?;
         listing.0.retain(|other| other.root != root);
@@ -195,13 +260,21 @@ impl<F: Fabric> Session<'_, F> {
         if manifest.head.machine != machine {
             return Err(refused("the manifest is another machine's"));
         }
-        let mut leaves = 0;
+        let (mut leaves, mut unsettled) = (0, HashSet::new());
         for (at, section) in manifest.head.sections.iter().enumerate() {
             for leaf in 0..section.leaves.len() {
                 let ids = manifest.leaf(&staged, identity, at, leaf).map_err(|error| refused(error.to_string()))?;
                 let stored: Vec<_> = ids.into_iter().filter(|id| !id.is_zero()).collect();
-                if !self.known(&stored)?.into_iter().all(|known| known) {
-                    return Err(refused("the manifest names a page that was not brought"));
+                for (id, (there, known)) in stored.iter().zip(self.look(&stored)?) {
+                    if !there {
+                        return Err(refused("the manifest names a page that was not brought"));
+                    }
+                    if !known {
+                        unsettled.insert(half(id));
+                    }
+                }
+                if unsettled.len() >= self.server.options.known.max(LEAF) {
+                    self.settle(&mut unsettled)?;
                 }
                 leaves += 1;
                 if leaves % LEAVES_A_WORD == 0 {
@@ -209,21 +282,29 @@ impl<F: Fabric> Session<'_, F> {
                 }
             }
         }
-        store.sync(Kind::Pack)?;
-        {
-            let _commit = store.hold(Hold::Commit, self.server.options.wait)?;
-            let next = bank.next_number(machine)?;
-            if number != 0 && number != next {
-                return Err(Failure(Status::Overtaken, format!("{machine} was deposited by somebody else meanwhile")));
-            }
-            entry.number = next;
-            store.put(Kind::Manifest, &entry.object(), &staged.bytes, Durability::Durable)?;
-        }
-        store.sync(Kind::Manifest)?;
-        let mut index = self.server.index.write().unwrap_or_else(PoisonError::into_inner);
-        if let Err(error) = index.flush(store) {
+        self.settle(&mut unsettled)?;
+        let bytes = staged.bytes;
+        let entry = self.busy(|server| publish(server, entry, number, &bytes))?;
+        if let Err(error) = self.busy(BankServer::merge) {
             tracing::warn!(%error, "the index of a deposit was not written, and is made again from its packs");
         }
         Ok(entry.number.to_le_bytes().to_vec())
     }
+}
+
+/// Gives a manifest that was checked its number, and lets it be seen.
+fn publish(server: &BankServer, mut entry: Entry, number: u64, bytes: &[u8]) -> Result<Entry, Failure> {
+    let (bank, store) = (&server.bank, server.bank.store());
+    store.sync(Kind::Pack)?;
+    {
+        let _commit = store.hold(Hold::Commit, server.options.wait)?;
+        let last = bank.listing()?.last(&entry.machine).map_or(0, |entry| entry.number);
+        if number != 0 && number != last.saturating_add(1) {
+            return Err(Failure(Status::Overtaken, format!("{} was deposited by somebody else meanwhile", entry.machine)));
+        }
+        entry.number = bank.next_number(&entry.machine)?;
+        store.put(Kind::Manifest, &entry.object(), bytes, Durability::Durable)?;
+    }
+    store.sync(Kind::Manifest)?;
+    Ok(entry)
 }

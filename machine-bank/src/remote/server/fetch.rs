@@ -2,13 +2,11 @@
 //!
 //! 1,700 wanted pages of a leaf lie in 140 groups of 9 packs: read in that order, each once, and sent in three parts as they are stored.
 
-use std::sync::PoisonError;
-
 use farbus_transport::Fabric;
 
 use super::super::wire::{BITMAP, PART, Request, Status, put_table, table_len};
 use super::cut::Cutter;
-use super::{Failure, Session, lanes, refused};
+use super::{BankServer, Failure, Session, lanes, refused};
 use crate::index::Location;
 use crate::manifest::LEAF;
 use crate::pack::{GROUP, PackId, Place};
@@ -44,24 +42,27 @@ impl<F: Fabric> Session<'_, F> {
             pages.push((at as u16, *id));
         }
         let (mut groups, mut missing) = self.locate(&pages)?;
-        if !missing.is_empty() && self.server.renew_after_miss()? {
+        if !missing.is_empty() && self.busy(BankServer::renew_after_miss)? {
             (groups, missing) = self.locate(&pages)?;
         }
         self.send_groups(request, &ids, &groups, missing)
     }
 
     fn locate(&self, pages: &[(u16, PageId)]) -> Result<(Vec<Group>, Vec<u16>), Failure> {
-        let index = self.server.index.read().unwrap_or_else(PoisonError::into_inner);
+        let store = self.server.bank.store();
         let (mut found, mut missing) = (Vec::with_capacity(pages.len()), Vec::new());
-        for (page, id) in pages {
-            match index.find(self.server.bank.store(), id) {
-                Ok(Some(location @ Location { place, .. })) if (2..=GROUP as u32 + 1).contains(&place.len) => {
-                    found.push((index.pack(&location), place, *page));
+        self.server.indexed(|index| {
+            for (page, id) in pages {
+                match index.find(store, id) {
+                    Ok(Some(location @ Location { place, .. })) if (2..=GROUP as u32 + 1).contains(&place.len) => {
+                        found.push((index.pack(&location), place, *page));
+                    }
+                    Ok(_) | Err(StoreError::Missing { .. } | StoreError::Ends { .. }) => missing.push(*page),
+                    Err(error) => return Err(error),
                 }
-                Ok(_) | Err(StoreError::Missing { .. } | StoreError::Ends { .. }) => missing.push(*page),
-                Err(error) => return Err(error.into()),
             }
-        }
+            Ok(())
+        })?;
         found.sort_unstable_by_key(|(pack, place, page)| (*pack, place.offset, place.len, *page));
         let mut groups: Vec<Group> = Vec::new();
         for (pack, Place { offset, len, slot }, page) in found {

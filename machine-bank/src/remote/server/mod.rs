@@ -6,26 +6,29 @@
 mod bank_server;
 mod cut;
 mod deposit;
+mod failure;
 mod fetch;
+mod quota;
 mod rights;
 mod staged;
 
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::Arc;
+use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::time::{Duration, Instant};
 
 use farbus_transport::{Fabric, Memory, Nanos};
 
 pub use bank_server::{BankServer, Client, ServeOptions, Served, Stop};
+use failure::{Failure, missing, refused};
+use quota::{Share, What};
 pub use rights::{Pattern, Rights};
 
 use super::port::{Heard, Port};
 use super::wire::{Answer, BODY, Carried, INLINE, LANES, Op, PART, Request, Status, ToClient, ToServer, VERSION, put_objects};
 use crate::bank::CONFIG;
-use crate::codec::Malformed;
-use crate::index::IndexError;
 use crate::keep::lost::{self, Lost};
-use crate::manifest::{Entry, Manifest, ManifestError};
+use crate::manifest::{Entry, Manifest};
 use crate::page::{PageId, Root};
 use crate::store::{Guard, Kind, StoreError};
 
@@ -35,8 +38,6 @@ const HELLO_LIMIT: Duration = Duration::from_secs(10);
 const STALL_LIMIT: Duration = Duration::from_secs(10);
 /// Manifests and leaves that a client's thread remembers.
 const REMEMBERED: usize = 16;
-/// Holds and pins of one client.
-const MOST_HANDLES: usize = 256;
 /// Pages that clients brought and that are remembered, all clients together: 1 GiB of new pages each costs 4 MiB.
 const MOST_BROUGHT: usize = 1 << 22;
 
@@ -48,9 +49,16 @@ fn half(id: &PageId) -> Half {
 }
 
 /// What keeps others from sweeping or removing. Only a hold allows deposits.
-enum Handle {
-    Hold(#[expect(dead_code, reason = "it is held")] Box<dyn Guard>),
-    Pin(#[expect(dead_code, reason = "it is held")] Option<Box<dyn Guard>>),
+struct Handle {
+    is_hold: bool,
+    _guard: Option<Box<dyn Guard>>,
+    _share: Share,
+}
+
+/// What was sent of an object.
+struct Stream {
+    bytes: Vec<u8>,
+    share: Share,
 }
 
 /// A request whose body may still be on its way.
@@ -71,62 +79,16 @@ struct Session<'s, F> {
     leaves: VecDeque<Leaf>,
     handles: HashMap<u32, Handle>,
     next_handle: u32,
-    streams: HashMap<u32, Vec<u8>>,
+    streams: HashMap<u32, Stream>,
     /// What a client that may not read everything knows, from the machines that it may read.
     known: Option<HashSet<Half>>,
+    /// When the client last asked for something, or said that it needs what it holds.
+    renewed: Instant,
+    /// Whether what it held ended because it did not.
+    lapsed: bool,
     /// For a client that may not read everything.
     cutter: Option<cut::Cutter>,
     clock: &'s mut dyn FnMut() -> Nanos,
-}
-
-/// Why a request is not done.
-struct Failure(Status, String);
-
-impl From<StoreError> for Failure {
-    fn from(error: StoreError) -> Self {
-        let status = match &error {
-            StoreError::Missing { .. } => Status::Missing,
-            StoreError::Busy { .. } => Status::Busy,
-            StoreError::Full(_) => Status::Full,
-            StoreError::ReadOnly(_) => Status::ReadOnly,
-            StoreError::Refused(_) => Status::Refused,
-            _ => Status::Failed,
-        };
-        Self(status, error.to_string())
-    }
-}
-
-impl From<ManifestError> for Failure {
-    fn from(error: ManifestError) -> Self {
-        match error {
-            ManifestError::Store(error) => error.into(),
-            other => Self(Status::Failed, other.to_string()),
-        }
-    }
-}
-
-impl From<IndexError> for Failure {
-    fn from(error: IndexError) -> Self {
-        match error {
-            IndexError::Store(error) => error.into(),
-            other => Self(Status::Failed, other.to_string()),
-        }
-    }
-}
-
-impl From<Malformed> for Failure {
-    fn from(error: Malformed) -> Self {
-        refused(error.to_string())
-    }
-}
-
-fn refused(why: impl Into<String>) -> Failure {
-    Failure(Status::Refused, why.into())
-}
-
-/// The same for a machine that is not there and for one of others.
-fn missing() -> Failure {
-    Failure(Status::Missing, "there is no such machine".to_owned())
 }
 
 impl<F: Fabric> Session<'_, F> {
@@ -169,6 +131,10 @@ impl<F: Fabric> Session<'_, F> {
                         }
                         Ok(ToServer::Request(request)) if greeted => self.queue(request),
                         Ok(ToServer::Ping) if greeted => Ok(()),
+                        Ok(ToServer::Keep) if greeted => {
+                            self.renewed = Instant::now();
+                            Ok(())
+                        }
                         Ok(_) => Err("it does not begin with one hello".to_owned()),
                         Err(error) => Err(error.to_string()),
                     },
@@ -186,13 +152,21 @@ impl<F: Fabric> Session<'_, F> {
                 idle = false;
                 self.process(&request);
                 last_heard = Instant::now();
+                self.renewed = last_heard;
+            }
+            if !self.handles.is_empty() && self.renewed.elapsed() > self.server.options.hold {
+                tracing::info!(client = self.client.name, "what a client held ended, because it did not renew it");
+                self.handles.clear();
+                self.streams.clear();
+                self.lapsed = true;
             }
             let limit = if greeted { self.server.options.silence } else { HELLO_LIMIT };
             if last_heard.elapsed() > limit {
                 return format!("it said nothing for {limit:?}");
             }
             if idle {
-                self.port.sleep(&[stop.fd()], Duration::from_millis(500));
+                let pause = Duration::from_millis(500).min(self.server.options.hold / 4);
+                self.port.sleep(&[stop.fd()], pause.max(Duration::from_millis(1)));
             }
         }
     }
@@ -252,8 +226,9 @@ impl<F: Fabric> Session<'_, F> {
             Op::Hold(wait) => self.hold(Duration::from_millis(wait.into())).map(Some),
             Op::Pin(root) => {
                 let entry = self.entry(&root)?;
-                let pin = Handle::Pin(self.server.bank.pin(&entry)?);
-                self.handle(pin).map(Some)
+                let share = self.share(What::Pins)?;
+                let pin = self.busy(|server| server.bank.pin(&entry))?;
+                Ok(Some(self.handle(Handle { is_hold: false, _guard: pin, _share: share })))
             }
             Op::LetGo(handle) => {
                 self.handles.remove(&handle);
@@ -386,14 +361,41 @@ impl<F: Fabric> Session<'_, F> {
         Ok(ids)
     }
 
-    fn handle(&mut self, handle: Handle) -> Result<Vec<u8>, Failure> {
-        if self.handles.len() >= MOST_HANDLES {
-            return Err(refused("too many holds"));
-        }
+    fn handle(&mut self, handle: Handle) -> Vec<u8> {
         let number = self.next_handle;
         self.next_handle = self.next_handle.wrapping_add(1);
         self.handles.insert(number, handle);
-        Ok(number.to_le_bytes().to_vec())
+        number.to_le_bytes().to_vec()
+    }
+
+    /// Room for a hold or a pin more.
+    fn share(&self, what: What) -> Result<Share, Failure> {
+        let options = &self.server.options;
+        let (most, of) = if what == What::Holds { (options.holds, "deposits") } else { (options.pins, "withdrawals") };
+        let mut share = self.server.quotas.share(&self.client.name, what);
+        if share.grow(1, most) {
+            Ok(share)
+        } else {
+            Err(Failure(Status::Quota, format!("a client may have {most} {of} under way, and this one has them")))
+        }
+    }
+
+    /// Does what may take long beside this thread, which tells the client that it is worked on.
+    fn busy<T: Send>(&mut self, work: impl FnOnce(&BankServer) -> T + Send) -> T {
+        let server = self.server;
+        std::thread::scope(|scope| {
+            let (tell, told) = channel();
+            let thread = scope.spawn(move || {
+                let done = work(server);
+                // Whoever waits is there: it is this scope.
+                drop(tell);
+                done
+            });
+            while told.recv_timeout(server.options.word) == Err::<(), _>(RecvTimeoutError::Timeout) {
+                self.wait();
+            }
+            thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        })
     }
 }
 

@@ -32,7 +32,7 @@ pub enum Op {
     Stage(u32, u64, Vec<u8>),
     /// A stream is a pack of so many bytes.
     Pack(u32, u64, [u8; 16]),
-    /// A stream is a manifest of so many bytes and this root; the deposit's number, or 0 for the next.
+    /// A stream is a manifest of so many bytes and this root; 0, or one more than the number of the machine's last deposit, which is to be the last still.
     Commit(u32, u64, Root, u64, String),
     /// A stream is given up.
     Discard(u32),

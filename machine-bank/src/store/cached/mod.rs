@@ -10,6 +10,8 @@
 //! A manifest may be written anew under its name ([`crate::keep::remove`]), so its key has its length and time as the last listing said them. What turns out not to be
 //! what it should be is fetched anew ([`Store::doubt`]). A cache that cannot be written says so once, and is read only.
 //!
+//! A bank over a link has no objects that could be read: in front of it pages are kept, by their names ([`PagedStore`]).
+//!
 //! ```text
 //! "FBCACHE1", sets, ways (16), bytes of a block (32768), BLAKE3 of these 20 bytes     4096, zeros at the end
 //! for each place: key[8..32], bytes, when last used (seconds), BLAKE3                  64 each
@@ -17,6 +19,7 @@
 //! ```
 
 mod arena;
+mod paged;
 
 use std::collections::{HashMap, HashSet};
 use std::path::Path;
@@ -28,7 +31,11 @@ use serde::Serialize;
 
 use super::{Draft, Durability, Guard, Hold, Kind, Object, Pin, Store, StoreError};
 use crate::page::Root;
-use arena::{Arena, BLOCK};
+use arena::Arena;
+pub use paged::{PageCache, PagedStore};
+
+/// Bytes of a block.
+const BLOCK: u64 = 32 << 10;
 
 /// Bytes that are asked of the store at once.
 const FETCH: u64 = 16 << 20;
@@ -45,11 +52,11 @@ pub struct CacheCounters {
 /// The counters at one time.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct CacheFigures {
-    /// Blocks of 32 KiB that were there.
+    /// Blocks that were there: of 32 KiB, or pages of 4 KiB where the bank is at the other end of a link.
     pub hits: u64,
     /// Blocks that were not.
     pub misses: u64,
-    /// Bytes of objects that came from the store.
+    /// Bytes of objects that came from the store; those of the pages, before compression, where it is at the other end of a link.
     pub wire_bytes: u64,
     /// Blocks that made room for others.
     pub evictions: u64,
@@ -121,7 +128,7 @@ impl CachedStore {
     /// `inner`, with a cache of at most `size` bytes in the directory `folder`, which is made where it is missing. A cache that is in use there keeps its size. Where
     /// there can be none, that is in the log, and the store is as it is without.
     pub fn new(inner: Box<dyn Store>, folder: &Path, size: u64) -> Self {
-        let arena = Arena::open(folder, size).inspect_err(|error| {
+        let arena = Arena::open(folder, "blocks", BLOCK, size).inspect_err(|error| {
             tracing::warn!(%error, folder = %folder.display(), "nothing is cached");
         });
         let address = inner.address();

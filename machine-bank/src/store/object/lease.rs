@@ -141,7 +141,7 @@ fn named(bucket: &Bucket, folder: &str, word: &str, times: &LeaseTimes) -> (Stri
 }
 
 fn place(bucket: &Bucket, key: &Path) -> Result<(), StoreError> {
-    if bucket.small(bucket.limit, key, Bytes::new(), PutMode::Create)? {
+    if bucket.mine(bucket.limit, key)? {
         return Ok(());
     }
     let source = std::io::Error::new(std::io::ErrorKind::AlreadyExists, "it is there, and its name is new");

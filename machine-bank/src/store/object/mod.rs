@@ -241,6 +241,21 @@ impl Bucket {
         }
     }
 
+    /// Writes a small object that is not there, with contents that nobody else writes; false where there is one of somebody else. The answer to a request may get lost
+    /// and the crate then repeats it, so one that is refused may have met itself.
+    fn mine(&self, limit: Duration, key: &Path) -> Result<bool, StoreError> {
+        let mine = Bytes::from(self.unique());
+        if self.small(limit, key, mine.clone(), PutMode::Create)? {
+            return Ok(true);
+        }
+        let (client, from) = (self.client.clone(), key.clone());
+        match self.within(limit, async move { client.get(&from).await?.bytes().await }) {
+            Ok(theirs) => Ok(theirs == mine),
+            Err(Failure::Refused(object_store::Error::NotFound { .. })) => Ok(false),
+            Err(failure) => Err(sorted(&format!("cannot read whose {key} is"), false, failure)),
+        }
+    }
+
     fn delete(&self, limit: Duration, key: &Path) -> Result<(), StoreError> {
         let (client, gone) = (self.client.clone(), key.clone());
         match self.within(limit, async move { client.delete(&gone).await }) {
@@ -361,23 +376,13 @@ impl Store for ObjectStore {
             return Err(StoreError::Name(name.to_owned()));
         }
         let limit = self.leases.left()?.min(self.bucket.limit);
-        let (key, mine) = (self.bucket.key("numbers", name), Bytes::from(self.bucket.unique()));
-        if self.bucket.small(limit, &key, mine.clone(), PutMode::Create)? {
-            return Ok(true);
-        }
-        // A request that was repeated may have met itself.
-        let client = self.bucket.client.clone();
-        match self.bucket.wait(async move { client.get(&key).await?.bytes().await }) {
-            Ok(theirs) => Ok(theirs == mine),
-            Err(Failure::Refused(object_store::Error::NotFound { .. })) => Ok(false),
-            Err(failure) => Err(sorted(&format!("cannot read who has {name}"), false, failure)),
-        }
+        self.bucket.mine(limit, &self.bucket.key("numbers", name))
     }
 
     fn tidy(&self) -> Result<u64, StoreError> {
         let limit = self.leases.left()?.min(self.bucket.limit);
         lease::tidy(&self.bucket)?;
-        // A number that a later or the same deposit has is not given again, so nobody needs to keep it.
+        // A number that a later or the same deposit has is not given again, so nobody needs to keep it; when that one is removed the bank notes its number.
         let manifests = self.bucket.listed(folder(Kind::Manifest))?;
         let given = |name: &str| name.rsplit_once('@').map(|(machine, number)| (machine.to_owned(), number.to_owned()));
         let of_deposits: Vec<_> = manifests.iter().filter_map(|(name, _)| given(name.rsplit_once('@')?.0)).collect();

@@ -4,7 +4,7 @@
 
 use std::time::Duration;
 
-use farbus_remote_dma::{Window, WindowMemory};
+use farbus_remote_dma::{Iova, Window, WindowMemory};
 use farbus_transport::Access;
 use proptest::prelude::*;
 

@@ -7,8 +7,9 @@ mod lazy;
 mod mediation;
 mod reset;
 
-use farbus_remote_dma::{BarAddress, DeviceDescription, Width};
-use farbus_transport::Nanos;
+use farbus_remote_dma::{BarAddress, DeviceDescription, Ticket, Width};
+use farbus_transport::{Memory, Nanos};
+use std::sync::Arc;
 
 use super::*;
 use crate::irq::{MessageInterrupt, RecorderSink, Told};

@@ -42,6 +42,7 @@ use crate::address::{BarAddress, Width};
 use crate::attachment::Activity;
 use crate::backend::{AttachError, Backend, Bus, DmaFault, DmaTag, InterruptMode, ResetKind};
 use crate::device::{BarDescription, BarKind, Constant, DeviceDescription, MsixLocation};
+use crate::holder::HolderNote;
 use crate::journal::Journal;
 
 pub use counters::Counters;
@@ -416,6 +417,14 @@ impl Backend for Nvme {
 
     fn unpark(&mut self, bus: &mut dyn Bus) -> Result<(), AttachError> {
         self.register_memory(bus)
+    }
+
+    fn holder(&self) -> Option<HolderNote> {
+        self.media.holder()
+    }
+
+    fn note_holder(&mut self, note: HolderNote) {
+        self.media.note_holder(note);
     }
 
     fn journal(&self) -> Option<&Journal> {

@@ -10,11 +10,16 @@ use std::path::Path;
 use std::sync::Arc;
 
 use farbus_transport::Memory;
+use rustix::fs::XattrFlags;
 
 use super::image::Image;
 use super::wholeness::Wholeness;
 use super::worker::{Carrier, Workers};
 use super::{Job, JobKind, MAX_JOBS, Media, MediaError};
+use crate::holder::HolderNote;
+
+/// The extended attribute (xattr(7)) of an image that says who had it last.
+const HOLDER: &str = "user.farbus.holder";
 
 /// Blocks in a file.
 #[derive(Debug)]
@@ -22,6 +27,7 @@ pub struct FileMedia {
     len: u64,
     identity: u64,
     read_only: bool,
+    file: Arc<File>,
     workers: Workers,
     prompt: Option<Prompt>,
 }
@@ -61,7 +67,8 @@ impl FileMedia {
         let file = Arc::new(file);
         let workers = Workers::start(Arc::clone(&file), Arc::clone(&wholeness));
         let workers = workers.map_err(|source| MediaError::Host { what: "start workers for", path: path.to_owned(), source })?;
-        Ok(Self { len, identity, read_only, workers, prompt: in_memory.then(|| Prompt::new(&file, &wholeness)) })
+        let prompt = in_memory.then(|| Prompt::new(&file, &wholeness));
+        Ok(Self { len, identity, read_only, file, workers, prompt })
     }
 }
 
@@ -80,6 +87,22 @@ impl Media for FileMedia {
 
     fn identity(&self) -> u64 {
         self.identity
+    }
+
+    fn holder(&self) -> Option<HolderNote> {
+        let mut bytes = [0; HolderNote::BYTES];
+        let read = rustix::fs::fgetxattr(&self.file, HOLDER, &mut bytes).ok()?;
+        HolderNote::parse(bytes.get(..read)?)
+    }
+
+    fn note_holder(&mut self, note: HolderNote) {
+        if self.read_only {
+            // Who writes nothing undoes nothing.
+            return;
+        }
+        if let Err(errno) = rustix::fs::fsetxattr(&self.file, HOLDER, &note.encode(), XattrFlags::empty()) {
+            tracing::debug!(%errno, "an image cannot remember its borrower: its file system has no attributes for that");
+        }
     }
 
     fn submit(&mut self, job: Box<Job>) {

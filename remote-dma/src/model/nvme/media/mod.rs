@@ -18,6 +18,7 @@ use farbus_transport::{Memory, MemoryError};
 use thiserror::Error;
 
 use crate::dma_buffer::DmaBuffer;
+use crate::holder::HolderNote;
 
 pub use file::FileMedia;
 pub use image::open;
@@ -182,6 +183,14 @@ pub trait Media: Send {
 
     /// A name that no other image has, stable for as long as the image exists.
     fn identity(&self) -> u64;
+
+    /// See [`crate::Backend::holder`].
+    fn holder(&self) -> Option<HolderNote> {
+        None
+    }
+
+    /// See [`crate::Backend::note_holder`].
+    fn note_holder(&mut self, _note: HolderNote) {}
 
     /// Starts a job; it comes back from [`Media::reap`] or [`Media::cancel`]. At most [`MAX_JOBS`] at once.
     fn submit(&mut self, job: Box<Job>);
