@@ -291,7 +291,7 @@ pub(super) fn at_ms(figures: &[u64], percent: usize) -> f64 {
     sorted.get(at).map_or(f64::NAN, |ns| *ns as f64 / 1e6)
 }
 
-/// Carries out a part that [`part`] asked for.
+/// Carries out the part that `farbus bench part` names.
 ///
 /// # Errors
 /// There is no such part, or it failed.

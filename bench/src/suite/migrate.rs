@@ -124,7 +124,9 @@ fn moves(places: &Places, count: u64, mut hear: impl FnMut(u64)) -> Result<Moves
     for at in 0..count {
         hear(at);
         let step = match machine.take() {
-            Some(machine) => work_and_leave(machine, &mut stream).and_then(|()| Ok(moved.parts.push(came(&mut stream)?))),
+            Some(machine) => {
+                work_and_leave(machine, &mut stream).and_then(|()| came(&mut stream)).map(|parts| moved.parts.push(parts))
+            }
             None => arrive(&memory, &mut stream, &socket).map(|(arrived, parts)| {
                 moved.parts.push(parts);
                 machine = Some(arrived);
