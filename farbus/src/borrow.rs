@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
 use farbus_pci_shim::vfio_user::{BindError, ClientInterrupts, Ended, OnUnshared, Options, Server};
-use farbus_pci_shim::{Function, FunctionOptions, InterruptOwner, NotFound, Reconnector, Search};
+use farbus_pci_shim::{Function, FunctionOptions, InterruptOwner, NotFound, Reconnector, Search, SearchStop};
 use farbus_remote_dma::borrower::BorrowerOptions;
 use farbus_remote_dma::{Attachment, Claim, HolderToken, Holding};
 use farbus_transport::CloseReason;
@@ -57,8 +57,11 @@ pub fn run(args: &BorrowArgs) -> anyhow::Result<ExitCode> {
     let name = session.description().name.clone();
     let interrupts = ClientInterrupts::new(session.description());
     let mut function = Function::new(session, interrupts, FunctionOptions { interrupts: InterruptOwner::Client })?;
+    let mut search_stop = None;
     if !args.reconnect.is_zero() {
-        function.reattach_by(Box::new(search(args, options, holder, events)));
+        let search = search(args, options, holder, events);
+        search_stop = Some(search.stop_handle());
+        function.reattach_by(Box::new(search));
     }
     let socket = args.vfio_user.display().to_string();
     events.say(
@@ -91,6 +94,8 @@ pub fn run(args: &BorrowArgs) -> anyhow::Result<ExitCode> {
         }
     });
     stop.stop();
+    // A read of the VM's may wait for the lender.
+    search_stop.iter().for_each(SearchStop::stop);
     let Ok((ended, gone, counters)) = serving.join() else { bail!("the serving thread failed") };
     tracing::info!(?counters, "the function's counts");
     let (reason, code) = match (ended?, gone) {

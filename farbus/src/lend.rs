@@ -215,7 +215,7 @@ impl Desk {
                 }
                 // Its thread waits for this; a device that could not be handed over stays here.
                 match answer.send(granted) {
-                    Err(Ok(Claimed::Fresh(device))) => self.idle = Some(Device::Reset(device)),
+                    Err(Ok(Claimed::Fresh(device))) => self.idle = Some(self.noted(Device::Reset(device), None)),
                     Err(Ok(Claimed::Continued(device))) => self.idle = Some(Device::Kept(device.keep_again(GRACE))),
                     Ok(()) | Err(Err(_)) => {}
                 }
@@ -237,8 +237,11 @@ impl Desk {
                 self.events.say("gone", json!({ "reason": why }), &what);
                 return lent.then_some(Left::Borrower);
             }
-            News::Returned(Device::Kept(kept), _) => {
+            News::Returned(Device::Kept(kept), ended) => {
                 self.wedged = None;
+                if ended.is_err() {
+                    self.holders.never_lent(None);
+                }
                 let seconds = kept.left().unwrap_or_default().as_secs();
                 let what = format!("the device is at rest, and kept for {seconds} s for the function that left it");
                 self.events.say("kept", json!({ "seconds": seconds }), &what);
@@ -261,10 +264,18 @@ impl Desk {
     fn noted(&mut self, device: Device, reason: Option<CloseReason>) -> Device {
         match device {
             Device::Reset(mut device) => {
-                self.holders.left(reason, self.may_return, Some(&mut *device), Instant::now());
+                match reason {
+                    Some(reason) => self.holders.left(reason, self.may_return, Some(&mut *device), Instant::now()),
+                    None => self.holders.never_lent(Some(&mut *device)),
+                }
                 Device::Reset(device)
             }
-            kept @ Device::Kept(_) => kept,
+            kept @ Device::Kept(_) => {
+                if reason.is_none() {
+                    self.holders.never_lent(None);
+                }
+                kept
+            }
         }
     }
 

@@ -26,5 +26,5 @@ pub use function::{
 };
 pub use irq::{CallbackSink, IrqSink, IrqfdSink, MessageInterrupt, RecorderSink};
 pub use mediation::{MediationKind, MediationRequest};
-pub use reattach::{NotFound, Reattach, Reconnector, Search};
+pub use reattach::{NotFound, Reattach, Reconnector, Search, SearchStop};
 pub use state::{FunctionState, StateError};

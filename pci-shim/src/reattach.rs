@@ -7,6 +7,7 @@
 use std::fmt;
 use std::io;
 use std::os::fd::BorrowedFd;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, Receiver, TryRecvError};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::{Duration, Instant};
@@ -80,6 +81,18 @@ pub struct Reconnector {
     hear: Box<Hear>,
     give_up: Duration,
     running: Option<Running>,
+    stop: SearchStop,
+}
+
+/// Ends a search, and any that would begin later: whoever waits for the device is told that there is none.
+#[derive(Clone, Debug, Default)]
+pub struct SearchStop(Arc<AtomicBool>);
+
+impl SearchStop {
+    /// Says so.
+    pub fn stop(&self) {
+        self.0.store(true, Ordering::Release);
+    }
 }
 
 struct Running {
@@ -93,7 +106,18 @@ struct Running {
 impl Reconnector {
     /// Looks by `connect` for up to `give_up` since the loss. An attempt that takes long makes the next one late; it should give up by itself.
     pub fn new(give_up: Duration, connect: impl FnMut() -> Result<Box<dyn Attachment>, NotFound> + Send + 'static) -> Self {
-        Self { connect: Arc::new(Mutex::new(Box::new(connect))), hear: Box::new(|_| {}), give_up, running: None }
+        Self {
+            connect: Arc::new(Mutex::new(Box::new(connect))),
+            hear: Box::new(|_| {}),
+            give_up,
+            running: None,
+            stop: SearchStop::default(),
+        }
+    }
+
+    /// What ends a search from elsewhere: before the function's thread is waited for, say.
+    pub fn stop_handle(&self) -> SearchStop {
+        self.stop.clone()
     }
 
     /// Tells `hear` of every loss and how it ended, on the function's thread.
@@ -147,6 +171,9 @@ impl Reattach for Reconnector {
     }
 
     fn poll(&mut self) -> Found {
+        if self.stop.0.load(Ordering::Acquire) {
+            return Found::Nobody("it was told to stop".into());
+        }
         match self.running.as_ref().map(|running| running.found.try_recv()) {
             Some(Ok(Ok(device))) => Found::Device(device),
             Some(Err(TryRecvError::Empty)) => Found::NotYet,

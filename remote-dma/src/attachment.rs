@@ -230,6 +230,14 @@ pub trait Attachment: Send {
         false
     }
 
+    /// Whether the last register read was answered with all ones because nobody else answered it in time.
+    fn overdue(&self) -> bool {
+        false
+    }
+
+    /// Gives the device up, as at this attachment's end: it is gone from now on.
+    fn give_up(&mut self) {}
+
     /// Asks the device to come to rest under `token`: it begins nothing more, and what it began ends with all its effects. [`Attachment::rest`] says when.
     /// Mediations go on meanwhile, and must be answered.
     ///

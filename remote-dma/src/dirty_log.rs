@@ -136,11 +136,11 @@ impl DirtyLog {
 /// The logs of several memories. One outlives the windows of its memory until its marks are taken: whoever copies dirty pages may ask only
 /// after the device has let go of them.
 #[derive(Clone, Debug, Default)]
-pub(crate) struct DirtyLogs(Vec<(Weak<Memory>, DirtyLog)>);
+pub struct DirtyLogs(Vec<(Weak<Memory>, DirtyLog)>);
 
 impl DirtyLogs {
     /// The log of a memory, where it has one.
-    pub(crate) fn of(&self, memory: &Arc<Memory>) -> Option<&DirtyLog> {
+    pub fn of(&self, memory: &Arc<Memory>) -> Option<&DirtyLog> {
         self.0.iter().find(|(known, _)| std::ptr::eq(known.as_ptr(), Arc::as_ptr(memory))).map(|(_, log)| log)
     }
 
@@ -148,7 +148,7 @@ impl DirtyLogs {
     ///
     /// # Errors
     /// [`MemoryError`] where the marks cannot be allocated.
-    pub(crate) fn of_or_new(&mut self, memory: &Arc<Memory>) -> Result<DirtyLog, MemoryError> {
+    pub fn of_or_new(&mut self, memory: &Arc<Memory>) -> Result<DirtyLog, MemoryError> {
         if let Some(log) = self.of(memory) {
             return Ok(log.clone());
         }

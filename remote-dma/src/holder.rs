@@ -94,64 +94,86 @@ impl Claim {
 /// What a device remembers of its borrower.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct HolderNote {
-    /// Who had it last.
-    pub token: HolderToken,
+    /// Who had it last: of the token no more than tells it from others, because whoever can read an image can read its note.
+    pub mark: [u8; MARK_BYTES],
     /// That one is not expected back: it left in order, or is dead.
     pub left: bool,
+    /// Since when the host that lent it runs. What was written and not flushed is gone with a host, and whoever comes back has no answers to tell it of.
+    pub boot: u64,
 }
+
+const MARK_BYTES: usize = 16;
 
 impl HolderNote {
     /// Bytes of an encoded note.
-    pub const BYTES: usize = TOKEN_BYTES + 1;
+    pub const BYTES: usize = MARK_BYTES + 1 + 8;
 
     /// As bytes.
     pub fn encode(&self) -> [u8; Self::BYTES] {
         let mut bytes = [u8::from(self.left); Self::BYTES];
-        bytes[..TOKEN_BYTES].copy_from_slice(&self.token.0);
+        bytes[..MARK_BYTES].copy_from_slice(&self.mark);
+        bytes[MARK_BYTES + 1..].copy_from_slice(&self.boot.to_le_bytes());
         bytes
     }
 
     /// From bytes; `None` where they are none of a note's.
     pub fn parse(bytes: &[u8]) -> Option<Self> {
-        let (token, left) = bytes.split_first_chunk()?;
+        let (mark, rest) = bytes.split_first_chunk()?;
+        let (left, boot) = rest.split_first()?;
         let left = match left {
-            [0] => false,
-            [1] => true,
+            0 => false,
+            1 => true,
             _ => return None,
         };
-        Some(Self { token: HolderToken(*token), left })
+        Some(Self { mark: *mark, left, boot: u64::from_le_bytes(boot.try_into().ok()?) })
     }
+}
+
+fn mark_of(token: HolderToken) -> [u8; MARK_BYTES] {
+    let hash = blake3::Hasher::new_derive_key("farbus 2026-11-27 who had a device last").update(&token.0).finalize();
+    let mut mark = [0; MARK_BYTES];
+    mark.copy_from_slice(&hash.as_bytes()[..MARK_BYTES]);
+    mark
+}
+
+/// Names the time since this host was started; `None` where the kernel does not say.
+fn boot() -> Option<u64> {
+    let text = std::fs::read("/proc/sys/kernel/random/boot_id").ok()?;
+    blake3::hash(&text).as_bytes().first_chunk().map(|bytes| u64::from_le_bytes(*bytes))
 }
 
 /// The lender's book of one device: who had it last, and for whom it is held.
 #[derive(Debug)]
 pub struct Holders {
-    last: Option<HolderToken>,
+    last: Option<HolderNote>,
     /// Until when only the last one gets it.
     held_until: Option<Instant>,
+    /// Both, before the device was given to whoever has it now.
+    before: (Option<HolderNote>, Option<Instant>),
     hold: Duration,
+    boot: Option<u64>,
 }
 
 impl Holders {
-    /// Of a device that nobody has. Where the device remembers a borrower that did not leave, because its lender died, it is held for that one for `hold`.
+    /// Of a device that nobody has. Where the device remembers a borrower that did not leave, because its lender died, it is held for that one for `hold`. What it
+    /// remembers of before this host was started is of no use.
     pub fn new(device: &dyn Backend, hold: Duration, now: Instant) -> Self {
-        let note = device.holder();
-        let held_until = note.filter(|note| !note.left).map(|_| now + hold);
-        Self { last: note.map(|note| note.token), held_until, hold }
+        let boot = boot();
+        let last = device.holder().filter(|note| Some(note.boot) == boot);
+        let held_until = last.filter(|note| !note.left).map(|_| now + hold);
+        Self { last, held_until, before: (last, held_until), hold, boot }
     }
 
     /// Whether who comes as this may have the device, as after a reset.
     ///
     /// # Errors
-    /// [`Refusal::Held`] for now, [`Refusal::Others`] for good.
+    /// [`Refusal::Held`] for now, [`Refusal::Others`] for good: also where it is not known who had it, because the device cannot remember.
     pub fn may_have(&self, holding: Option<Holding>, now: Instant) -> Result<(), Refusal> {
-        match (holding, self.last) {
-            (Some(Holding::Again(token)), Some(last)) if token == last => Ok(()),
-            // Nobody is known to have had it: a lender that was started again, with a device that cannot remember.
-            (Some(Holding::Again(_)), None) => Ok(()),
-            (Some(Holding::Again(_)), Some(_)) => Err(Refusal::Others),
-            (Some(Holding::First(_)) | None, _) if self.held_until.is_some_and(|until| now < until) => Err(Refusal::Held),
-            (Some(Holding::First(_)) | None, _) => Ok(()),
+        match holding {
+            Some(Holding::Again(token)) if self.last.is_some_and(|last| last.mark == mark_of(token)) => Ok(()),
+            Some(Holding::Again(_)) => Err(Refusal::Others),
+            Some(Holding::First(_)) | None if self.held_until.is_some_and(|until| now < until) => Err(Refusal::Held),
+            Some(Holding::First(_)) | None => Ok(()),
         }
     }
 
@@ -164,21 +186,32 @@ impl Holders {
             Some(Holding::First(token) | Holding::Again(token)) => token,
             None => HolderToken::random()?,
         };
-        (self.last, self.held_until) = (Some(token), None);
-        device.note_holder(HolderNote { token, left: false });
+        let note = HolderNote { mark: mark_of(token), left: false, boot: self.boot.unwrap_or_default() };
+        self.before = (self.last, self.held_until);
+        (self.last, self.held_until) = (Some(note), None);
+        device.note_holder(note);
         Ok(())
     }
 
+    /// Who was to get it never did: it is as before.
+    pub fn never_lent(&mut self, device: Option<&mut dyn Backend>) {
+        (self.last, self.held_until) = self.before;
+        if let (Some(note), Some(device)) = (self.last, device) {
+            device.note_holder(note);
+        }
+    }
+
     /// It is back from its borrower, `device` where it was reset. `may_return`: a borrower without a link may be alive.
-    pub fn left(&mut self, reason: Option<CloseReason>, may_return: bool, device: Option<&mut dyn Backend>, now: Instant) {
+    pub fn left(&mut self, reason: CloseReason, may_return: bool, device: Option<&mut dyn Backend>, now: Instant) {
         let lost = match reason {
-            Some(CloseReason::PeerGone | CloseReason::Device(_) | CloseReason::DeviceLost(_)) => true,
-            Some(CloseReason::PeerClosed | CloseReason::Local | CloseReason::Protocol(_)) | None => false,
+            CloseReason::PeerGone | CloseReason::Device(_) | CloseReason::DeviceLost(_) => true,
+            CloseReason::PeerClosed | CloseReason::Local | CloseReason::Protocol(_) => false,
         };
         let expected = lost && may_return;
         self.held_until = expected.then(|| now + self.hold);
-        if let (false, Some(token), Some(device)) = (expected, self.last, device) {
-            device.note_holder(HolderNote { token, left: true });
+        if let (false, Some(last), Some(device)) = (expected, &mut self.last, device) {
+            last.left = true;
+            device.note_holder(*last);
         }
     }
 }
@@ -200,9 +233,9 @@ mod tests {
                 assert_eq!(Claim::parse(&claim.encode()), claim);
             }
         }
-        let note = HolderNote { token: A, left: true };
+        let note = HolderNote { mark: [9; 16], left: true, boot: 7 };
         assert_eq!(HolderNote::parse(&note.encode()), Some(note));
-        assert_eq!((HolderNote::parse(&[1; 16]), HolderNote::parse(&[2; 17]), HolderNote::parse(&[1; 18])), (None, None, None));
+        assert_eq!((HolderNote::parse(&[1; 24]), HolderNote::parse(&[2; 25]), HolderNote::parse(&[1; 26])), (None, None, None));
         for nonsense in [&b""[..], b"rest", b"hold 15 bytes......", b"what 0123456789abcdef", &[0xff; 100]] {
             assert_eq!(Claim::parse(nonsense), Claim::default());
         }
@@ -216,7 +249,7 @@ mod tests {
         let mut book = Holders::new(&device, hold, now);
         assert_eq!(book.may_have(Some(Holding::First(A)), now), Ok(()));
         book.lent(Some(Holding::First(A)), &mut device).unwrap();
-        book.left(Some(CloseReason::PeerGone), true, Some(&mut device), now);
+        book.left(CloseReason::PeerGone, true, Some(&mut device), now);
         assert_eq!(book.may_have(Some(Holding::First(B)), now), Err(Refusal::Held));
         assert_eq!(book.may_have(None, now), Err(Refusal::Held));
         assert_eq!(book.may_have(Some(Holding::Again(A)), now), Ok(()));
@@ -224,7 +257,7 @@ mod tests {
         let late = now + hold;
         assert_eq!(book.may_have(Some(Holding::First(B)), late), Ok(()));
         book.lent(Some(Holding::First(B)), &mut device).unwrap();
-        book.left(Some(CloseReason::PeerClosed), true, Some(&mut device), late);
+        book.left(CloseReason::PeerClosed, true, Some(&mut device), late);
         assert_eq!(
             book.may_have(Some(Holding::Again(A)), late),
             Err(Refusal::Others),
@@ -234,14 +267,36 @@ mod tests {
     }
 
     #[test]
+    fn who_never_got_the_device_parts_nobody_from_it() {
+        let mut device = Edu::new().unwrap();
+        let now = Instant::now();
+        let mut book = Holders::new(&device, Duration::ZERO, now);
+        book.lent(Some(Holding::First(A)), &mut device).unwrap();
+        book.left(CloseReason::PeerGone, true, Some(&mut device), now);
+        book.lent(Some(Holding::First(B)), &mut device).unwrap();
+        book.never_lent(Some(&mut device));
+        assert_eq!(book.may_have(Some(Holding::Again(A)), now), Ok(()));
+    }
+
+    #[test]
+    fn nobody_comes_back_to_a_device_of_which_it_is_not_known_who_had_it() {
+        // This one remembers nothing, and its lender was started again.
+        let device = Edu::new().unwrap();
+        let now = Instant::now();
+        let book = Holders::new(&device, Duration::from_secs(5), now);
+        assert_eq!(book.may_have(Some(Holding::Again(A)), now), Err(Refusal::Others));
+        assert_eq!(book.may_have(Some(Holding::First(A)), now), Ok(()));
+    }
+
+    #[test]
     fn one_without_a_name_parts_those_before_it_from_the_device_as_well() {
         let mut device = Edu::new().unwrap();
         let now = Instant::now();
         let mut book = Holders::new(&device, Duration::ZERO, now);
         book.lent(Some(Holding::First(A)), &mut device).unwrap();
-        book.left(Some(CloseReason::PeerGone), false, Some(&mut device), now);
+        book.left(CloseReason::PeerGone, false, Some(&mut device), now);
         book.lent(None, &mut device).unwrap();
-        book.left(Some(CloseReason::PeerGone), false, Some(&mut device), now);
+        book.left(CloseReason::PeerGone, false, Some(&mut device), now);
         assert_eq!(book.may_have(Some(Holding::Again(A)), now), Err(Refusal::Others));
     }
 }

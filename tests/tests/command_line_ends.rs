@@ -155,6 +155,29 @@ fn a_killed_lender_that_is_started_again_is_found_and_the_vmm_reads_late_and_not
 }
 
 #[test]
+fn a_signal_ends_a_borrower_whose_vmm_waits_for_a_lender_that_does_not_come_back() {
+    let place = Place::new();
+    let mut lender = place.lend();
+    let mut borrower = place.borrow_for("vmm", "1h");
+    lender.event("lent", AMPLE);
+    let mut vmm = place.vmm("vmm");
+    assert_nvme(&mut vmm);
+    lender.kill();
+    borrower.event("lender-lost", AMPLE);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            let mut status = [0; 4];
+            // It ends one way or the other.
+            let _read = vmm.region_read(0, 0x1c, &mut status);
+        });
+        std::thread::sleep(Duration::from_millis(100));
+        borrower.terminate();
+        let end = borrower.wait(AMPLE);
+        assert_eq!(end.code(), Some(0), "{end:?}");
+    });
+}
+
+#[test]
 fn who_comes_back_when_another_had_the_device_is_refused_for_good_also_by_a_lender_that_was_started_again() {
     let place = Place::new();
     let lender = place.lend();

@@ -24,7 +24,16 @@ fn second_link(place: &Place) -> String {
 }
 
 fn borrow_on(place: &Place, socket: &str) -> Running {
-    let mut borrower = Running::farbus(&["borrow", "--json", "--reconnect", "100ms", "--from", &second_link(place), "--vfio-user", &place.name(socket)]);
+    let mut borrower = Running::farbus(&[
+        "borrow",
+        "--json",
+        "--reconnect",
+        "100ms",
+        "--from",
+        &second_link(place),
+        "--vfio-user",
+        &place.name(socket),
+    ]);
     borrower.event("serving", AMPLE);
     borrower
 }

@@ -5,8 +5,8 @@
 
 use std::sync::Arc;
 
-use farbus_remote_dma::dirty_log::DirtyLog;
-use farbus_remote_dma::{Iova, MapError, MediationAnswer, Ticket, Window};
+use farbus_remote_dma::dirty_log::{DirtyLog, PAGE_BYTES};
+use farbus_remote_dma::{Iova, MapError, MediationAnswer, Ticket, Window, WindowMemory};
 use farbus_transport::Memory;
 
 use super::Function;
@@ -21,6 +21,12 @@ impl<S: IrqSink> Function<S> {
     pub fn map(&mut self, window: Window) -> Result<(), MapError> {
         self.map_changes += 1;
         self.release_lazy();
+        if let WindowMemory::Mapped { memory, .. } = &window.memory
+            && !self.memories.iter().any(|known| std::ptr::eq(known.as_ptr(), Arc::as_ptr(memory)))
+        {
+            self.memories.retain(|known| known.strong_count() > 0);
+            self.memories.push(Arc::downgrade(memory));
+        }
         let mut mapped = self.attachment.map(window.clone(), &mut self.front);
         if self.is_lost() {
             // Told to the device that takes its place.
@@ -80,6 +86,10 @@ impl<S: IrqSink> Function<S> {
     /// The pages that the device wrote in `memory`, complete up to this call; `None` where `memory` has no window and nothing is left to take
     /// of one that it had.
     pub fn dirty_log(&mut self, memory: &Arc<Memory>) -> Option<&DirtyLog> {
-        self.attachment.dirty_log(memory, &mut self.front)
+        let Some(carried) = self.carried.of(memory) else { return self.attachment.dirty_log(memory, &mut self.front) };
+        // With what devices wrote that were lost since.
+        let Some(log) = self.attachment.dirty_log(memory, &mut self.front) else { return Some(carried) };
+        carried.take(|page| log.mark(page * PAGE_BYTES, PAGE_BYTES));
+        Some(log)
     }
 }

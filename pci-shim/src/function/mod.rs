@@ -23,11 +23,14 @@ mod windows;
 mod workbench;
 
 use std::os::fd::BorrowedFd;
+use std::sync::Weak;
+use std::time::Instant;
 
+use farbus_remote_dma::dirty_log::DirtyLogs;
 use farbus_remote_dma::{
     Activity, Attachment, AttachmentError, BarAddress, DeviceDescription, InterruptMode, MediationAnswer, ResetKind, Width,
 };
-use farbus_transport::{CloseReason, Nanos};
+use farbus_transport::{CloseReason, Memory, Nanos};
 
 use crate::access::AccessError;
 use crate::config::{AddressSpace, Space, Written};
@@ -44,7 +47,8 @@ pub use save::QuiesceError;
 use windows::Windows;
 
 /// A PCI function whose device is behind an [`Attachment`]. One thread at a time uses it; a register access blocks
-/// for no longer than the attachment's deadline for a register read (2 s unless chosen otherwise); `map`, `unmap`, `reset` and the dirty log ask the
+/// for no longer than the attachment's deadline for a register read (2 s unless chosen otherwise), or, where the device is looked for when it is lost, until
+/// it is back or given up; `map`, `unmap`, `reset` and the dirty log ask the
 /// device's side one or several questions, each with the deadline for such (10 s).
 pub struct Function<S: IrqSink> {
     attachment: Box<dyn Attachment>,
@@ -64,6 +68,10 @@ pub struct Function<S: IrqSink> {
     windows: Windows,
     /// How it gets its device again; `None` where it does not.
     recovery: Option<Recovery>,
+    /// Memory that was mapped at some time.
+    memories: Vec<Weak<Memory>>,
+    /// Pages that devices which were lost wrote, and nobody has taken.
+    carried: DirtyLogs,
     /// How often something that changes the device was done, to tell that nothing was since it came to rest.
     quiesced: Option<u64>,
     map_changes: u64,
@@ -173,9 +181,10 @@ impl<S: IrqSink> Function<S> {
         }
         self.front.counters.bar_reads_remote += 1;
         self.release_lazy();
+        let began = Instant::now();
         let mut value = width.truncate(self.attachment.bar_read(at, width, &mut self.front));
         // Late rather than wrong: what it would have said, it says when it is back.
-        while self.is_lost() && self.wait_for_device() {
+        while self.is_overdue(began) || self.is_lost() && self.wait_for_device() {
             value = width.truncate(self.attachment.bar_read(at, width, &mut self.front));
         }
         self.profile.answered(at, width, value);

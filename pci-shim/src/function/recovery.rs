@@ -7,10 +7,12 @@
 //! A device of a class whose profile cannot do that ([`crate::profile::Profile::remember`]) is gone at once, as without [`Function::reattaching`].
 
 use std::os::fd::BorrowedFd;
+use std::sync::Weak;
 use std::time::{Duration, Instant};
 
+use farbus_remote_dma::dirty_log::PAGE_BYTES;
 use farbus_remote_dma::wait::sleep_until_readable;
-use farbus_remote_dma::{Activity, Attachment, AttachmentError, Window, WindowMemory};
+use farbus_remote_dma::{Activity, Attachment, AttachmentError};
 use farbus_transport::CloseReason;
 
 use super::Function;
@@ -23,6 +25,9 @@ use crate::state::DeviceIdentity;
 
 /// How long a waiting register read sleeps at most before it looks again.
 const LOOK_AGAIN: Duration = Duration::from_millis(5);
+
+/// By then a link's end is known, over whatever fabric.
+const KNOWN_BY_THEN: Duration = Duration::from_secs(4);
 
 /// How a function gets its device again, and whether it has lost it.
 pub(super) struct Recovery {
@@ -174,6 +179,13 @@ impl<S: IrqSink> Function<S> {
         self.attachment.gone().is_none()
     }
 
+    /// Whether a register read was answered by its deadline alone, by a device whose loss would be known soon: then it is asked once more.
+    pub(super) fn is_overdue(&self, began: Instant) -> bool {
+        self.attachment.overdue()
+            && self.recovery.as_ref().is_some_and(|recovery| !recovery.over)
+            && began.elapsed() < KNOWN_BY_THEN
+    }
+
     /// What to sleep on while the device is lost.
     pub(super) fn search_fd(&self) -> Option<BorrowedFd<'_>> {
         self.recovery.as_ref()?.reattach.wake_fd()
@@ -199,21 +211,22 @@ impl<S: IrqSink> Function<S> {
             return Err(Failed::ForGood(RestoreError::OtherRest));
         }
         let mut before = std::mem::replace(&mut self.attachment, attachment);
+        self.carry_dirty_pages(&mut *before);
+        drop(before);
         self.front.hold(true);
         let began = Instant::now();
         let recovered = self.reset_for_revival().map_err(RestoreError::from);
         let reset = began.elapsed();
         let recovered = recovered.and_then(|()| self.retell());
         let revive = began.elapsed() - reset;
-        self.take_over_dirty_pages(&mut *before);
         let go_on = match recovered {
             Ok(go_on) => go_on,
             Err(error) if self.attachment.gone().is_some_and(may_come_back) && !self.attachment.in_doubt() => {
                 return Err(Failed::LostAgain(error));
             }
             Err(error) => {
-                // It is in an unknown state: the end of its link resets it, and takes everything back. What was lost before says that there is none.
-                self.attachment = before;
+                // It is in an unknown state: the end of its link resets it, and takes everything back.
+                self.attachment.give_up();
                 return Err(Failed::ForGood(error));
             }
         };
@@ -245,23 +258,17 @@ impl<S: IrqSink> Function<S> {
         }
     }
 
-    /// What the lost device wrote and nobody has copied is still to be copied.
-    fn take_over_dirty_pages(&mut self, before: &mut dyn Attachment) {
-        let memories: Vec<_> = self
-            .windows
-            .iter()
-            .filter_map(|window: &Window| match &window.memory {
-                WindowMemory::Mapped { memory, .. } => Some(memory.clone()),
-                WindowMemory::Mediated => None,
-            })
-            .collect();
-        for memory in memories {
-            let mut pages = Vec::new();
-            if let Some(log) = before.dirty_log(&memory, &mut self.front) {
-                log.take(|page| pages.push(page));
+    /// What the lost device wrote and nobody has copied is still to be copied, also of memory that is not mapped any more.
+    fn carry_dirty_pages(&mut self, before: &mut dyn Attachment) {
+        for memory in self.memories.iter().filter_map(Weak::upgrade) {
+            let Some(log) = before.dirty_log(&memory, &mut self.front) else { continue };
+            if log.is_clean() {
+                continue;
             }
-            if let Some(log) = self.attachment.dirty_log(&memory, &mut self.front) {
-                pages.iter().for_each(|page| log.mark(page * PAGE, PAGE));
+            match self.carried.of_or_new(&memory) {
+                Ok(carried) => log.take(|page| carried.mark(page * PAGE_BYTES, PAGE_BYTES)),
+                // Late, and by whom it is asked for: everything may have been written.
+                Err(error) => tracing::error!(%error, "pages that a lost device wrote are not known any more"),
             }
         }
     }
@@ -274,9 +281,6 @@ enum Failed {
     /// There is no use in looking.
     ForGood(RestoreError),
 }
-
-/// Bytes that a mark of a dirty log stands for.
-const PAGE: u64 = 4096;
 
 /// Whether a device that was lost so may be found again.
 fn may_come_back(why: CloseReason) -> bool {

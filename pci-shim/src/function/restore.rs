@@ -4,6 +4,7 @@
 //! lent for that, the queues are created and moved to where they were; then the guest's memory is mapped. Nothing reaches the guest before
 //! [`Function::resume`].
 
+use farbus_remote_dma::dirty_log::DirtyLogs;
 use farbus_remote_dma::{Attachment, AttachmentError, InterruptMode, Iova, MapError, ResetKind, Rest, Window};
 use thiserror::Error;
 
@@ -84,6 +85,8 @@ impl<S: IrqSink> Function<S> {
             gone: false,
             windows: Windows::default(),
             recovery: None,
+            memories: Vec::new(),
+            carried: DirtyLogs::default(),
             quiesced: None,
             map_changes: 0,
         };

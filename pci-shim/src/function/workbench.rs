@@ -117,6 +117,10 @@ impl<S: IrqSink> Reviving for Workbench<'_, S> {
         Ok(())
     }
 
+    fn may_reach_guest(&self) -> bool {
+        self.front.space.bus_master()
+    }
+
     fn guest(&self) -> &dyn Peek {
         self.guest
     }

@@ -147,6 +147,9 @@ pub trait Reviving {
     /// [`ReviveError`].
     fn give_guest_memory(&mut self, keep: &[Iova]) -> Result<(), ReviveError>;
 
+    /// Whether the guest lets the device reach its memory now.
+    fn may_reach_guest(&self) -> bool;
+
     /// The guest's memory, to look at.
     fn guest(&self) -> &dyn Peek;
 

@@ -33,6 +33,7 @@ impl<F: Fabric> Attachment for BorrowerSession<F> {
         self.give_slots_back();
         let answer = self.wait_for(sequence, self.options.read_deadline, host);
         self.flushing = false;
+        self.overdue = answer.is_none() && self.gone.is_none();
         match answer {
             Some(Answer::Value(value)) => width.truncate(value),
             Some(Answer::Outcome(_)) => {
@@ -196,6 +197,14 @@ impl<F: Fabric> Attachment for BorrowerSession<F> {
 
     fn in_doubt(&self) -> bool {
         self.in_doubt
+    }
+
+    fn overdue(&self) -> bool {
+        self.overdue
+    }
+
+    fn give_up(&mut self) {
+        self.close(CloseReason::Local);
     }
 
     fn pause(&mut self, token: RestToken, _host: &mut dyn Host) -> Result<(), AttachmentError> {

@@ -73,6 +73,8 @@ pub struct BorrowerSession<F: Fabric> {
     answer: Option<(Sequence, Answer)>,
     /// A register read waits: stores that come before its answer must not wait for it.
     flushing: bool,
+    /// The last register read was answered by its deadline.
+    overdue: bool,
     gone: Option<CloseReason>,
     /// A register write was posted and not flushed.
     unflushed: bool,
@@ -125,6 +127,7 @@ impl<F: Fabric> BorrowerSession<F> {
             sequence: 0,
             answer: None,
             flushing: false,
+            overdue: false,
             gone: None,
             unflushed: false,
             in_doubt: false,

@@ -46,7 +46,7 @@ pub enum Refusal {
     #[error("the device is held for a borrower whose link was lost: try again in some seconds")]
     Held,
     /// Somebody else had it since this borrower lost its link: what it would tell the device again would undo what that one did.
-    #[error("another borrower has had the device since this one lost its link")]
+    #[error("another borrower has had the device since this one lost its link, or it is not known that none has")]
     Others,
     /// A reason of a later version of farbus.
     #[error("the lender refuses for reason {0}, which this version does not know")]

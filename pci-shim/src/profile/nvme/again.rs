@@ -8,7 +8,7 @@ use std::time::Instant;
 use farbus_remote_dma::Iova;
 
 use super::ledger::Command;
-use super::queues::{COMPLETION_BYTES, SUBMISSION_BYTES};
+use super::queues::{Entry, SUBMISSION_BYTES};
 use super::revive::{LIMIT, PAGE, Rig, no_queue};
 use super::saved::SavedQueues;
 use crate::profile::ReviveError;
@@ -38,14 +38,18 @@ impl Rig<'_> {
             }
         }
         self.device.give_guest_memory(&keep)?;
-        for (id, _) in again {
-            self.ring(*id)?;
-        }
-        for queue in &saved.completions {
-            let own =
-                |id: u16| saved.submissions.iter().any(|submission| submission.id == id && submission.completions == queue.id);
-            let told: usize = again.iter().filter(|(id, _)| own(*id)).map(|(_, commands)| commands.len()).sum();
-            self.await_answers((queue.base, queue.entries), (queue.tail, queue.tail_phase), told)?;
+        // What is about queues comes last: one that is being deleted still takes what was put into it.
+        for administers in [false, true] {
+            for (id, _) in again.iter().filter(|(id, _)| (*id == 0) == administers) {
+                self.ring(*id)?;
+            }
+            for queue in saved.completions.iter().filter(|queue| (queue.id == 0) == administers) {
+                let own =
+                    |id: u16| saved.submissions.iter().any(|submission| submission.id == id && submission.completions == queue.id);
+                let told = again.iter().filter(|(id, _)| own(*id)).flat_map(|(id, commands)| commands.iter().map(|it| (*id, it)));
+                let told = told.map(|(id, command)| (id, u16::from_le_bytes([command[2], command[3]]))).collect();
+                self.await_answers((queue.base, queue.entries), (queue.tail, queue.tail_phase), told)?;
+            }
         }
         for Beside { queue, at, bytes } in beside {
             let mut now = vec![0; bytes.len()];
@@ -71,19 +75,21 @@ impl Rig<'_> {
         Ok(Some(Beside { queue, at, bytes }))
     }
 
-    /// Waits until `count` entries more lie in the guest's completion queue.
-    fn await_answers(&mut self, (base, entries): (u64, u32), from: (u32, bool), count: usize) -> Result<(), ReviveError> {
+    /// Waits until the answers to all that was `told`, by queue and name, lie in the guest's completion queue; events that it asked for may lie between them.
+    fn await_answers(
+        &mut self,
+        (base, entries): (u64, u32),
+        from: (u32, bool),
+        mut told: Vec<(u16, u16)>,
+    ) -> Result<(), ReviveError> {
         let (mut slot, mut phase) = from;
         let mut began = Instant::now();
-        let mut left = count;
-        while left > 0 {
-            let mut status = [0; 2];
-            let at = base.checked_add(u64::from(slot) * COMPLETION_BYTES + 14);
-            if !at.is_some_and(|at| self.device.guest().peek(Iova(at), &mut status)) {
-                return Err(ReviveError::Unknown("a completion queue cannot be looked at from here".into()));
-            }
-            if (status[0] & 1 != 0) == phase {
-                (left, began) = (left - 1, Instant::now());
+        while !told.is_empty() {
+            let entry = Entry::read(base, slot, self.device.guest());
+            let entry = entry.ok_or_else(|| ReviveError::Unknown("a completion queue cannot be looked at from here".into()))?;
+            if entry.phase == phase {
+                told.retain(|known| *known != (entry.queue, entry.identifier));
+                began = Instant::now();
                 slot += 1;
                 if slot == entries {
                     (slot, phase) = (0, !phase);
@@ -91,7 +97,7 @@ impl Rig<'_> {
                 continue;
             }
             if began.elapsed() > LIMIT {
-                return Err(ReviveError::Device(format!("{left} commands that it was told again do not end")));
+                return Err(ReviveError::Device(format!("{} commands that it was told again do not end", told.len())));
             }
             self.device.work()?;
         }

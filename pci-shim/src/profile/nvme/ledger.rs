@@ -16,11 +16,16 @@ pub(super) type Command = [u8; SUBMISSION_BYTES as usize];
 /// Commands for which room is made when a queue is created: more than drivers submit to one. Beyond that it grows.
 const ROOM: usize = 1024;
 
+/// Commands that are kept at most, of all queues: 1 MiB, and a bound for the time that a guest can make us look for one.
+const MOST: usize = 16 << 10;
+
 /// What is outstanding in each I/O submission queue, in the order of submission.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Ledger {
     /// By the number of the queue; the admin queue's commands are kept elsewhere.
     queues: Vec<VecDeque<Command>>,
+    /// How many in all.
+    count: usize,
     /// Why this is not all; `None` where it is.
     pub(super) unseen: Option<&'static str>,
 }
@@ -28,12 +33,13 @@ pub(super) struct Ledger {
 impl Ledger {
     /// Of a controller with queues of numbers below `places`.
     pub(super) fn new(places: usize) -> Self {
-        Self { queues: vec![VecDeque::new(); places], unseen: None }
+        Self { queues: vec![VecDeque::new(); places], count: 0, unseen: None }
     }
 
     /// A queue was created. One of a number that is not expected is not kept, and known not to be by whoever asks for what is known of it.
     pub(super) fn created(&mut self, queue: u16, entries: u32) {
         if let Some(place) = self.queues.get_mut(usize::from(queue)) {
+            self.count -= place.len();
             *place = VecDeque::with_capacity((entries as usize).min(ROOM));
         }
     }
@@ -41,6 +47,7 @@ impl Ledger {
     /// A queue was deleted, and its commands with it.
     pub(super) fn deleted(&mut self, queue: u16) {
         if let Some(place) = self.queues.get_mut(usize::from(queue)) {
+            self.count -= place.len();
             *place = VecDeque::new();
         }
     }
@@ -55,11 +62,14 @@ impl Ledger {
             let at = base.checked_add(u64::from(slot) * SUBMISSION_BYTES);
             if !at.is_some_and(|at| guest.peek(Iova(at), &mut entry)) {
                 self.unseen = Some(NOT_SEEN);
+            } else if self.count >= MOST {
+                self.unseen = Some("more commands are outstanding than are kept");
             } else if commands.len() + 1 >= entries as usize {
                 // A driver that goes by tags never does that, and what one does that does not could not be put into the queue again.
                 self.unseen = Some("more commands are outstanding than their queue holds");
             } else {
                 commands.push_back(entry);
+                self.count += 1;
             }
             slot = (slot + 1) % entries;
         }
@@ -73,6 +83,7 @@ impl Ledger {
         match commands.iter().position(|command| command[2..4] == name) {
             Some(at) => {
                 commands.remove(at);
+                self.count -= 1;
             }
             None => self.unseen = Some("a command was completed that was not seen"),
         }
@@ -84,6 +95,7 @@ impl Ledger {
             let mut command = [0; SUBMISSION_BYTES as usize];
             command[2..4].copy_from_slice(&entry.identifier.to_le_bytes());
             commands.push_back(command);
+            self.count += 1;
         }
     }
 

@@ -29,12 +29,16 @@ impl Lost {
     pub(super) fn of(known: &Queues, guest: &dyn Peek, broken: Option<RecoveryRule>) -> Result<Self, &'static str> {
         let mut known = known.clone();
         let mut saved = SavedQueues::default();
+        // First, because they create and delete queues.
+        let admin = known.all_completions().find(|(id, _)| *id == 0).map(|(_, queue)| *queue);
+        if let Some(admin) = admin {
+            posted(&admin, guest, |entry| known.completed(entry))?;
+        }
         let completions: Vec<_> = known.all_completions().map(|(id, queue)| (id, *queue)).collect();
         for (id, queue) in completions {
             let end = posted(&queue, guest, |entry| {
-                if entry.queue == 0 {
-                    known.completed(entry);
-                } else if broken != Some(RecoveryRule::TellOnce)
+                if id != 0
+                    && broken != Some(RecoveryRule::TellOnce)
                     && let Some(ledger) = &mut known.ledger
                 {
                     ledger.completed(&entry);

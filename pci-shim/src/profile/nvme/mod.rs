@@ -35,6 +35,8 @@ const ASQ: u64 = 0x28;
 const ACQ: u64 = 0x30;
 const DOORBELLS: u64 = 0x1000;
 const CC_ENABLE: u32 = 1;
+/// CC.CSS, where it is not the NVM command set (NVM Express 1.4, section 3.1.5), in the register's first byte.
+const OTHER_COMMANDS: u8 = 0b111 << 4;
 
 /// Registers below the doorbells: first byte, bytes, name (NVM Express 1.4, figure 68).
 const REGISTERS: [(u64, u64, &str); 18] = [
@@ -331,6 +333,14 @@ impl Profile for Nvme {
                 Some(lost.map_err(|why| ReviveError::Unknown(why.into()))?)
             }
         };
+        let unknown = |why: &str| Err(ReviveError::Unknown(why.to_owned()));
+        let io = lost.iter().flat_map(|lost| &lost.again).any(|(id, _)| *id != 0);
+        if io && self.written::<4>(CC)[0] & OTHER_COMMANDS != 0 {
+            return unknown("what is outstanding is of a command set that may not be carried out twice");
+        }
+        if lost.as_ref().is_some_and(|lost| !lost.again.is_empty()) && !device.may_reach_guest() {
+            return unknown("commands are outstanding, and the guest has turned bus mastering off");
+        }
         self.bring_back(lost.as_ref(), device)?;
         let vectors = if self.broken == Some(RecoveryRule::InterruptAgain) { Vec::new() } else { self.unheard(device.guest()) };
         Ok(GoOn { writes: Vec::new(), vectors })

@@ -59,6 +59,25 @@ pub(super) struct Completions {
     pub(super) outstanding: Option<u32>,
 }
 
+/// A feature's number, the namespace, and which of several values it is.
+pub(super) type FeatureKey = (u8, u32, u32);
+
+/// What a Set Features is about (NVM Express 1.4, section 5.21.1): thresholds are told apart by sensor and direction, interrupts by their vector.
+pub(super) fn feature_key(command: &[u8; SUBMISSION_BYTES as usize]) -> FeatureKey {
+    const TEMPERATURE: u8 = 0x04;
+    const VECTOR: u8 = 0x09;
+    let dword = |at: usize| {
+        let bytes = command.get(at..at + 4).and_then(|bytes| bytes.try_into().ok());
+        u32::from_le_bytes(bytes.unwrap_or_default())
+    };
+    let which = match command[40] {
+        TEMPERATURE => dword(44) & 0x003f_0000,
+        VECTOR => dword(44) & 0xffff,
+        _ => 0,
+    };
+    (command[40], dword(4), which)
+}
+
 /// An admin command that has no completion yet that we know of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Pending {
@@ -109,8 +128,8 @@ impl Entry {
 pub(super) struct Queues {
     submission: Vec<Option<Submission>>,
     completions: Vec<Option<Completions>>,
-    /// The last Set Features of each feature that took no data, in the order of their numbers.
-    pub(super) features: BTreeMap<u8, [u8; SUBMISSION_BYTES as usize]>,
+    /// The last Set Features of each feature, and of each thing that it is about, that took no data, in the order of their numbers.
+    pub(super) features: BTreeMap<FeatureKey, [u8; SUBMISSION_BYTES as usize]>,
     /// In the order of their submission.
     pub(super) pending: VecDeque<Pending>,
     /// The I/O commands that are outstanding; `None` where nobody will ask for them.
@@ -338,7 +357,7 @@ impl Queues {
             }
             // What took its value from memory cannot be said again; the driver's own notion of it is all that there is.
             opcode::SET_FEATURES if prp1 == 0 => {
-                self.features.insert(dword(10) as u8, *command);
+                self.features.insert(feature_key(command), *command);
             }
             _ => {}
         }

@@ -224,12 +224,18 @@ impl<'d> Rig<'d> {
         while left > 0 {
             let room = self.room(queue)?;
             let now = left.min(BATCH).min(room);
+            let mut told = Vec::new();
             for _ in 0..now {
-                self.put(queue, entry)?;
+                told.push(self.put(queue, entry)?);
             }
             self.ring(queue)?;
-            for _ in 0..now {
-                self.take(queue)?;
+            while !told.is_empty() {
+                let name = self.take(queue)?;
+                match told.iter().position(|known| *known == name) {
+                    Some(at) => told.swap_remove(at),
+                    // An event that the driver asked for, say: its entry would be missing in the driver's queue.
+                    None => return Err(ReviveError::Unknown("it completes what it was not told while it is brought back".into())),
+                };
             }
             left -= now;
         }
@@ -245,7 +251,8 @@ impl<'d> Rig<'d> {
         room.filter(|room| *room > 0).ok_or_else(|| ReviveError::Unknown("a queue has no room".into()))
     }
 
-    fn put(&mut self, queue: u16, entry: &Command) -> Result<(), ReviveError> {
+    /// The command's name comes back.
+    fn put(&mut self, queue: u16, entry: &Command) -> Result<u16, ReviveError> {
         let submitted = self.submission(queue)?.submitted;
         let mut entry = *entry;
         // Requests for events keep the name that their driver knows; all others are ours, and over before the next one of their name.
@@ -253,7 +260,8 @@ impl<'d> Rig<'d> {
             let [low, high] = (submitted as u16).to_le_bytes();
             (entry[2], entry[3]) = (low, high);
         }
-        self.put_as_it_is(queue, &entry)
+        self.put_as_it_is(queue, &entry)?;
+        Ok(u16::from_le_bytes([entry[2], entry[3]]))
     }
 
     /// Puts a command under the name that it has.
@@ -285,8 +293,8 @@ impl<'d> Rig<'d> {
         Ok(())
     }
 
-    /// Waits for the next completion of `queue`'s commands, and says that it was taken where the driver had taken it.
-    fn take(&mut self, queue: u16) -> Result<(), ReviveError> {
+    /// Waits for the next completion of `queue`'s commands, and says that it was taken where the driver had taken it. Whose it is comes back.
+    fn take(&mut self, queue: u16) -> Result<u16, ReviveError> {
         let id = self.submissions.get(&queue).map_or(queue, |submission| submission.completions);
         let began = Instant::now();
         let mut bytes = [0; COMPLETION_BYTES as usize];
@@ -317,7 +325,7 @@ impl<'d> Rig<'d> {
                 self.device.write(BarAddress { bar: 0, offset: DOORBELLS + at * stride }, Width::B4, head);
             }
         }
-        Ok(())
+        Ok(u16::from_le_bytes([bytes[12], bytes[13]]))
     }
 }
 

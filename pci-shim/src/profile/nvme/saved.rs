@@ -11,7 +11,7 @@
 
 use std::collections::BTreeMap;
 
-use super::queues::{Completions, Entry, NOT_SEEN, Queues, SUBMISSION_BYTES, opcode};
+use super::queues::{Completions, Entry, NOT_SEEN, Queues, SUBMISSION_BYTES, feature_key, opcode};
 use super::{Fixed, Nvme};
 use crate::profile::Peek;
 use crate::state::StateError;
@@ -200,13 +200,14 @@ fn find(
     heads: &mut BTreeMap<u16, u32>,
     seen_all: &mut BTreeMap<u16, bool>,
 ) -> Result<(), &'static str> {
+    // First, because they create and delete queues.
+    let admin = known.all_completions().find(|(id, _)| *id == 0).map(|(_, queue)| *queue);
+    if let Some(admin) = admin {
+        posted(&admin, guest, |entry| known.completed(entry))?;
+    }
     let completions: Vec<_> = known.all_completions().map(|(id, queue)| (id, *queue)).collect();
     for (id, queue) in completions {
-        let Posted { tail, phase, round } = posted(&queue, guest, |entry| {
-            if id == 0 {
-                known.completed(entry);
-            }
-        })?;
+        let Posted { tail, phase, round } = posted(&queue, guest, |_| {})?;
         // The newest entry of each submission queue says how far that was consumed when its last command was completed.
         let written = if round { queue.entries } else { tail };
         for back in 1..=written {
@@ -322,7 +323,7 @@ impl Queues {
             queues.restore_submission(queue);
         }
         for feature in &saved.features {
-            queues.features.insert(feature[40], *feature);
+            queues.features.insert(feature_key(feature), *feature);
         }
         queues.pending.extend(saved.events.iter().map(|entry| super::queues::Pending { slot: 0, entry: *entry }));
         queues

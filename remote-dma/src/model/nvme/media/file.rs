@@ -101,7 +101,7 @@ impl Media for FileMedia {
             return;
         }
         if let Err(errno) = rustix::fs::fsetxattr(&self.file, HOLDER, &note.encode(), XattrFlags::empty()) {
-            tracing::debug!(%errno, "an image cannot remember its borrower: its file system has no attributes for that");
+            tracing::warn!(%errno, "an image cannot remember its borrower (its file system has no attributes for that): who loses this lender does not get it back");
         }
     }
 
