@@ -301,6 +301,8 @@ pub struct DevicesArgs {
 #[command(after_help = "Examples:
   farbus bench shm --seconds 0.5
   farbus bench soft-roce --dev rxe0
+  farbus bench migrate --effort 0.1
+  farbus bench faults --json >faults.json
   PATH=$(ci/bank/peers):$PATH farbus bench bank --series series
   ci/softroce --seconds 900 target/release/farbus bench soft-roce --json    in the lab, where this host has no RDMA
   farbus bench shm --json >before.json
@@ -331,6 +333,9 @@ pub struct BenchArgs {
     /// GiB of the large machine (bank)
     #[arg(long, value_name = "GIB", default_value_t = 10.0)]
     pub large_gib: f64,
+    /// How much of the usual number of moves, kills and cuts, 0.01 to 3600 (migrate, faults; 1 by default)
+    #[arg(long, value_name = "FRACTION", value_parser = parse_seconds)]
+    pub effort: Option<f64>,
     #[arg(long, value_enum, value_name = "PART", help = "Only these rows (bank)")]
     pub only: Option<crate::bench::BankPart>,
     /// Print one JSON object
@@ -343,6 +348,12 @@ pub struct BenchArgs {
 pub enum BenchCommand {
     /// What is better, what is worse, and what is noise, between two runs of a suite
     Compare(CompareArgs),
+    /// One of the other processes of a suite
+    #[command(hide = true)]
+    Part {
+        /// Which, and what it needs
+        words: Vec<String>,
+    },
 }
 
 /// `farbus bench compare`
@@ -395,6 +406,10 @@ pub enum Suite {
     SoftRoce,
     /// The Machine Bank, against restic, borg, casync, cp and qemu-img on the same images
     Bank,
+    /// A machine that moves between two processes under verified IO: how long it stands still
+    Migrate,
+    /// Lenders, links and borrowers that are killed under verified IO, and a device that nobody uses
+    Faults,
 }
 
 #[cfg(test)]

@@ -13,7 +13,7 @@ pub mod process;
 pub mod program;
 pub mod qemu;
 pub mod scrape;
-pub mod scripted_guest;
 
+pub use farbus_bench::scripted_guest;
 pub use process::{End, Running};
 pub use program::farbus;

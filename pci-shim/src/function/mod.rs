@@ -41,6 +41,7 @@ use front::Front;
 use lazy::Lazy;
 pub use options::{Counters, FunctionError, FunctionOptions, InterruptOwner};
 use recovery::Recovery;
+pub use recovery::RecoveryParts;
 pub use restore::{RestoreError, Restored};
 pub use save::QuiesceError;
 use windows::Windows;

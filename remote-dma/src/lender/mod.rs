@@ -28,7 +28,7 @@ use crate::attachment::Activity;
 use crate::backend::{AttachError, Backend, DmaFault, ReadTicket, ResetKind};
 use crate::message::{Outcome, Sequence, ToBorrower, ToLender};
 use crate::rest::{Lease, RestToken};
-use crate::wait::{Waker, relax, sleep_until_readable};
+use crate::wait::{Awake, Waker, relax, sleep_until_readable};
 
 pub use self::counters::Counters;
 pub use self::ending::{Drained, Wedged};
@@ -42,7 +42,8 @@ const MAX_WAITING: usize = 16;
 /// How a session polls.
 #[derive(Clone, Copy, Debug)]
 pub struct PollOptions {
-    /// How long to poll without work before sleeping.
+    /// How long to poll without work before sleeping; 2 us at most while more sessions of this process are awake than there are cores, unless this is
+    /// [`Duration::MAX`].
     pub spin: Duration,
 }
 
@@ -178,6 +179,7 @@ impl<F: Fabric> LenderSession<F> {
     pub fn run(&mut self, options: PollOptions, stop: &Waker) -> CloseReason {
         /// Reading the clock costs more than a poll, so it is read now and then, busy or not.
         const POLLS_PER_LOOK: u32 = 64;
+        let awake = Awake::begin();
         let mut now = Nanos::now();
         let mut busy_at = now;
         let (mut polls, mut empty_polls) = (0_u32, 0_u32);
@@ -207,11 +209,11 @@ impl<F: Fabric> LenderSession<F> {
                 continue;
             }
             // While an answer waits for the device, nothing may announce its end: keep polling.
-            if now.since(busy_at) >= options.spin && self.waiting.is_empty() {
+            if now.since(busy_at) >= awake.spin(options.spin) && self.waiting.is_empty() {
                 if self.arm() {
                     self.tell_counters();
                     let fds = [self.bus.wake_fd(), self.backend.wake_fd(), Some(stop.fd())];
-                    sleep_until_readable(&fds, wait);
+                    awake.asleep(|| sleep_until_readable(&fds, wait));
                 }
                 now = Nanos::now();
                 busy_at = now;
