@@ -9,5 +9,6 @@ pub mod function;
 pub mod image;
 pub mod measure;
 pub mod report;
+pub mod scripted_guest;
 pub mod suite;
 pub mod workload;

@@ -99,5 +99,8 @@ fn the_data_path_does_not_allocate_and_the_borrowers_side_does_not_ask_the_kerne
             let liveness = counts.last == Some(libc::SYS_ppoll as u64) && counts.futex == 0 && place == Place::ShmPolling;
             assert!(counts.total == 0 || liveness, "{place:?} {}: {counts:?}", case.name);
         }
+        // All of that while both sides told what they counted, register writes and bytes.
+        let told = rig.told.values();
+        assert_eq!(place == Place::ShmPolling, told[1] >= 5000 && told[3] >= 5000 * 512, "{place:?}: {told:?}");
     }
 }

@@ -11,7 +11,9 @@ use anyhow::Context;
 use clap::ValueEnum;
 use farbus_bench::measure::LEAST_ROUNDS;
 use farbus_bench::report::{Kept, SuiteReport, changes_table, suite_row, suite_table};
-use farbus_bench::suite::{BankSeries, Heard, ShmSession, SoftRoce, Step, bank, shm, soft_roce};
+use farbus_bench::suite::{
+    BankSeries, Heard, MachinePlaces, ShmSession, SoftRoce, Step, bank, faults, migrate, run_part, shm, soft_roce,
+};
 use farbus_transport::verbs::DeviceChoice;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
@@ -34,8 +36,10 @@ pub enum BankPart {
 
 /// Runs a suite.
 pub fn run(args: &BenchArgs) -> anyhow::Result<()> {
-    if let Some(BenchCommand::Compare(args)) = &args.command {
-        return compare(args);
+    match &args.command {
+        Some(BenchCommand::Compare(args)) => return compare(args),
+        Some(BenchCommand::Part { words }) => return run_part(words),
+        None => {}
     }
     let report = match args.suite {
         // clap asks for it where there is no command.
@@ -52,6 +56,7 @@ pub fn run(args: &BenchArgs) -> anyhow::Result<()> {
             shm::run(&mut subjects, &shm_effort(args.seconds.unwrap_or(1.0)), |heard| bar.hear(heard))
         }
         Some(Suite::Bank) => bank(args)?,
+        Some(suite @ (Suite::Migrate | Suite::Faults)) => machine(args, suite)?,
         Some(Suite::SoftRoce) if args.only.is_some() => {
             return Err(misuse("--only is for the suite bank", "leave it out, or run that suite"));
         }
@@ -128,6 +133,21 @@ fn bank(args: &BenchArgs) -> anyhow::Result<SuiteReport> {
     Ok(bank::run(&series.context("the suite needs images")?, &places, &effort, |heard| bar.hear(heard)))
 }
 
+/// The suites `migrate` and `faults`, whose other processes are this program.
+fn machine(args: &BenchArgs, suite: Suite) -> anyhow::Result<SuiteReport> {
+    if args.dev.is_some() || args.seconds.is_some() || args.pairs.is_some() || args.only.is_some() {
+        return Err(misuse("--dev, --seconds, --pairs and --only are not for this suite", "leave them out, or say --effort"));
+    }
+    let scratch = tempfile::tempdir().context("the suite needs a folder for temporary files: set TMPDIR")?;
+    let farbus = std::env::current_exe().context("where is this program?")?;
+    let places = MachinePlaces { farbus, scratch: scratch.path().to_owned() };
+    let (effort, bar) = (args.effort.unwrap_or(1.0), Bar::new());
+    Ok(match suite {
+        Suite::Faults => faults::run(&places, effort, |heard| bar.hear(heard)),
+        _ => migrate::run(&places, effort, |heard| bar.hear(heard)),
+    })
+}
+
 /// Progress: each row as it comes, and a bar on a terminal, which goes when this is dropped, elsewhere a line for each group of rows.
 struct Bar(ProgressBar);
 
@@ -135,7 +155,7 @@ impl Bar {
     fn new() -> Self {
         let target = if std::io::stderr().is_terminal() { ProgressDrawTarget::stderr() } else { ProgressDrawTarget::hidden() };
         let bar = ProgressBar::with_draw_target(Some(1), target);
-        if let Ok(style) = ProgressStyle::with_template("{msg:36} {wide_bar} {percent:>3} % {elapsed}") {
+        if let Ok(style) = ProgressStyle::with_template("{msg:36} {wide_bar} {percent:>3} % {elapsed}, {eta} left") {
             bar.set_style(style);
         }
         bar.enable_steady_tick(Duration::from_millis(200));
@@ -211,6 +231,7 @@ mod tests {
             dev: None,
             series: None,
             large_gib: 10.0,
+            effort: None,
             only: None,
             json: false,
         }

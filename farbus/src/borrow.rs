@@ -5,15 +5,16 @@
 
 use std::io::ErrorKind;
 use std::process::ExitCode;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
 use farbus_pci_shim::vfio_user::{BindError, ClientInterrupts, Ended, OnUnshared, Options, Server};
-use farbus_pci_shim::{Function, FunctionOptions, InterruptOwner, NotFound, Reconnector, Search, SearchStop};
-use farbus_remote_dma::borrower::BorrowerOptions;
+use farbus_pci_shim::{Counters, Function, FunctionOptions, InterruptOwner, NotFound, Reconnector, Search, SearchStop};
+use farbus_remote_dma::borrower::{self, BorrowerOptions};
 use farbus_remote_dma::{Attachment, Claim, HolderToken, Holding};
-use farbus_transport::CloseReason;
 use farbus_transport::link::verdict::Refusal;
+use farbus_transport::{CloseReason, Tally};
 use serde_json::json;
 use tokio::sync::oneshot;
 
@@ -22,6 +23,7 @@ use crate::attach::attach;
 use crate::borrow_args::{BorrowArgs, Unshared};
 use crate::failure::Advise;
 use crate::output::Events;
+use crate::service::{Board, Service, notify};
 use crate::signals::EndSignals;
 use crate::socket_access;
 
@@ -52,25 +54,36 @@ pub fn run(args: &BorrowArgs) -> anyhow::Result<ExitCode> {
         Err(error).advise("cannot serve a VMM there", hint)
     })?;
     let options = BorrowerOptions { read_deadline: args.read_deadline, ..BorrowerOptions::default() };
+    let service = Service::start("borrow", &args.service, events)?;
+    let (board, from) = (&service.board, args.from.to_string());
     let holder = HolderToken::random().context("no random bytes")?;
-    let session = attach_first(args, options, holder)?;
+    let tally = board.tally(&from, "session", borrower::Counters::NAMES);
+    let session = attach_first(args, options, holder, &tally)?;
+    board.begin(&from);
     let name = session.description().name.clone();
     let interrupts = ClientInterrupts::new(session.description());
     let mut function = Function::new(session, interrupts, FunctionOptions { interrupts: InterruptOwner::Client })?;
     let mut search_stop = None;
     if !args.reconnect.is_zero() {
-        let search = search(args, options, holder, events);
+        let search = search(args, options, holder, events, board);
         search_stop = Some(search.stop_handle());
         function.reattach_by(Box::new(search));
     }
+    function.tell(board.tally(&from, "function", Counters::NAMES));
     let socket = args.vfio_user.display().to_string();
+    board.describe("device", &name);
+    board.describe("socket", &socket);
+    board.state("serving");
     events.say(
         "serving",
         json!({ "device": name, "from": args.from.to_string(), "socket": socket }),
         &format!("serving {name} from {} at {socket}", args.from),
     );
 
+    notify::ready(&format!("serving {name} from {from} at {socket}"));
+    let lost = Arc::clone(board);
     server.on_loss(move |why| {
+        lost.state("gone");
         let what = format!("{}: the VM reads all ones until it leaves, then this ends", culprit(why));
         events.say("lender-gone", json!({ "reason": why.to_string() }), &what);
     });
@@ -91,8 +104,11 @@ pub fn run(args: &BorrowArgs) -> anyhow::Result<ExitCode> {
         tokio::select! {
             signal = signals.next() => Some(signal),
             _ = released => None,
+            () = notify::watchdog() => None,
         }
     });
+    board.state("draining");
+    notify::stopping(signal.unwrap_or("the lender is gone"));
     stop.stop();
     // A read of the VM's may wait for the lender.
     search_stop.iter().for_each(SearchStop::stop);
@@ -109,11 +125,16 @@ pub fn run(args: &BorrowArgs) -> anyhow::Result<ExitCode> {
 }
 
 /// Connects for the first time. A device that is held for somebody who may come back is waited for.
-fn attach_first(args: &BorrowArgs, options: BorrowerOptions, holder: HolderToken) -> anyhow::Result<Box<dyn Attachment>> {
+fn attach_first(
+    args: &BorrowArgs,
+    options: BorrowerOptions,
+    holder: HolderToken,
+    tally: &Arc<Tally>,
+) -> anyhow::Result<Box<dyn Attachment>> {
     let claim = Claim { rest: None, holding: Some(Holding::First(holder)) };
     let began = Instant::now();
     loop {
-        match attach(&args.from, &args.security, &args.peer, options, &claim) {
+        match attach(&args.from, &args.security, &args.peer, options, &claim, Some(Arc::clone(tally))) {
             Err(error) if refusal_of(&error) == Some(Refusal::Held) && began.elapsed() < LONGEST_HOLD => {
                 tracing::info!("the device is held for a borrower that may come back: waiting");
                 std::thread::sleep(BETWEEN_LOOKS);
@@ -124,11 +145,13 @@ fn attach_first(args: &BorrowArgs, options: BorrowerOptions, holder: HolderToken
 }
 
 /// How the lender is looked for when it is gone, and what is said of it.
-fn search(args: &BorrowArgs, options: BorrowerOptions, holder: HolderToken, events: Events) -> Reconnector {
+fn search(args: &BorrowArgs, options: BorrowerOptions, holder: HolderToken, events: Events, board: &Arc<Board>) -> Reconnector {
     let (from, security, peer) = (args.from.clone(), args.security.clone(), args.peer.clone());
+    let (board, lender) = (Arc::clone(board), args.from.to_string());
+    let tally = board.tally(&lender, "session", borrower::Counters::NAMES);
     let claim = Claim { rest: None, holding: Some(Holding::Again(holder)) };
     let again = move || {
-        attach(&from, &security, &peer, options, &claim).map_err(|error| match refusal_of(&error) {
+        attach(&from, &security, &peer, options, &claim, Some(Arc::clone(&tally))).map_err(|error| match refusal_of(&error) {
             Some(Refusal::Others) => NotFound::Ever(format!("{error:#}")),
             _ => NotFound::Yet(format!("{error:#}")),
         })
@@ -136,14 +159,28 @@ fn search(args: &BorrowArgs, options: BorrowerOptions, holder: HolderToken, even
     let limit = args.reconnect;
     Reconnector::new(limit, again).telling(move |search| match search {
         Search::Lost(why) => {
+            board.state("lost");
+            board.count("losses");
+            board.end(&lender);
+            notify::status("looking for the lender");
             let what = format!("{}: looking for it for {limit:?}, the VM waits", culprit(why));
             events.say("lender-lost", json!({ "reason": why.to_string(), "limit_ms": limit.as_millis() }), &what);
         }
         Search::Back(away) => {
+            board.state("serving");
+            board.count("recoveries");
+            board.away(away);
+            board.begin(&lender);
+            notify::status("serving");
             let what = format!("the lender is back after {away:.0?}, and has what the VM had no answer to");
             events.say("lender-back", json!({ "away_us": away.as_micros() }), &what);
         }
-        Search::GaveUp(why) => events.say("lender-given-up", json!({ "reason": why }), &format!("the lender is given up: {why}")),
+        Search::GaveUp(why) => {
+            board.state("gone");
+            board.count("given_up");
+            notify::status("the lender is given up");
+            events.say("lender-given-up", json!({ "reason": why }), &format!("the lender is given up: {why}"));
+        }
     })
 }
 

@@ -9,6 +9,7 @@ use clap::{Args, ValueEnum};
 
 use crate::link_address::{LinkAddress, lender_address, socket_path};
 use crate::security::{PeerArgs, SecurityArgs};
+use crate::service::ServiceArgs;
 use crate::values::{parse_duration, parse_mode, parse_wait};
 
 /// What to do with guest memory whose descriptor is not the guest's memory.
@@ -68,6 +69,9 @@ pub struct BorrowArgs {
     /// Print one JSON object a line
     #[arg(long)]
     pub json: bool,
+    /// What it is as a service.
+    #[command(flatten)]
+    pub service: ServiceArgs,
     /// How it is known to the lender.
     #[command(flatten)]
     pub security: SecurityArgs,

@@ -13,7 +13,9 @@ use crate::borrow_args::BorrowArgs;
 use crate::device_spec::{DeviceSpec, HELP};
 use crate::link_address::{LinkAddress, lender_address};
 use crate::security::{AllowArgs, PeerArgs, SecurityArgs};
-use crate::values::{parse_duration, parse_pairs, parse_seconds};
+use crate::service::ServiceArgs;
+use crate::status::StatusArgs;
+use crate::values::{parse_duration, parse_pairs, parse_rate, parse_seconds};
 
 /// Lend a PCIe device to a virtual machine on another host, borrow it there.
 #[derive(Debug, Parser)]
@@ -42,9 +44,9 @@ pub struct Cli {
 #[derive(Debug, Subcommand)]
 pub enum Command {
     /// Offer a device of this host to one borrower after the other
-    Lend(LendArgs),
+    Lend(Box<LendArgs>),
     /// Borrow a device and serve it to a VMM at a vfio-user socket
-    Borrow(BorrowArgs),
+    Borrow(Box<BorrowArgs>),
     /// Lend an image from a second process, drive it remotely and natively, compare
     Demo(DemoArgs),
     /// Make and show the certificates by which lenders and borrowers know each other
@@ -52,7 +54,9 @@ pub enum Command {
     /// What can be lent here, and which fabrics work
     Devices(DevicesArgs),
     /// Save machines by content, and take them out again
-    Bank(BankArgs),
+    Bank(Box<BankArgs>),
+    /// What the services of this user do: lend, borrow, bank serve, bank serve-faults
+    Status(StatusArgs),
     /// Run a benchmark suite
     Bench(BenchArgs),
     /// Print completions for a shell
@@ -85,6 +89,7 @@ impl Command {
             Self::Bank(args) => (args.json(), Json::Object),
             Self::Bench(BenchArgs { command: Some(BenchCommand::Compare(args)), .. }) => (args.json, Json::Object),
             Self::Bench(args) => (args.json, Json::Object),
+            Self::Status(args) => (args.json, Json::Object),
             Self::Completions(_) => (false, Json::No),
             Self::Man(args) => (args.json, Json::Object),
         };
@@ -122,12 +127,22 @@ pub struct LendArgs {
     /// Run the session's thread on this core, one that this process may use
     #[arg(long, value_name = "CORE")]
     pub core: Option<usize>,
+    /// How long what the device has begun may take to end, when the command is told to end, before it is cut off, as in 500ms or 5s; a second signal
+    /// cuts it off at once
+    #[arg(long, value_name = "TIME", default_value = "5s", value_parser = parse_duration)]
+    pub drain: Duration,
+    /// How much data a borrower's commands move in a second at most, both directions together, as in 200M or 1G: beyond, its commands wait. For nvme: devices
+    #[arg(long, value_name = "SIZE", value_parser = parse_rate)]
+    pub max_bandwidth: Option<u64>,
     /// How long the device is held for a borrower whose link was lost, or whose lender was killed, and who may come back, as in 5s; others wait
     #[arg(long, value_name = "TIME", default_value = "5s", value_parser = parse_duration)]
     pub hold: Duration,
     /// Print one JSON object a line
     #[arg(long)]
     pub json: bool,
+    /// What it is as a service.
+    #[command(flatten)]
+    pub service: ServiceArgs,
     /// How it is known to borrowers.
     #[command(flatten)]
     pub security: SecurityArgs,
@@ -286,6 +301,8 @@ pub struct DevicesArgs {
 #[command(after_help = "Examples:
   farbus bench shm --seconds 0.5
   farbus bench soft-roce --dev rxe0
+  farbus bench migrate --effort 0.1
+  farbus bench faults --json >faults.json
   PATH=$(ci/bank/peers):$PATH farbus bench bank --series series
   ci/softroce --seconds 900 target/release/farbus bench soft-roce --json    in the lab, where this host has no RDMA
   farbus bench shm --json >before.json
@@ -316,6 +333,9 @@ pub struct BenchArgs {
     /// GiB of the large machine (bank)
     #[arg(long, value_name = "GIB", default_value_t = 10.0)]
     pub large_gib: f64,
+    /// How much of the usual number of moves, kills and cuts, 0.01 to 3600 (migrate, faults; 1 by default)
+    #[arg(long, value_name = "FRACTION", value_parser = parse_seconds)]
+    pub effort: Option<f64>,
     #[arg(long, value_enum, value_name = "PART", help = "Only these rows (bank)")]
     pub only: Option<crate::bench::BankPart>,
     /// Print one JSON object
@@ -328,6 +348,12 @@ pub struct BenchArgs {
 pub enum BenchCommand {
     /// What is better, what is worse, and what is noise, between two runs of a suite
     Compare(CompareArgs),
+    /// One of the other processes of a suite
+    #[command(hide = true)]
+    Part {
+        /// Which, and what it needs
+        words: Vec<String>,
+    },
 }
 
 /// `farbus bench compare`
@@ -380,6 +406,10 @@ pub enum Suite {
     SoftRoce,
     /// The Machine Bank, against restic, borg, casync, cp and qemu-img on the same images
     Bank,
+    /// A machine that moves between two processes under verified IO: how long it stands still
+    Migrate,
+    /// Lenders, links and borrowers that are killed under verified IO, and a device that nobody uses
+    Faults,
 }
 
 #[cfg(test)]

@@ -2,6 +2,7 @@
 //!
 //! tokio waits for connections and signals; a thread of its own carries each connection ([`visit`]): hello, claim, session. The first whose
 //! hello is complete gets the device, a second who comes meanwhile is told that it is lent, and whoever says nothing keeps nobody waiting.
+//! Told to end (SIGTERM), it lets nobody in any more, lets the device end what it has begun (`--drain`), and says goodbye.
 //! A device that does not end what it was doing for a borrower who has left (a disk that hangs) is lent to nobody until it does: what it still writes is of
 //! then.
 
@@ -14,6 +15,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, anyhow};
+use farbus_remote_dma::lender::Drained;
 use farbus_remote_dma::wait::Waker;
 use farbus_remote_dma::{Backend, Claim, Holders};
 use farbus_transport::CloseReason;
@@ -27,10 +29,12 @@ use self::quota::Quota;
 use self::visit::{Claimed, Device, News, Terms, Visit, Visitor};
 use crate::cli::LendArgs;
 use crate::cores::check_core;
+use crate::device_spec::DeviceSpec;
 use crate::failure::misuse;
 use crate::link::{Arrival, Door, Purpose};
 use crate::link_address::LinkAddress;
 use crate::output::Events;
+use crate::service::{Board, Service, notify};
 use crate::signals::EndSignals;
 
 /// Connections whose hello is awaited at a time, each with a thread and 5 s. One more ends the oldest: whoever means it needs milliseconds.
@@ -47,6 +51,12 @@ pub fn run(args: LendArgs) -> anyhow::Result<()> {
         check_core(core)?;
     }
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().context("cannot start the control plane")?;
+    if args.max_bandwidth.is_some() && !matches!(args.device, DeviceSpec::Nvme { .. }) {
+        return Err(misuse(
+            "--max-bandwidth bounds a device that can be held, and this is none",
+            "leave it out, or lend an nvme: device",
+        ));
+    }
     let device = args.device.open()?;
     if device.takes_windows() && !matches!(args.listen, LinkAddress::Shm(_)) {
         return Err(misuse(
@@ -54,25 +64,35 @@ pub fn run(args: LendArgs) -> anyhow::Result<()> {
             "lend it at an address of shared memory, as in --listen shm:/tmp/farbus.link",
         ));
     }
-    runtime.block_on(lend(args, device, QUIESCE_LIMIT))
+    let service = Service::start("lend", &args.service, Events::new(args.json))?;
+    runtime.block_on(lend(args, device, QUIESCE_LIMIT, &service))
 }
 
-async fn lend(args: LendArgs, device: Box<dyn Backend>, quiesce: Duration) -> anyhow::Result<()> {
+async fn lend(args: LendArgs, device: Box<dyn Backend>, quiesce: Duration, service: &Service) -> anyhow::Result<()> {
     let events = Events::new(args.json);
+    let board = &service.board;
     let mut signals = EndSignals::new().context("cannot wait for signals")?;
     let door = Door::open(&args.listen, Purpose::Device, &args.security, &args.allow, &[]).await?;
     let name = device.description().name.clone();
     let address = door.address();
+    board.describe("device", &name);
+    board.describe("address", &address);
+    board.state("idle");
     events.say("listening", json!({ "address": address, "device": name }), &format!("lending {name} at {address}"));
+    notify::ready(&format!("lending {name} at {address}"));
 
     let terms = Arc::new(Terms {
         hello: Hello { versions: SPOKEN, role: Role::Lender, features: 0, epoch: 0, description: device.description().encode()? },
         stop: Waker::new().context("cannot make a wake-up")?,
+        hurry: Waker::new().context("cannot make a wake-up")?,
+        drain: args.drain,
+        board: Arc::clone(board),
         spin: args.spin,
         options: ShmOptions { accept_unsealed: args.accept_unsealed },
         core: args.core,
         quiesce,
         keep_at_most: args.keep_at_most,
+        max_bandwidth: args.max_bandwidth,
     });
     let (news, mut heard) = mpsc::unbounded_channel();
     let mut desk = Desk {
@@ -84,11 +104,14 @@ async fn lend(args: LendArgs, device: Box<dyn Backend>, quiesce: Duration) -> an
         greetings: VecDeque::new(),
         strangers: Quota::new(Instant::now()),
         events,
+        board: Arc::clone(board),
     };
+    let mut watchdog = Box::pin(notify::watchdog());
     let mut visitors = 0;
     let ended_by = loop {
         tokio::select! {
             signal = signals.next() => break signal,
+            () = &mut watchdog => {}
             accepted = door.accept() => {
                 let arrival = accepted?;
                 visitors += 1;
@@ -107,11 +130,27 @@ async fn lend(args: LendArgs, device: Box<dyn Backend>, quiesce: Duration) -> an
     if desk.strangers.unsaid() > 0 {
         tracing::warn!(count = desk.strangers.unsaid(), "nothing was said of the last strangers that were turned away");
     }
+    // Nobody comes in any more, and who looks for this lender looks on.
+    drop(door);
+    board.state("draining");
+    notify::stopping(&format!("ending: {ended_by}"));
     terms.stop.set();
     // So that a thread that died with the device ends the wait for it.
     drop(news);
     if desk.idle.is_none() {
-        device_is_back(&mut heard, desk.wedged, quiesce).await?;
+        let limit = args.drain + quiesce;
+        let back = device_is_back(&mut heard, desk.wedged, limit, events);
+        tokio::pin!(back);
+        loop {
+            tokio::select! {
+                done = &mut back => break done?,
+                () = &mut watchdog => {}
+                signal = signals.next() => {
+                    tracing::warn!(signal, "what the device has begun is not waited for");
+                    terms.hurry.set();
+                }
+            }
+        }
     }
     events.say("ended", json!({ "reason": ended_by }), &format!("ended: {ended_by}"));
     Ok(())
@@ -122,6 +161,7 @@ async fn device_is_back(
     heard: &mut mpsc::UnboundedReceiver<(Visitor, News)>,
     mut wedged: Option<usize>,
     quiesce: Duration,
+    events: Events,
 ) -> anyhow::Result<()> {
     // A device that is known to be wedged has had its time.
     let limit = wedged.map_or(quiesce + GRACE, |_| GRACE);
@@ -129,6 +169,7 @@ async fn device_is_back(
         loop {
             match heard.recv().await {
                 Some((_, News::Returned(..))) => return Ok(()),
+                Some((_, News::Drained(drained))) => say_drained(events, drained),
                 Some((_, News::Wedged(in_flight))) => {
                     wedged = Some(in_flight);
                     return Err(None);
@@ -153,6 +194,17 @@ async fn device_is_back(
     }
 }
 
+/// What became of what the device had begun when the command was told to end.
+fn say_drained(events: Events, drained: Drained) {
+    let (what, in_flight) = match drained {
+        Drained::Done => ("all that the device had begun has ended", 0),
+        Drained::Late(in_flight) => ("the device did not end in time what it had begun: it is cut off", in_flight),
+        // Nothing was waited for.
+        Drained::Unable | Drained::Over => return,
+    };
+    events.say("drained", json!({ "done": drained == Drained::Done, "in_flight": in_flight }), what);
+}
+
 /// Where the device lies while it is not lent, and where visitors are received.
 struct Desk {
     /// `None` while it is lent.
@@ -170,6 +222,7 @@ struct Desk {
     /// How many strangers may be told of.
     strangers: Quota,
     events: Events,
+    board: Arc<Board>,
 }
 
 /// Who brought the device back.
@@ -220,20 +273,26 @@ impl Desk {
                     Ok(()) | Err(Err(_)) => {}
                 }
             }
-            News::Lent(peer) => match peer {
-                Some(peer) => self.events.say("lent", json!({ "peer": peer }), &format!("{peer} has the device")),
-                None => self.events.say("lent", json!({}), "a borrower has the device"),
-            },
+            News::Lent(peer) => {
+                self.is("lent", peer.as_deref().map_or("lent".to_owned(), |peer| format!("lent to {peer}")).as_str());
+                match peer {
+                    Some(peer) => self.events.say("lent", json!({ "peer": peer }), &format!("{peer} has the device")),
+                    None => self.events.say("lent", json!({}), "a borrower has the device"),
+                }
+            }
+            News::Drained(drained) => say_drained(self.events, drained),
             News::Wedged(in_flight) => {
                 self.wedged = Some(in_flight);
                 let what = format!(
                     "the device does not end {in_flight} accesses of its last borrower: it is lent to nobody until they end"
                 );
+                self.is("wedged", &what);
                 self.events.say("wedged", json!({ "in_flight": in_flight }), &what);
             }
             News::Gone { why, lent } => {
                 self.gone = true;
                 let what = format!("the device is gone ({why}): it is lent again when it is back");
+                self.is("gone", &what);
                 self.events.say("gone", json!({ "reason": why }), &what);
                 return lent.then_some(Left::Borrower);
             }
@@ -244,6 +303,7 @@ impl Desk {
                 }
                 let seconds = kept.left().unwrap_or_default().as_secs();
                 let what = format!("the device is at rest, and kept for {seconds} s for the function that left it");
+                self.is("kept", &what);
                 self.events.say("kept", json!({ "seconds": seconds }), &what);
                 self.idle = Some(Device::Kept(kept));
             }
@@ -251,6 +311,7 @@ impl Desk {
                 self.wedged = None;
                 self.gone = false;
                 let reason = ended.as_ref().map_or_else(Clone::clone, ToString::to_string);
+                self.is("idle", "the device is lent to nobody");
                 let device = self.noted(device, ended.as_ref().ok().copied());
                 self.events.say("returned", json!({ "reason": reason }), &format!("the device is back: {reason}"));
                 self.idle = Some(device);
@@ -258,6 +319,12 @@ impl Desk {
             }
         }
         None
+    }
+
+    /// Says what the device is doing, to who asks and to systemd.
+    fn is(&self, state: &'static str, status: &str) {
+        self.board.state(state);
+        notify::status(status);
     }
 
     /// Notes how the borrower of a device that is back has left.
@@ -327,6 +394,7 @@ impl Desk {
 
     /// Says that somebody was turned away, and how many others were of whom nothing was said.
     fn refused(&self, from: Option<&str>, why: &str, unsaid: u64) {
+        self.board.count("refused");
         let (mut fields, mut text) = match from {
             Some(from) => (json!({ "reason": why, "from": from }), format!("no link with {from}: {why}")),
             None => (json!({ "reason": why }), format!("no link: {why}")),

@@ -22,6 +22,7 @@ use crate::advice;
 use crate::failure::Advise;
 use crate::link_address::{LinkAddress, RdmaAddress};
 use crate::security::{AllowArgs, PeerArgs, SecurityArgs};
+use crate::service::notify;
 
 /// Why there is no link with a peer.
 #[derive(Debug, Error)]
@@ -93,7 +94,8 @@ impl Door {
         match at {
             LinkAddress::Shm(path) => {
                 security.none(at, !allow.allow.is_empty() || allow.allow_file.is_some())?;
-                let listener = shm::Listener::bind(path).or_else(|error| {
+                let passed = notify::passed_socket(path)?.map(|passed| shm::Listener::adopt(passed, path.clone()));
+                let listener = passed.map_or_else(|| shm::Listener::bind(path), Ok).or_else(|error| {
                     let hint = match &error {
                         ListenError::InUse { .. } => "choose another path for --listen, or end what uses this one",
                         ListenError::NotASocket { .. } => "choose another path for --listen",
@@ -109,6 +111,7 @@ impl Door {
                 Ok(Self::Shm { listener, accepting, users: users.into() })
             }
             LinkAddress::Rdma(address) => {
+                notify::no_passed_socket()?;
                 let security: LenderSecurity = security.lender(allow, at)?;
                 let listener = farbus_control::Listener::bind(&address.meet, security).await;
                 let listener = listener.or_else(|error| advice::give(what, error))?;

@@ -23,8 +23,10 @@ mod link_address;
 mod manual;
 mod output;
 mod security;
+mod service;
 mod signals;
 mod socket_access;
+mod status;
 mod usage;
 mod values;
 #[cfg(feature = "vfio")]
@@ -47,13 +49,14 @@ fn main() -> ExitCode {
     output::start_log(cli.verbose);
     let shape = cli.command.json();
     let result = match cli.command {
-        Command::Lend(args) => lend::run(args).map(|()| ExitCode::SUCCESS),
+        Command::Lend(args) => lend::run(*args).map(|()| ExitCode::SUCCESS),
         Command::Borrow(args) => borrow::run(&args),
         Command::Demo(args) => demo::run(&args).map(|()| ExitCode::SUCCESS),
         Command::Cert(args) => cert::run(&args).map(|()| ExitCode::SUCCESS),
         Command::Devices(args) => devices::run(&args).map(|()| ExitCode::SUCCESS),
         Command::Bank(args) => bank::run(&args),
         Command::Bench(args) => bench::run(&args).map(|()| ExitCode::SUCCESS),
+        Command::Status(args) => status::run(&args).map(|()| ExitCode::SUCCESS),
         Command::Completions(args) => manual::completions(&args).map(|()| ExitCode::SUCCESS),
         Command::Man(args) => manual::pages(&args).map(|()| ExitCode::SUCCESS),
     };

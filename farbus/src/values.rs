@@ -8,6 +8,8 @@ use farbus_bench::measure::LEAST_ROUNDS;
 use farbus_control::allow::EVERYBODY;
 use farbus_control::identity::{Name, NameError};
 
+/// The least that a device may move in a second: a command of 4 MiB then takes 4 s.
+const MIN_RATE: u64 = 1 << 20;
 /// The longest time that an option takes: nobody waits longer for a register, or polls longer for nothing.
 const LONGEST: Duration = Duration::from_secs(3600);
 /// Seconds of a measurement, at least and at most: below, a case is over before its clock was looked at.
@@ -63,6 +65,16 @@ pub fn parse_size(text: &str) -> Result<u64, String> {
     let bytes = number * (1_u64 << shift) as f64;
     // Up to 2^53 every number of bytes is a number of this kind.
     if (0.0..=(1_u64 << 53) as f64).contains(&bytes) { Ok(bytes as u64) } else { Err(format!("{text} is no size that can be")) }
+}
+
+/// Bytes in a second, of which there are some.
+pub fn parse_rate(text: &str) -> Result<u64, String> {
+    let rate = parse_size(text)?;
+    if rate < MIN_RATE {
+        Err(format!("{text} in a second is less than 1M, with which no command of a guest ends in time"))
+    } else {
+        Ok(rate)
+    }
 }
 
 /// A time that is not zero: who waits for nothing gets nothing.
@@ -137,6 +149,14 @@ mod tests {
         assert_eq!((parse_size("4G"), parse_size("512M"), parse_size("1.5K")), (Ok(4 << 30), Ok(512 << 20), Ok(1536)));
         for wrong in ["", "GiB", "4GB", "7", "1g", "-1M", "nanM", "infT", "99999999999TiB"] {
             assert!(parse_size(wrong).is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn a_rate_leaves_time_for_a_command() {
+        assert_eq!((parse_rate("1M"), parse_rate("2G")), (Ok(1 << 20), Ok(2 << 30)));
+        for wrong in ["0B", "1023K", "", "M"] {
+            assert!(parse_rate(wrong).is_err(), "{wrong}");
         }
     }
 

@@ -35,6 +35,9 @@ pub enum BankError {
     /// The store's fault.
     #[error(transparent)]
     Store(#[from] StoreError),
+    /// There are machines or packs, and what says whose they are is gone.
+    #[error("there are machines or packs of a bank whose description (config/bank) is gone")]
+    Nameless,
     /// What the bank says of itself is damaged.
     #[error("the bank's description: {0}")]
     Malformed(#[from] Malformed),
@@ -75,6 +78,10 @@ impl Bank {
             Ok(_) => return Err(BankError::Exists),
             Err(StoreError::Missing { .. }) => {}
             Err(error) => return Err(error.into()),
+        }
+        // Described as another bank, with another key or none, they would all look damaged.
+        if !store.list(Kind::Manifest)?.is_empty() || !store.list(Kind::Pack)?.is_empty() {
+            return Err(BankError::Nameless);
         }
         let config = [&MAGIC[..], &version.to_le_bytes(), &[u8::from(keyed)], check].concat();
         store.put(Kind::Config, CONFIG, &config, Durability::Durable)?;

@@ -13,7 +13,7 @@ use farbus_machine_bank::keep::{
 };
 use farbus_machine_bank::manifest::split;
 use farbus_machine_bank::store::{Durability, Hold, Kind, MemoryStore, Store, StoreError};
-use farbus_machine_bank::{Bank, Changes, DepositOptions, PAGE, SectionKind};
+use farbus_machine_bank::{Bank, BankError, Changes, DepositOptions, PAGE, SectionKind};
 
 /// Five deposits of one machine, and what they were.
 fn series() -> (MemoryStore, Bank, Vec<Vec<u8>>) {
@@ -308,4 +308,27 @@ fn a_machine_is_copied_with_what_the_other_bank_lacks_and_keeps_its_root() {
     is_clean(&other);
     let tenant = Bank::init(Box::new(MemoryStore::new()), Some(&[7; 32])).unwrap();
     assert!(matches!(copy(&bank, &tenant, &bank.find("vm").unwrap(), &|_| {}), Err(CopyError::Keys)));
+}
+
+#[test]
+fn a_machine_that_is_there_and_cannot_be_read_is_not_called_copied() {
+    let (_, bank, _) = series();
+    let (store, other) = memory_bank();
+    let entry = bank.find("vm@1").unwrap();
+    copy(&bank, &other, &entry, &|_| {}).unwrap();
+    // In its leaves: its head says nothing of it.
+    store.flip(Kind::Manifest, &other.find("vm@1").unwrap().object(), 5000, 2);
+    let error = copy(&bank, &other, &entry, &|_| {}).unwrap_err();
+    assert!(matches!(error, CopyError::Manifest(_)), "{error}");
+}
+
+#[test]
+fn a_bank_whose_description_is_lost_is_not_made_anew_over_its_machines() {
+    let (store, bank, _) = series();
+    drop(bank);
+    store.remove(Kind::Config, "bank").unwrap();
+    let error = Bank::init(Box::new(store.clone()), Some(&[7; 32])).unwrap_err();
+    assert!(matches!(error, BankError::Nameless), "{error}");
+    store.list(Kind::Manifest).unwrap().iter().for_each(|object| store.remove(Kind::Manifest, &object.name).unwrap());
+    assert!(matches!(Bank::init(Box::new(store), None), Err(BankError::Nameless)), "its packs are somebody's, too");
 }

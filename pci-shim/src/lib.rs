@@ -21,7 +21,9 @@ pub mod vfio_user;
 pub use access::AccessError;
 pub use config::AddressSpace;
 pub use embed::{Embedded, FunctionThread, FunctionThreadOptions, VcpuPort};
-pub use function::{Counters, Function, FunctionError, FunctionOptions, InterruptOwner, QuiesceError, RestoreError, Restored};
+pub use function::{
+    Counters, Function, FunctionError, FunctionOptions, InterruptOwner, QuiesceError, RecoveryParts, RestoreError, Restored,
+};
 pub use irq::{CallbackSink, IrqSink, IrqfdSink, MessageInterrupt, RecorderSink};
 pub use mediation::{MediationKind, MediationRequest};
 pub use reattach::{NotFound, Reattach, Reconnector, Search, SearchStop};

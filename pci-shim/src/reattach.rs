@@ -18,10 +18,11 @@ use farbus_transport::CloseReason;
 
 /// Between two attempts.
 const FIRST_PAUSE: Duration = Duration::from_millis(1);
-/// While whoever was lost may be on its way back, and later.
-const LONGEST_PAUSE: Duration = Duration::from_millis(20);
-const LATER_PAUSE: Duration = Duration::from_millis(200);
-const SOON: Duration = Duration::from_secs(3);
+/// While whoever was lost may be on its way back, and later. The guest waits for the rest of a pause when the link is there again, so it is short for as long as a
+/// link is usually down; a lender that does not listen refuses within some microseconds.
+const LONGEST_PAUSE: Duration = Duration::from_millis(8);
+const LATER_PAUSE: Duration = Duration::from_millis(100);
+const SOON: Duration = Duration::from_secs(20);
 
 /// What became of the search.
 pub enum Found {

@@ -5,7 +5,7 @@
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec};
@@ -54,6 +54,44 @@ pub fn sleep_until_readable(fds: &[Option<BorrowedFd<'_>>], limit: Option<Durati
         && errno != rustix::io::Errno::INTR
     {
         tracing::warn!(%errno, "a sleep failed");
+    }
+}
+
+/// Lender's sessions of this process that are awake: working, or polling in the hope of work.
+static AWAKE: AtomicUsize = AtomicUsize::new(0);
+
+/// How long a session polls in vain where more of them are awake than there are cores: each poll takes time from one that has work.
+const CROWDED_SPIN: Duration = Duration::from_micros(2);
+
+/// A session that is awake while this lives. Counted when it goes to sleep and wakes up, not while it works.
+#[derive(Debug)]
+pub(crate) struct Awake {
+    cores: usize,
+}
+
+impl Awake {
+    pub(crate) fn begin() -> Self {
+        AWAKE.fetch_add(1, Ordering::Relaxed);
+        Self { cores: std::thread::available_parallelism().map_or(1, std::num::NonZero::get) }
+    }
+
+    /// How long to poll without work, of `spin` that was asked for. Who asked never to sleep does not.
+    pub(crate) fn spin(&self, spin: Duration) -> Duration {
+        let crowded = AWAKE.load(Ordering::Relaxed) > self.cores;
+        if crowded && spin != Duration::MAX { spin.min(CROWDED_SPIN) } else { spin }
+    }
+
+    /// Carries out a sleep.
+    pub(crate) fn asleep(&self, sleep: impl FnOnce()) {
+        AWAKE.fetch_sub(1, Ordering::Relaxed);
+        sleep();
+        AWAKE.fetch_add(1, Ordering::Relaxed);
+    }
+}
+
+impl Drop for Awake {
+    fn drop(&mut self) {
+        AWAKE.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
@@ -119,5 +157,23 @@ impl Patience for SpinThenSleep {
 
     fn wants_sleep(&self) -> bool {
         self.now.since(self.began) >= self.spin
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn more_sessions_than_cores_do_not_poll_in_each_others_way() {
+        let spin = Duration::from_micros(50);
+        let all: Vec<_> = (0..1000).map(|_| Awake::begin()).collect();
+        let one = Awake { cores: 500 };
+        assert_eq!(one.spin(spin), CROWDED_SPIN);
+        assert_eq!(one.spin(Duration::MAX), Duration::MAX);
+        drop(all);
+        assert_eq!(one.spin(spin), spin, "those that have ended count still");
+        // It was not counted by `begin`.
+        std::mem::forget(one);
     }
 }

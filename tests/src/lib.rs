@@ -12,7 +12,8 @@ pub mod place;
 pub mod process;
 pub mod program;
 pub mod qemu;
-pub mod scripted_guest;
+pub mod scrape;
 
+pub use farbus_bench::scripted_guest;
 pub use process::{End, Running};
 pub use program::farbus;

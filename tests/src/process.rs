@@ -127,7 +127,15 @@ impl Running {
     /// # Panics
     /// Where it cannot be started.
     pub fn start(name: &str, command: &mut Command) -> Self {
-        let spawned = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn();
+        Self::start_reading(name, command, Stdio::null())
+    }
+
+    /// As [`Running::start`], with something on its standard input.
+    ///
+    /// # Panics
+    /// Where it cannot be started.
+    pub fn start_reading(name: &str, command: &mut Command, input: Stdio) -> Self {
+        let spawned = command.stdin(input).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn();
         let mut child = spawned.unwrap_or_else(|error| panic!("{name} does not start: {error}"));
         let transcript = Arc::new(Transcript::default());
         let mut streams = Vec::new();

@@ -20,6 +20,7 @@ pub mod sim;
 pub mod span;
 mod sync;
 mod table;
+pub mod tally;
 pub mod time;
 pub mod verbs;
 pub mod wrap;
@@ -30,4 +31,5 @@ pub use fabric::{
 };
 pub use memory::{Mapped, Memory, MemoryError};
 pub use span::{Access, LocalRegion, LocalSpan, RemoteRegion, RemoteSpan, SpanError};
+pub use tally::{Tally, Teller};
 pub use time::Nanos;

@@ -12,7 +12,14 @@ mod bank_start;
 mod bank_vm;
 mod bank_wire;
 mod engine;
+pub mod faults;
+mod faults_borrower;
+mod faults_idle;
+mod faults_lender;
+mod faults_many;
 mod link;
+mod machine;
+pub mod migrate;
 pub mod perftest;
 pub mod shm;
 mod shm_subjects;
@@ -21,6 +28,7 @@ mod soft_roce_subjects;
 
 pub use bank_series::Series as BankSeries;
 pub use bank_wire::row as bank_wire_row;
+pub use machine::{Harm, Places as MachinePlaces, run_part};
 pub use shm_subjects::ShmSession;
 pub use soft_roce_subjects::{LentNvme, LentRegister, SoftRoce, Traffic, pinned_by_a_link};
 

@@ -17,8 +17,8 @@ use farbus_bench::measure::allocations_here;
 use farbus_bench::workload::{Budget, CASES, Contents, Workload};
 use farbus_bench::{image, measure};
 use farbus_pci_shim::vfio_user::{BackendOptions, ClientInterrupts, Options, Server, StopHandle, VfioUserBackend};
-use farbus_pci_shim::{Function, FunctionOptions, InterruptOwner, IrqSink, MessageInterrupt};
-use farbus_remote_dma::borrower::{BorrowerOptions, BorrowerSession};
+use farbus_pci_shim::{Counters, Function, FunctionOptions, InterruptOwner, IrqSink, MessageInterrupt};
+use farbus_remote_dma::borrower::{self, BorrowerOptions, BorrowerSession};
 use farbus_remote_dma::lender::{LenderSession, PollOptions};
 use farbus_remote_dma::model::nvme::{Nvme, NvmeOptions};
 use farbus_remote_dma::native::Native;
@@ -26,7 +26,7 @@ use farbus_remote_dma::wait::Waker;
 use farbus_remote_dma::{Attachment, Backend, DeviceDescription, Iova};
 use farbus_transport::shm::{ShmFabric, ShmOptions};
 use farbus_transport::verbs::{DeviceChoice, VerbsFabric};
-use farbus_transport::{Fabric, Memory, Nanos};
+use farbus_transport::{Fabric, Memory, Nanos, Tally};
 
 pub const BASE: Iova = Iova(0x1_0000_0000);
 pub const QUEUE: QueueIndex = QueueIndex(1);
@@ -154,6 +154,8 @@ pub struct Rig {
     pub lender: Option<Lender>,
     /// Allocations of the lender's thread so far, where it polls.
     pub lender_allocations: Arc<AtomicU64>,
+    /// What the lender tells of itself while it serves.
+    pub told: Arc<Tally>,
 }
 
 pub fn rig(place: Place, original: &File, bytes: u64, options: DriverOptions) -> Rig {
@@ -162,6 +164,7 @@ pub fn rig(place: Place, original: &File, bytes: u64, options: DriverOptions) ->
     let nvme = Nvme::in_memory(Arc::clone(&image), NvmeOptions::default()).unwrap();
     let mut lender = None;
     let lender_allocations = Arc::new(AtomicU64::new(0));
+    let told = Tally::new(farbus_remote_dma::lender::Counters::NAMES);
     let attachment: Box<dyn Attachment> = match place {
         Place::Inline => Box::new(Native::inline(Box::new(nvme)).unwrap()),
         Place::Threaded => Box::new(Native::threaded(Box::new(nvme), PollOptions::default()).unwrap()),
@@ -180,10 +183,13 @@ pub fn rig(place: Place, original: &File, bytes: u64, options: DriverOptions) ->
             let waker = stop.clone();
             let polls = matches!(place, Place::ShmPolling | Place::VerbsPolling);
             let allocations = Arc::clone(&lender_allocations);
+            let tally = Arc::clone(&told);
             let core = *measure::cores().unwrap().last().unwrap();
             let thread = std::thread::spawn(move || {
                 let _pinned = measure::pin_to(core).unwrap();
-                let mut session = LenderSession::new(theirs, device).map_err(|(error, _)| error).unwrap();
+                let session = LenderSession::new(theirs, device).map_err(|(error, _)| error).unwrap();
+                // As `farbus lend` has it: what is counted is told while it is polled.
+                let mut session = session.telling(tally);
                 if polls {
                     while !waker.is_set() && session.closed().is_none() {
                         session.pump(Nanos::now());
@@ -195,20 +201,22 @@ pub fn rig(place: Place, original: &File, bytes: u64, options: DriverOptions) ->
                 session.end().unwrap();
             });
             lender = Some(Lender { stop, thread: Some(thread), _served: served });
-            Box::new(BorrowerSession::new(ours, description, BorrowerOptions::default()).unwrap())
+            let session = BorrowerSession::new(ours, description, BorrowerOptions::default()).unwrap();
+            Box::new(session.telling(Tally::new(borrower::Counters::NAMES)))
         }
     };
     let memory = Memory::memfd("guest", 16 << 20).unwrap();
     let sink = CountingSink::default();
     let interrupts = Arc::clone(&sink.0);
     let mut registers = FunctionRegisters::open(attachment, sink, &memory, BASE).unwrap();
+    registers.function_mut().tell(Tally::new(Counters::NAMES));
     if !options.vectors.is_empty() {
         registers.enable_msix(2).unwrap();
     }
     let mut driver = Driver::start(registers, DmaMemory::new(memory, BASE), options).unwrap();
     let contents = Contents::new(original.try_clone().unwrap(), 3).unwrap();
     let workload = Workload::new(&mut driver, QUEUE, contents, 5).unwrap();
-    Rig { driver, workload, image, interrupts, lender, lender_allocations }
+    Rig { driver, workload, image, interrupts, lender, lender_allocations, told }
 }
 
 /// All of the original file.

@@ -12,6 +12,7 @@ use super::archive_args::{ExportArgs, ImportArgs};
 use super::keep_args::{CopyArgs, GcArgs, RemoveArgs, StatsArgs, VerifyArgs};
 use super::serve_args::{BankLinkArgs, ServeArgs};
 use super::{help_text, vmm_help};
+use crate::service::ServiceArgs;
 use crate::values::{parse_duration, parse_size};
 
 /// `farbus bank`
@@ -286,8 +287,11 @@ pub struct ServeFaultsArgs {
     #[arg(long, value_name = "SIZE", default_value = "1G", value_parser = parse_size)]
     pub memory_cache: u64,
     /// Take what is needed of a bank that is away for so long for lost: its use is then a SIGBUS in the VMM, for ever
-    #[arg(long, value_name = "SECONDS")]
-    pub give_up: Option<u64>,
+    #[arg(long, value_name = "TIME", value_parser = parse_duration)]
+    pub give_up: Option<Duration>,
+    /// What it is as a service.
+    #[command(flatten)]
+    pub service: ServiceArgs,
 }
 
 /// `farbus bank list`

@@ -186,6 +186,7 @@ fn of_bank(error: &BankError, place: &Place) -> Option<String> {
         BankError::WrongKey => "name the key that it was made with: --tenant-key FILE",
         BankError::Exists => "use it as it is, or choose another place",
         BankError::Malformed(Malformed::Version(..)) => "use the version of farbus that made it, or a later one",
+        BankError::Nameless => "restore its object config/bank from a copy of the bank: it never changes; or choose another place",
         BankError::Malformed(_) => "restore its object config/bank from a copy: the machines are as they were",
         BankError::Store(_) => return None,
     };
@@ -277,7 +278,11 @@ fn store_hint(error: &StoreError, place: &Place) -> String {
             "run the same again: what was stored is found; a host that sleeps or is cut off meanwhile is taken for dead after 30 s"
                 .to_owned()
         }
-        StoreError::Missing { kind: Kind::Config, .. } => format!("make a bank first: `farbus bank init {bank}`"),
+        StoreError::Missing { kind: Kind::Config, .. } => {
+            format!(
+                "make a bank first: `farbus bank init {bank}`; or, where there was one, restore its object config/bank from a copy"
+            )
+        }
         StoreError::Missing { kind: Kind::Manifest, .. } => {
             format!("it was removed meanwhile: `farbus bank list {bank}` shows what is there")
         }

@@ -9,11 +9,11 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context;
-use farbus_machine_bank::remote::{BankServer, Client, GREETING, Rights, ServeOptions, Served, Stop};
-use farbus_transport::Nanos;
+use farbus_machine_bank::remote::{BankServer, Client, GREETING, Rights, ServeOptions, Served, Stop, WireCounts};
 use farbus_transport::link::hello::{Hello, Role, SPOKEN};
 use farbus_transport::link::verdict::Refusal;
 use farbus_transport::shm::ShmOptions;
+use farbus_transport::{Nanos, Tally};
 use serde_json::json;
 use tokio::sync::mpsc;
 
@@ -25,6 +25,7 @@ use crate::count::count;
 use crate::failure::misuse;
 use crate::link::{Arrival, Door, Greeted, Linked, Purpose};
 use crate::output::Events;
+use crate::service::{Board, Service, notify};
 use crate::signals::EndSignals;
 
 /// Connections whose hello is awaited at a time. One more ends the oldest.
@@ -75,10 +76,11 @@ pub fn run(args: &ServeArgs) -> anyhow::Result<()> {
     };
     let server = BankServer::new(bank, options).helped(format!("cannot serve the bank {}", place.bank), place)?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().context("cannot wait for clients")?;
-    runtime.block_on(serve(args, &server))
+    let service = Service::start("bank-serve", &args.service, Events::new(place.json))?;
+    runtime.block_on(serve(args, &server, &service.board))
 }
 
-async fn serve(args: &ServeArgs, server: &Arc<BankServer>) -> anyhow::Result<()> {
+async fn serve(args: &ServeArgs, server: &Arc<BankServer>, board: &Arc<Board>) -> anyhow::Result<()> {
     let events = Events::new(args.place.json);
     let mut signals = EndSignals::new().context("cannot wait for signals")?;
     let users: Vec<u32> = args.read.iter().chain(&args.write).filter_map(user).collect();
@@ -86,7 +88,13 @@ async fn serve(args: &ServeArgs, server: &Arc<BankServer>) -> anyhow::Result<()>
     let door = Door::open(&args.listen, Purpose::Bank, security, &args.allow, &users).await?;
     let address = door.address();
     let about = json!({ "address": address, "bank": args.place.bank.to_string() });
-    events.say("serving", about, &format!("serving {} at {address}", args.place.bank));
+    let serving = format!("serving {} at {address}", args.place.bank);
+    board.describe("bank", &args.place.bank.to_string());
+    board.describe("address", &address);
+    board.state("serving");
+    events.say("serving", about, &serving);
+    notify::ready(&serving);
+    let mut watchdog = Box::pin(notify::watchdog());
     let hello = Hello { versions: SPOKEN, role: Role::Lender, features: 0, epoch: 0, description: GREETING.to_vec() };
     let stop = Stop::new().context("cannot make a wake-up")?;
     let (news, mut heard) = mpsc::unbounded_channel();
@@ -95,6 +103,7 @@ async fn serve(args: &ServeArgs, server: &Arc<BankServer>) -> anyhow::Result<()>
     let ended_by = loop {
         tokio::select! {
             signal = signals.next() => break signal,
+            () = &mut watchdog => {}
             accepted = door.accept() => {
                 visitors += 1;
                 let arrival = accepted?;
@@ -110,10 +119,14 @@ async fn serve(args: &ServeArgs, server: &Arc<BankServer>) -> anyhow::Result<()>
             Some((visitor, told)) = heard.recv() => {
                 greetings.retain(|(other, _)| *other != visitor);
                 match told {
-                    News::TurnedAway(why) => events.say("refused", json!({ "reason": why }), &format!("no client: {why}")),
+                    News::TurnedAway(why) => {
+                        board.count("refused");
+                        events.say("refused", json!({ "reason": why }), &format!("no client: {why}"));
+                    }
                     News::Greeted(greeted) => {
                         let name = greeted.identity().unwrap_or_default();
                         if served >= usize::from(args.clients) {
+                            board.count("refused");
                             events.say("refused", json!({ "client": name, "reason": "crowded" }), &format!("{}: refused: as many clients as may be are served", shown(&name)));
                             let refuse = move || drop(greeted.refuse(Refusal::Crowded).inspect_err(|error| tracing::debug!(%error, "it did not wait for that")));
                             drop(std::thread::Builder::new().name("farbus-bank-refusal".to_owned()).spawn(refuse)?);
@@ -122,22 +135,31 @@ async fn serve(args: &ServeArgs, server: &Arc<BankServer>) -> anyhow::Result<()>
                         served += 1;
                         let client = Client { rights: rights(args, &name), name };
                         events.say("begun", json!({ "client": client.name }), &format!("{}: begun", shown(&client.name)));
+                        board.begin(&client.name);
+                        let tally = board.tally(&client.name, "link", WireCounts::NAMES);
                         let (server, stop, news) = (server.clone(), stop.clone(), news.clone());
                         let thread = std::thread::Builder::new().name("farbus-bank-client".to_owned());
-                        thread.spawn(move || client_thread(*greeted, &client, &server, &stop, |told| drop(news.send((visitor, told)))))?;
+                        thread.spawn(move || client_thread(*greeted, &client, &server, &stop, tally, |told| drop(news.send((visitor, told)))))?;
                     }
                     News::Left(name, ended) => {
                         served -= 1;
+                        board.end(&name);
                         left(events, &name, &ended);
                     }
                     News::Failed(name, why) => {
                         served -= 1;
+                        board.end(&name);
+                        board.count("refused");
                         events.say("refused", json!({ "client": name, "reason": why }), &format!("{}: no link: {why}", shown(&name)));
                     }
                 }
             }
         }
     };
+    // Nobody comes in any more.
+    drop(door);
+    board.state("draining");
+    notify::stopping(&format!("ending: {ended_by}"));
     stop.set();
     let all_left = async {
         while served > 0 {
@@ -186,11 +208,11 @@ fn greet(arrival: Arrival, visitor: u64, hello: Hello, news: mpsc::UnboundedSend
     }
 }
 
-fn client_thread(greeted: Greeted, client: &Client, server: &BankServer, stop: &Stop, tell: impl FnOnce(News)) {
+fn client_thread(greeted: Greeted, client: &Client, server: &BankServer, stop: &Stop, tally: Arc<Tally>, tell: impl FnOnce(News)) {
     let name = client.name.clone();
     tell(match greeted.link(ShmOptions::default()) {
-        Ok(Linked::Shm(fabric)) => News::Left(name, server.serve(*fabric, client, stop, Nanos::now)),
-        Ok(Linked::Rdma(fabric)) => News::Left(name, server.serve(*fabric, client, stop, Nanos::now)),
+        Ok(Linked::Shm(fabric)) => News::Left(name, server.serve_telling(*fabric, client, stop, Nanos::now, Some(tally))),
+        Ok(Linked::Rdma(fabric)) => News::Left(name, server.serve_telling(*fabric, client, stop, Nanos::now, Some(tally))),
         Err(error) => News::Failed(name, error.to_string()),
     });
 }

@@ -12,6 +12,7 @@ use farbus_machine_bank::remote::Pattern;
 use super::args::Place;
 use crate::link_address::LinkAddress;
 use crate::security::{AllowArgs, PeerArgs, SecurityArgs};
+use crate::service::ServiceArgs;
 use crate::values::{parse_duration, parse_size, parse_wait};
 
 /// How the two sides of a link to a bank know each other.
@@ -72,6 +73,9 @@ pub struct ServeArgs {
     /// Who may connect.
     #[command(flatten)]
     pub allow: AllowArgs,
+    /// What it is as a service.
+    #[command(flatten)]
+    pub service: ServiceArgs,
 }
 
 /// Where they are in the help.

@@ -6,12 +6,13 @@
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
-use std::time::{Duration, UNIX_EPOCH};
+use std::time::UNIX_EPOCH;
 
 use anyhow::Context;
 use farbus_machine_bank::lazy::firecracker::{FaultSocket, Told};
 use farbus_machine_bank::lazy::{Cache, Failure, FaultServer, LazyMachine, LazyOptions, LazyReport, Patience, StoreEvent, Uffd};
 use farbus_machine_bank::{Bank, Entry};
+use farbus_transport::tally::Named;
 use serde::Serialize;
 use serde_json::json;
 
@@ -21,6 +22,7 @@ use super::{find, open};
 use crate::count::count as plural;
 use crate::failure::{Advise, refusal};
 use crate::output::Events;
+use crate::service::{Service, notify};
 use crate::signals::EndSignals;
 
 /// Serves until a signal.
@@ -43,6 +45,12 @@ pub fn run(args: &ServeFaultsArgs) -> anyhow::Result<()> {
     let socket = FaultSocket::bind(&args.socket).advise(format!("cannot listen at {}", args.socket.display()), advice)?;
     let server = FaultServer::start(Cache::new(args.memory_cache)).context("cannot serve faults")?;
     let events = Events::new(args.place.json);
+    let service = Service::start("bank-serve-faults", &args.service, events)?;
+    let board = &service.board;
+    board.describe("machine", &entry.to_string());
+    board.describe("socket", &args.socket.display().to_string());
+    board.state("serving");
+    let tally = board.tally(VMMS, "memory", Totals::NAMES);
     let end = Arc::new(AtomicBool::new(false));
     let signal = end_by_signal(&end)?;
     let options = LazyOptions {
@@ -52,7 +60,7 @@ pub fn run(args: &ServeFaultsArgs) -> anyhow::Result<()> {
             let text = format!("{len} bytes from {offset} cannot be had: {reason}");
             events.say("failure", json!({ "offset_bytes": offset, "bytes": len, "reason": reason }), &text);
         }),
-        patience: Patience { give_up: args.give_up.map(Duration::from_secs), ..Patience::default() },
+        patience: Patience { give_up: args.give_up, ..Patience::default() },
         on_store: Arc::new(move |event: &StoreEvent| say_store(events, event)),
         ..LazyOptions::default()
     };
@@ -60,19 +68,28 @@ pub fn run(args: &ServeFaultsArgs) -> anyhow::Result<()> {
     let path = args.socket.display();
     let about = json!({ "machine": entry.to_string(), "root": entry.root.to_string(), "socket": args.socket });
     events.say("serving", about, &format!("serving {entry} at {path}"));
+    notify::ready(&format!("serving {entry} at {path}"));
     let has_set = manifest.section(&farbus_machine_bank::lazy::section_name(&args.section)).is_some();
     let keep = AtomicBool::new(args.keep_working_set && !has_set);
     let totals = Mutex::new(Totals::default());
     let count = |add: &dyn Fn(&mut Totals)| add(&mut totals.lock().unwrap_or_else(PoisonError::into_inner));
     let told = |told: Told<'_>| match told {
-        Told::Begun(client) => events.say("begun", json!({ "client": client }), &format!("client {client}: served")),
+        Told::Begun(client) => {
+            board.begin(VMMS);
+            events.say("begun", json!({ "client": client }), &format!("client {client}: served"));
+        }
         Told::Refused(client, why) => {
             let why = why.to_string();
+            board.count("refused");
             count(&|totals| totals.refused += 1);
             events.say("refused", json!({ "client": client, "reason": why }), &format!("client {client}: refused: {why}"));
         }
         Told::Ended(client, machine) => {
             left(events, client, machine);
+            board.end(VMMS);
+            let mut its = Totals::default();
+            its.add(&machine.report());
+            its.values().iter().enumerate().for_each(|(index, value)| tally.add(index, *value));
             count(&|totals| totals.add(&machine.report()));
             if keep.swap(false, Ordering::Relaxed) {
                 keep_working_set(events, &bank, &entry, &args.section, machine);
@@ -118,7 +135,26 @@ struct Totals {
     missed: u64,
 }
 
+/// What all VMMs together are called: each is a client for the time of its connection.
+const VMMS: &str = "vmms";
+
 impl Totals {
+    /// Of [`Totals::values`].
+    const NAMES: &'static [Named] = &[
+        ("faults", "Page faults of VMMs that have left."),
+        ("demanded", "Groups of pages fetched for them on demand."),
+        ("ahead", "Groups fetched ahead."),
+        ("copied", "Pages copied."),
+        ("mapped", "Pages mapped from the cache."),
+        ("zero", "Pages of zeros."),
+        ("missed", "Pages that could not be had."),
+    ];
+
+    fn values(&self) -> [u64; 7] {
+        let Self { clients: _, refused: _, faults, demanded, ahead, copied, mapped, zero, missed } = *self;
+        [faults, demanded, ahead, copied, mapped, zero, missed]
+    }
+
     fn add(&mut self, report: &LazyReport) {
         self.clients += 1;
         self.faults += report.faults;
@@ -180,7 +216,15 @@ fn end_by_signal(end: &Arc<AtomicBool>) -> anyhow::Result<Arc<OnceLock<&'static 
     let (end, signal) = (end.clone(), Arc::new(OnceLock::new()));
     let heard = signal.clone();
     let wait = move || {
-        heard.get_or_init(|| runtime.block_on(signals.next()));
+        heard.get_or_init(|| {
+            runtime.block_on(async {
+                tokio::select! {
+                    signal = signals.next() => signal,
+                    () = notify::watchdog() => "the watchdog",
+                }
+            })
+        });
+        notify::stopping("ending");
         end.store(true, Ordering::Relaxed);
     };
     std::thread::Builder::new().name("farbus-signals".to_owned()).spawn(wait).context("cannot wait for signals")?;

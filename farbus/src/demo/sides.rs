@@ -65,8 +65,8 @@ pub struct DriverSide {
 /// The device that is lent at `far`.
 pub fn remote(far: &FarSide, original: &Path) -> anyhow::Result<DriverSide> {
     let options = BorrowerOptions { spin: SPIN, ..BorrowerOptions::default() };
-    DriverSide::new(attach(&far.address, &far.security, &far.peer, options, &Claim::default())?, original)
-        .context("the borrowed device")
+    let session = attach(&far.address, &far.security, &far.peer, options, &Claim::default(), None)?;
+    DriverSide::new(session, original).context("the borrowed device")
 }
 
 /// A device of this process over `image`.

@@ -27,6 +27,7 @@ use crate::cli::LendArgs;
 use crate::device_spec::DeviceSpec;
 use crate::link_address::LinkAddress;
 use crate::security::{AllowArgs, PeerArgs, SecurityArgs};
+use crate::service::{Service, ServiceArgs};
 
 const BASE: Iova = Iova(0x1_0000_0000);
 const QUIESCE: Duration = Duration::from_millis(200);
@@ -103,6 +104,9 @@ impl Lender {
             once,
             spin: Duration::from_micros(50),
             keep_at_most: Duration::from_secs(60),
+            drain: QUIESCE,
+            max_bandwidth: None,
+            service: ServiceArgs::default(),
             accept_unsealed: false,
             core: None,
             json: true,
@@ -112,7 +116,7 @@ impl Lender {
         let thread = std::thread::spawn(move || {
             let nvme = Nvme::over("hanging", Box::new(disk), NvmeOptions::default()).unwrap();
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-            runtime.block_on(lend(args, Box::new(nvme), QUIESCE))
+            runtime.block_on(lend(args, Box::new(nvme), QUIESCE, &Service::unheard("lend")))
         });
         Self { address, begun, go, thread: Some(thread), _folder: folder }
     }
@@ -161,9 +165,9 @@ struct Borrowed {
 
 impl Borrowed {
     fn new(address: &LinkAddress) -> Result<Self, String> {
-        let session =
-            attach(address, &SecurityArgs::default(), &PeerArgs::default(), BorrowerOptions::default(), &Claim::default())
-                .map_err(|error| format!("{error:#}"))?;
+        let (security, peer) = (SecurityArgs::default(), PeerArgs::default());
+        let session = attach(address, &security, &peer, BorrowerOptions::default(), &Claim::default(), None)
+            .map_err(|error| format!("{error:#}"))?;
         let memory = Memory::memfd("driver", 4 << 20).unwrap();
         let registers = FunctionRegisters::open(session, RecorderSink::default(), &memory, BASE).unwrap();
         let driver = Driver::start(registers, DmaMemory::new(Arc::clone(&memory), BASE), DriverOptions::default()).unwrap();

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use farbus_bench::measure::pin_to;
-use farbus_remote_dma::lender::{LenderSession, PollOptions};
+use farbus_remote_dma::lender::{Counters, Drained, LenderSession, PollOptions};
 use farbus_remote_dma::wait::{Waker, sleep_until_readable};
 use farbus_remote_dma::{Backend, Claim, Continued, Kept};
 use farbus_transport::link::hello::Hello;
@@ -17,6 +17,7 @@ use farbus_transport::{CloseReason, Fabric};
 use tokio::sync::{mpsc, oneshot};
 
 use crate::link::{Arrival, Greeted, Linked};
+use crate::service::Board;
 
 /// Between two looks for a device that is gone.
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
@@ -55,6 +56,8 @@ pub enum News {
     Claims(Claim, oneshot::Sender<Result<Claimed, Refusal>>),
     /// It has the device; its name, if it showed one. [`News::Returned`] follows.
     Lent(Option<String>),
+    /// The command ends, and the device was to end what it had begun. [`News::Returned`] follows.
+    Drained(Drained),
     /// The borrower has left, and the device has not ended so many accesses. [`News::Returned`] follows when it has.
     Wedged(usize),
     /// The device itself is gone, and why. [`News::Returned`] follows when it has come back.
@@ -74,6 +77,12 @@ pub struct Terms {
     pub hello: Hello,
     /// Ends every session.
     pub stop: Waker,
+    /// Cuts off what a device has begun, when the command ends.
+    pub hurry: Waker,
+    /// How long a device may take to end what it has begun, when the command ends.
+    pub drain: Duration,
+    /// Where borrowers are noted.
+    pub board: Arc<Board>,
     /// How long a session polls before it sleeps.
     pub spin: Duration,
     /// The fabric's options.
@@ -84,6 +93,8 @@ pub struct Terms {
     pub quiesce: Duration,
     /// How long a device is kept for a function that left it.
     pub keep_at_most: Duration,
+    /// Bytes in a second that a borrower's device may move.
+    pub max_bandwidth: Option<u64>,
 }
 
 /// How long a kept device waits for a borrower whose link did not come about.
@@ -126,10 +137,10 @@ impl Visit {
             let pinned = pin_to(core);
             pinned.inspect_err(|error| tracing::warn!(%error, core, "the session's thread could not be pinned")).ok()
         });
-        let peer = greeted.peer();
+        let (peer, identity) = (greeted.peer(), greeted.identity().unwrap_or_else(|| "unknown".to_owned()));
         match greeted.link(self.terms.options) {
-            Ok(Linked::Shm(fabric)) => self.lend(*fabric, device, peer),
-            Ok(Linked::Rdma(fabric)) => self.lend(*fabric, device, peer),
+            Ok(Linked::Shm(fabric)) => self.lend(*fabric, device, peer, &identity),
+            Ok(Linked::Rdma(fabric)) => self.lend(*fabric, device, peer, &identity),
             Err(error) => {
                 let back = match device {
                     Claimed::Fresh(device) => Device::Reset(device),
@@ -141,7 +152,7 @@ impl Visit {
         }
     }
 
-    fn lend<F: Fabric>(&self, fabric: F, device: Claimed, peer: Option<String>) {
+    fn lend<F: Fabric>(&self, fabric: F, device: Claimed, peer: Option<String>, identity: &str) {
         let session = match device {
             Claimed::Fresh(device) => LenderSession::new(fabric, device).map_err(|(error, device)| (error, Device::Reset(device))),
             Claimed::Continued(device) => {
@@ -149,11 +160,23 @@ impl Visit {
             }
         };
         let mut session = match session {
-            Ok(session) => session.keeping_at_most(self.terms.keep_at_most),
+            Ok(session) => {
+                let tally = self.terms.board.tally(identity, "session", Counters::NAMES);
+                let session = session.keeping_at_most(self.terms.keep_at_most).telling(tally);
+                match self.terms.max_bandwidth {
+                    Some(rate) => session.limited_to(rate),
+                    None => session,
+                }
+            }
             Err((error, device)) => return self.give_back(device, Err(error.to_string())),
         };
+        self.terms.board.begin(identity);
         self.tell(News::Lent(peer));
         let reason = session.run(PollOptions { spin: self.terms.spin }, &self.terms.stop);
+        if reason == CloseReason::Local {
+            self.tell(News::Drained(session.drain(self.terms.drain, &self.terms.hurry)));
+        }
+        self.terms.board.end(identity);
         let counters = session.counters();
         tracing::info!(?counters, "the session's counts");
         let session = match session.into_kept() {

@@ -189,6 +189,8 @@ pub fn import(bank: &Bank, from: &mut dyn Read, progress: &dyn Fn(Progress)) -> 
     if let Some(there) = there {
         let Pages { known, report, .. } = pages;
         known.finish(bank)?;
+        // Whoever hears that it is there relies on it.
+        open(&root)?.verify(bank.store(), bank.identity())?;
         return Ok(ImportReport { machine: there.to_string(), root: root.to_string(), was_there: true, ..report });
     }
     let commit = bank.store().hold(Hold::Commit, bank.wait())?;

@@ -93,6 +93,8 @@ pub fn copy(from: &Bank, to: &Bank, entry: &Entry, progress: &dyn Fn(Progress)) 
     if let Some(there) = there.by_root(&entry.root) {
         // Its pages may have been lost there, and are not any more.
         packs.known.finish(to)?;
+        // Whoever hears that it is there relies on it.
+        Manifest::open(to.store(), to.identity(), &to.listing()?, &there.root)?.verify(to.store(), to.identity())?;
         let (machine, root) = (there.to_string(), there.root.to_string());
         return Ok(CopyReport { machine, root, was_there: true, ..packs.report });
     }

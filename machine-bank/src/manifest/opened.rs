@@ -163,6 +163,19 @@ impl Manifest {
         self.head.sections.iter().position(|section| section.name == name)
     }
 
+    /// Reads every leaf, verified: whether all names of the machine's pages are there.
+    ///
+    /// # Errors
+    /// One is damaged, or the store's fault.
+    pub fn verify(&self, store: &dyn Store, identity: &Identity) -> Result<(), ManifestError> {
+        for (section, about) in self.head.sections.iter().enumerate() {
+            for leaf in 0..about.leaves.len() {
+                self.leaf(store, identity, section, leaf)?;
+            }
+        }
+        Ok(())
+    }
+
     /// The names of the pages of a leaf, verified. `section` and `leaf` exist.
     ///
     /// # Errors

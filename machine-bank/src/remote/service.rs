@@ -5,6 +5,7 @@
 
 use std::fmt;
 
+use farbus_transport::tally::Named;
 use serde::Serialize;
 
 use crate::page::{PageId, Root};
@@ -28,6 +29,22 @@ pub struct WireCounts {
 }
 
 impl WireCounts {
+    /// Their names, in the order of [`WireCounts::values`].
+    pub const NAMES: &'static [Named] = &[
+        ("messages_sent", "Messages sent."),
+        ("messages_received", "Messages received."),
+        ("message_bytes", "Bytes of messages sent and received."),
+        ("reads", "One-sided reads of the other side's memory."),
+        ("read_bytes", "Bytes that they brought."),
+        ("offered_bytes", "Bytes that the other side was told to read here."),
+    ];
+
+    /// All of them.
+    pub const fn values(&self) -> [u64; 6] {
+        let Self { messages_sent, messages_received, message_bytes, reads, read_bytes, offered_bytes } = *self;
+        [messages_sent, messages_received, message_bytes, reads, read_bytes, offered_bytes]
+    }
+
     /// These and others.
     #[must_use]
     pub fn and(&self, other: &Self) -> Self {

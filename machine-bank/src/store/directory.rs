@@ -4,9 +4,9 @@
 //! Locks are flock(2) on files in `locks`: they end with their process, however it ends.
 
 use std::collections::HashMap;
-use std::fs::{self, File, OpenOptions};
+use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, Write};
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{DirBuilderExt, FileExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -57,7 +57,14 @@ impl Directory {
     pub fn create(root: impl Into<PathBuf>) -> Result<Self, StoreError> {
         let root = root.into();
         let fail = |error| StoreError::io(format!("cannot make a bank in {}", root.display()), error);
-        fs::create_dir_all(&root).map_err(fail)?;
+        if let Some(parent) = root.parent() {
+            fs::create_dir_all(parent).map_err(fail)?;
+        }
+        // The memory of machines is nobody else's to read, whatever the umask is; who made the directory has said whose it is.
+        match DirBuilder::new().mode(0o700).create(&root) {
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists && root.is_dir() => {}
+            made => made.map_err(fail)?,
+        }
         let folders: Vec<_> = Kind::ALL.map(folder).into_iter().chain(["tmp", "locks"]).collect();
         for entry in fs::read_dir(&root).map_err(fail)? {
             let name = entry.map_err(fail)?.file_name();

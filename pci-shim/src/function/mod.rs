@@ -23,14 +23,14 @@ mod windows;
 mod workbench;
 
 use std::os::fd::BorrowedFd;
-use std::sync::Weak;
+use std::sync::{Arc, Weak};
 use std::time::Instant;
 
 use farbus_remote_dma::dirty_log::DirtyLogs;
 use farbus_remote_dma::{
     Activity, Attachment, AttachmentError, BarAddress, DeviceDescription, InterruptMode, MediationAnswer, ResetKind, Width,
 };
-use farbus_transport::{CloseReason, Memory, Nanos};
+use farbus_transport::{CloseReason, Memory, Nanos, Tally, Teller};
 
 use crate::access::AccessError;
 use crate::config::{AddressSpace, Space, Written};
@@ -41,6 +41,7 @@ use front::Front;
 use lazy::Lazy;
 pub use options::{Counters, FunctionError, FunctionOptions, InterruptOwner};
 use recovery::Recovery;
+pub use recovery::RecoveryParts;
 pub use restore::{RestoreError, Restored};
 pub use save::QuiesceError;
 use windows::Windows;
@@ -74,6 +75,9 @@ pub struct Function<S: IrqSink> {
     /// How often something that changes the device was done, to tell that nothing was since it came to rest.
     quiesced: Option<u64>,
     map_changes: u64,
+    /// Hears of the counters now and then.
+    teller: Option<Teller>,
+    polls: u32,
 }
 
 impl<S: IrqSink> Function<S> {
@@ -113,6 +117,18 @@ impl<S: IrqSink> Function<S> {
     /// How often things happened.
     pub fn counters(&self) -> Counters {
         self.front.counters
+    }
+
+    /// Tells `tally`, which has [`Counters::NAMES`], how often things happened: every 64 polls, and before each sleep.
+    pub fn tell(&mut self, tally: Arc<Tally>) {
+        self.teller = Some(Teller::new(tally));
+    }
+
+    #[inline]
+    fn tell_counters(&mut self) {
+        if let Some(teller) = &mut self.teller {
+            teller.tell(&self.front.counters.values());
+        }
     }
 
     /// The configuration space as it is now.
@@ -283,7 +299,12 @@ impl<S: IrqSink> Function<S> {
 
     /// Takes what has happened at the device: interrupts go to the sink, mediations to [`Function::next_mediation`]. Never blocks.
     pub fn poll(&mut self, now: Nanos) -> Activity {
+        const POLLS_PER_TELL: u32 = 64;
         self.armed = false;
+        self.polls = self.polls.wrapping_add(1);
+        if self.polls.is_multiple_of(POLLS_PER_TELL) {
+            self.tell_counters();
+        }
         if self.lazy.release_late(now, &mut *self.attachment, &mut self.front) {
             self.attachment.flush();
         }
@@ -301,6 +322,7 @@ impl<S: IrqSink> Function<S> {
             self.send_all();
         }
         self.armed = true;
+        self.tell_counters();
         if self.is_lost() {
             // What it said while it was looked for is in its descriptor.
             return true;

@@ -4,6 +4,7 @@
 //! [`InterruptOwner::Client`]: QEMU keeps the table, and vector 3 goes to the eventfd that its SET_IRQS brought.
 
 use farbus_remote_dma::device::DescriptionError;
+use farbus_transport::tally::Named;
 use thiserror::Error;
 
 /// Who decides what becomes of a vector that the device raises, and who decodes addresses.
@@ -65,4 +66,57 @@ pub struct Counters {
     pub mediations: u64,
     /// Resets of the function, of any kind.
     pub resets: u64,
+}
+
+impl Counters {
+    /// Their names, in the order of [`Counters::values`].
+    pub const NAMES: &'static [Named] = &[
+        ("config_reads", "Reads of configuration space."),
+        ("config_writes", "Writes of configuration space."),
+        ("bar_reads_local", "Register reads answered by the function itself."),
+        ("bar_reads_remote", "Register reads that the device was asked for."),
+        ("bar_writes_local", "Register writes that ended in the function."),
+        ("bar_writes_remote", "Register writes that went to the device."),
+        ("refused", "Accesses that were refused as impossible."),
+        ("messages", "Message interrupts told to the guest."),
+        ("pending", "Vectors whose pending bit was set because they were masked."),
+        ("dropped", "Vectors that nobody could hear."),
+        ("pin_changes", "Changes of the INTx level told to the guest."),
+        ("mediations", "Mediations handed to the owner."),
+        ("resets", "Resets of the function, of any kind."),
+    ];
+
+    /// All of them.
+    pub const fn values(&self) -> [u64; 13] {
+        let Self {
+            config_reads,
+            config_writes,
+            bar_reads_local,
+            bar_reads_remote,
+            bar_writes_local,
+            bar_writes_remote,
+            refused,
+            messages,
+            pending,
+            dropped,
+            pin_changes,
+            mediations,
+            resets,
+        } = *self;
+        [
+            config_reads,
+            config_writes,
+            bar_reads_local,
+            bar_reads_remote,
+            bar_writes_local,
+            bar_writes_remote,
+            refused,
+            messages,
+            pending,
+            dropped,
+            pin_changes,
+            mediations,
+            resets,
+        ]
+    }
 }

@@ -37,6 +37,19 @@ pub(super) struct Recovery {
     over: bool,
     /// How often it got its device again.
     times: u64,
+    /// How long the last time took, once there was a device.
+    took: RecoveryParts,
+}
+
+/// How long it took to put a device that was found in the lost one's place.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct RecoveryParts {
+    /// The device's reset.
+    pub reset: Duration,
+    /// For the profile to put it where the lost one was, and for the guest's memory to be mapped.
+    pub revive: Duration,
+    /// For it to be told what the lost one had been told.
+    pub tell: Duration,
 }
 
 #[derive(Clone, Copy)]
@@ -63,7 +76,7 @@ impl<S: IrqSink> Function<S> {
     /// As [`Function::reattaching`], in place.
     pub fn reattach_by(&mut self, reattach: Box<dyn Reattach>) {
         if self.profile.remember() {
-            self.recovery = Some(Recovery { reattach, lost: None, over: false, times: 0 });
+            self.recovery = Some(Recovery { reattach, lost: None, over: false, times: 0, took: RecoveryParts::default() });
         } else {
             tracing::warn!(
                 device = self.description.name,
@@ -86,6 +99,11 @@ impl<S: IrqSink> Function<S> {
     /// How often the device was lost and found.
     pub fn recoveries(&self) -> u64 {
         self.recovery.as_ref().map_or(0, |recovery| recovery.times)
+    }
+
+    /// How long the last recovery took; nothing where there was none.
+    pub fn recovery_took(&self) -> RecoveryParts {
+        self.recovery.as_ref().map_or_else(RecoveryParts::default, |recovery| recovery.took)
     }
 
     /// Whether the device is lost, and may come back: what the guest does is noted, and told to it then.
@@ -130,9 +148,9 @@ impl<S: IrqSink> Function<S> {
             Found::NotYet => return Activity::Idle(None),
             Found::Nobody(why) => self.give_up(&why),
             Found::Device(device) => match self.recover(device) {
-                Ok(()) => {
+                Ok(took) => {
                     if let Some(recovery) = &mut self.recovery {
-                        recovery.times += 1;
+                        (recovery.times, recovery.took) = (recovery.times + 1, took);
                         let away = recovery.lost.take().map(|lost| lost.since.elapsed());
                         recovery.reattach.back(away.unwrap_or_default());
                     }
@@ -183,7 +201,7 @@ impl<S: IrqSink> Function<S> {
     }
 
     /// Puts the device that was found in the lost one's place.
-    fn recover(&mut self, attachment: Box<dyn Attachment>) -> Result<(), Failed> {
+    fn recover(&mut self, attachment: Box<dyn Attachment>) -> Result<RecoveryParts, Failed> {
         let mine = DeviceIdentity::of(&self.description);
         let here = DeviceIdentity::of(attachment.description());
         if let Some(what) = mine.differs_from(&here) {
@@ -196,7 +214,11 @@ impl<S: IrqSink> Function<S> {
         self.carry_dirty_pages(&mut *before);
         drop(before);
         self.front.hold(true);
-        let recovered = self.retell();
+        let began = Instant::now();
+        let recovered = self.reset_for_revival().map_err(RestoreError::from);
+        let reset = began.elapsed();
+        let recovered = recovered.and_then(|()| self.retell());
+        let revive = began.elapsed() - reset;
         let go_on = match recovered {
             Ok(go_on) => go_on,
             Err(error) if self.attachment.gone().is_some_and(may_come_back) && !self.attachment.in_doubt() => {
@@ -218,11 +240,10 @@ impl<S: IrqSink> Function<S> {
         }
         self.front.tell();
         self.settle();
-        Ok(())
+        Ok(RecoveryParts { reset, revive, tell: began.elapsed() - reset - revive })
     }
 
     fn retell(&mut self) -> Result<GoOn, RestoreError> {
-        self.reset_for_revival()?;
         let Self { attachment, front, profile, windows, .. } = self;
         let mut workbench = Workbench::new(&mut **attachment, front, windows);
         let go_on = profile.recover(&mut workbench)?;

@@ -89,6 +89,8 @@ impl<S: IrqSink> Function<S> {
             carried: DirtyLogs::default(),
             quiesced: None,
             map_changes: 0,
+            teller: None,
+            polls: 0,
         };
         function.decoded = function.front.decoded();
         Ok(function)

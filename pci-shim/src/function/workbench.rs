@@ -5,7 +5,7 @@
 
 use std::sync::Arc;
 
-use farbus_remote_dma::{Attachment, BarAddress, Iova, MapError, Width, Window, WindowMemory};
+use farbus_remote_dma::{Activity, Attachment, BarAddress, Iova, MapError, Width, Window, WindowMemory};
 use farbus_transport::{Access, Memory, Nanos};
 
 use super::front::Front;
@@ -21,11 +21,16 @@ pub(super) struct Workbench<'f, S: IrqSink> {
     lent: Vec<(Iova, u64)>,
     /// The device has the guest's memory where none is lent.
     given: bool,
+    /// Polls in vain since something came.
+    in_vain: u32,
 }
+
+/// Polls in vain after which the core is offered to others: where there are fewer cores than threads, the lender's may be among them.
+const EAGER_POLLS: u32 = 500;
 
 impl<'f, S: IrqSink> Workbench<'f, S> {
     pub(super) fn new(attachment: &'f mut dyn Attachment, front: &'f mut Front<S>, guest: &'f Windows) -> Self {
-        Self { attachment, front, guest, lent: Vec::new(), given: false }
+        Self { attachment, front, guest, lent: Vec::new(), given: false, in_vain: 0 }
     }
 
     /// The device has all of the guest's memory, and none of ours.
@@ -121,7 +126,13 @@ impl<S: IrqSink> Reviving for Workbench<'_, S> {
     }
 
     fn work(&mut self) -> Result<(), ReviveError> {
-        self.attachment.poll(Nanos::now(), self.front);
+        self.in_vain = match self.attachment.poll(Nanos::now(), self.front) {
+            Activity::Busy => 0,
+            Activity::Idle(_) => self.in_vain.saturating_add(1),
+        };
+        if self.in_vain > EAGER_POLLS {
+            std::thread::yield_now();
+        }
         if self.front.mediations.waiting() {
             return Err(ReviveError::Unknown("it asks for memory that only the function's owner can reach".into()));
         }

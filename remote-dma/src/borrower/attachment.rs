@@ -17,6 +17,9 @@ use crate::dirty_log::DirtyLog;
 use crate::message::{Outcome, ToLender};
 use crate::rest::{Rest, RestToken};
 
+/// Between two times that the counters are told.
+const POLLS_PER_TELL: u32 = 64;
+
 impl<F: Fabric> Attachment for BorrowerSession<F> {
     fn description(&self) -> &DeviceDescription {
         &self.description
@@ -35,7 +38,10 @@ impl<F: Fabric> Attachment for BorrowerSession<F> {
         self.flushing = false;
         self.overdue = answer.is_none() && self.gone.is_none();
         match answer {
-            Some(Answer::Value(value)) => width.truncate(value),
+            Some(Answer::Value(value)) => {
+                self.counters.read_waited(self.waited);
+                width.truncate(value)
+            }
             Some(Answer::Outcome(_)) => {
                 self.close(CloseReason::Protocol("an acknowledgement where a value was due"));
                 width.all_ones()
@@ -177,6 +183,10 @@ impl<F: Fabric> Attachment for BorrowerSession<F> {
         if self.unflushed {
             self.flush();
         }
+        self.polls = self.polls.wrapping_add(1);
+        if self.polls.is_multiple_of(POLLS_PER_TELL) {
+            self.tell_counters();
+        }
         if self.take_events(now, host) { Activity::Busy } else { Activity::Idle(None) }
     }
 
@@ -184,6 +194,7 @@ impl<F: Fabric> Attachment for BorrowerSession<F> {
         if self.unflushed {
             self.flush();
         }
+        self.tell_counters();
         self.link.is_over() || self.link.arm()
     }
 

@@ -4,13 +4,16 @@
 //! its answer in their order, and at the deadline answers all ones. Nothing here polls guest memory, and nothing here blocks without a limit.
 
 mod attachment;
+mod counters;
 mod memory;
 mod staging;
 
+use std::sync::Arc;
 use std::time::Duration;
 
-use farbus_transport::{CloseReason, Event, Events, Fabric, GrantError, Nanos, OpError};
+use farbus_transport::{CloseReason, Event, Events, Fabric, GrantError, Nanos, OpError, Tally, Teller};
 
+pub use self::counters::{Counters, READ_WAITS};
 use self::memory::Memories;
 use self::staging::Staging;
 use crate::attachment::{AttachmentError, Host, MapError, Mediation};
@@ -35,23 +38,6 @@ impl Default for BorrowerOptions {
     fn default() -> Self {
         Self { read_deadline: Duration::from_secs(2), control_deadline: Duration::from_secs(10), spin: Duration::from_micros(200) }
     }
-}
-
-/// What a borrower did so far.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Counters {
-    /// Register reads sent.
-    pub bar_reads: u64,
-    /// Register writes sent.
-    pub bar_writes: u64,
-    /// Register reads that were answered all ones because nobody else did in time.
-    pub reads_timed_out: u64,
-    /// Interrupts received.
-    pub interrupts: u64,
-    /// Mediations asked for by the lender.
-    pub mediations: u64,
-    /// Polled bytes or dirty marks for memory that is no longer mapped.
-    pub late: u64,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -84,6 +70,11 @@ pub struct BorrowerSession<F: Fabric> {
     /// An earlier function left the device under this name.
     continues: Option<RestToken>,
     counters: Counters,
+    /// How long the last answer was waited for.
+    waited: Duration,
+    /// Hears of the counters now and then.
+    teller: Option<Teller>,
+    polls: u32,
 }
 
 /// How far the device is from its rest.
@@ -134,6 +125,9 @@ impl<F: Fabric> BorrowerSession<F> {
             rest: RestState::default(),
             continues: None,
             counters: Counters::default(),
+            waited: Duration::ZERO,
+            teller: None,
+            polls: 0,
         };
         session.send(ToLender::Staging(session.staging.store_grant()));
         session.link.flush();
@@ -145,6 +139,20 @@ impl<F: Fabric> BorrowerSession<F> {
     pub fn continuing(mut self, token: RestToken) -> Self {
         self.continues = Some(token);
         self
+    }
+
+    /// Tells `tally`, which has [`Counters::NAMES`], what it counts: every 64 polls, and before each sleep.
+    #[must_use]
+    pub fn telling(mut self, tally: Arc<Tally>) -> Self {
+        self.teller = Some(Teller::new(tally));
+        self
+    }
+
+    #[inline]
+    fn tell_counters(&mut self) {
+        if let Some(teller) = &mut self.teller {
+            teller.tell(&self.counters.values());
+        }
     }
 
     /// What happened so far.
@@ -223,6 +231,7 @@ impl<F: Fabric> BorrowerSession<F> {
         loop {
             self.take_events(now, host);
             if let Some((_, answer)) = self.answer.take_if(|(answered, _)| *answered == sequence) {
+                self.waited = now.since(started);
                 return Some(answer);
             }
             if self.gone.is_some() || now.since(started) >= limit {

@@ -10,6 +10,7 @@ use std::sync::Weak;
 use farbus_transport::{Access, CloseReason, Events, Fabric, Grant, Nanos, Op, OpId, Signal};
 
 use super::InUse;
+use super::counters::Counters;
 use super::mediation::Mediator;
 use super::windows::Windows;
 use crate::address::Iova;
@@ -18,25 +19,6 @@ use crate::backend::{AttachError, DeviceWindow, DmaFault, DmaTag};
 use crate::endpoint::Endpoint;
 use crate::message::{Outcome, ToBorrower};
 use crate::shared_window::SharedWindow;
-
-/// What a session did so far.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Counters {
-    /// Register reads served.
-    pub bar_reads: u64,
-    /// Register writes served.
-    pub bar_writes: u64,
-    /// DMA reads and writes that went directly.
-    pub direct_dma: u64,
-    /// Bytes of those.
-    pub direct_bytes: u64,
-    /// Pieces of DMA that went through the guest's side.
-    pub mediated: u64,
-    /// DMA that was refused.
-    pub faults: u64,
-    /// Interrupts sent.
-    pub interrupts: u64,
-}
 
 /// A DMA of several operations or mediations.
 pub(super) struct Pending {

@@ -259,6 +259,8 @@ impl<F: Fabric> Bus for LenderBus<F> {
         let Some(mapped) = span.and_then(|span| self.link.fabric.map_remote(span)) else {
             return Ok(None);
         };
+        self.counters.lent_pieces += 1;
+        self.counters.lent_bytes += len;
         let in_use = Some(Arc::clone(&self.windows.in_use));
         Ok(Some(if access.write {
             DmaBuffer::written(mapped, log.clone(), offset, in_use)

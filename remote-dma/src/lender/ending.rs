@@ -12,11 +12,55 @@ use farbus_transport::{Fabric, Nanos};
 use super::LenderSession;
 use crate::attachment::Activity;
 use crate::backend::{Backend, ResetKind};
+use crate::wait::Waker;
 
 /// How long the device may take to end what is in flight before its session counts as wedged.
 const QUIESCE_LIMIT: Duration = Duration::from_secs(10);
 
+/// What became of what a device had begun when it was to begin nothing more.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Drained {
+    /// All of it has ended, and the guest's side was told.
+    Done,
+    /// So many DMAs and direct accesses to guest memory had not ended in time; commands that make none just then are not among them.
+    Late(usize),
+    /// The device cannot be told to begin nothing more.
+    Unable,
+    /// The link ended.
+    Over,
+}
+
 impl<F: Fabric> LenderSession<F> {
+    /// Lets the device begin nothing more, and waits until all that it has begun has ended and was told: up to `limit`, or until `hurry` is set. What the
+    /// guest asked for and was not begun stays unanswered. To be said before [`LenderSession::end`] where a session ends on purpose.
+    pub fn drain(&mut self, limit: Duration, hurry: &Waker) -> Drained {
+        if self.closed.is_some() {
+            return Drained::Over;
+        }
+        if !self.backend.pause() {
+            return Drained::Unable;
+        }
+        let deadline = Nanos::now() + limit;
+        loop {
+            let now = Nanos::now();
+            let activity = self.pump(now);
+            if self.closed.is_some() {
+                return Drained::Over;
+            }
+            let in_flight = self.backend.in_flight();
+            if in_flight == 0 && self.backend.is_at_rest() && !self.bus.has_pending() {
+                self.tell_counters();
+                return Drained::Done;
+            }
+            if now >= deadline || hurry.is_set() {
+                return Drained::Late(in_flight);
+            }
+            if activity != Activity::Busy {
+                std::thread::sleep(Duration::from_micros(100));
+            }
+        }
+    }
+
     /// Ends the session: no DMA of the device touches the borrower's memory when this returns, and the device is as after power-on.
     ///
     /// # Errors

@@ -6,11 +6,13 @@
 //! One thread owns a session. [`LenderSession::run`] polls, and sleeps after a bounded time without work.
 
 mod bus;
+mod counters;
 mod dma;
 mod ending;
 mod giving;
 mod mediation;
 mod rest;
+mod throttle;
 mod windows;
 
 use std::collections::VecDeque;
@@ -18,17 +20,18 @@ use std::os::fd::BorrowedFd;
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
-use farbus_transport::{CloseReason, Event, Events, Fabric, Nanos, OpError};
+use farbus_transport::{CloseReason, Event, Events, Fabric, Nanos, OpError, Teller};
 
 use self::bus::LenderBus;
+use self::throttle::Throttle;
 use crate::attachment::Activity;
 use crate::backend::{AttachError, Backend, DmaFault, ReadTicket, ResetKind};
 use crate::message::{Outcome, Sequence, ToBorrower, ToLender};
 use crate::rest::{Lease, RestToken};
-use crate::wait::{Waker, relax, sleep_until_readable};
+use crate::wait::{Awake, Waker, relax, sleep_until_readable};
 
-pub use self::bus::Counters;
-pub use self::ending::Wedged;
+pub use self::counters::Counters;
+pub use self::ending::{Drained, Wedged};
 pub use self::mediation::MAX_MEDIATIONS;
 pub(crate) use self::mediation::{FIRST_STORE, MAX_STORES, SLOT_BYTES, SLOTS, STAGING_BYTES};
 pub use self::rest::{LONGEST_LEASE, StillKept};
@@ -39,7 +42,8 @@ const MAX_WAITING: usize = 16;
 /// How a session polls.
 #[derive(Clone, Copy, Debug)]
 pub struct PollOptions {
-    /// How long to poll without work before sleeping.
+    /// How long to poll without work before sleeping; 2 us at most while more sessions of this process are awake than there are cores, unless this is
+    /// [`Duration::MAX`].
     pub spin: Duration,
 }
 
@@ -71,6 +75,10 @@ pub struct LenderSession<F: Fabric> {
     keep_at_most: Duration,
     /// Register reads whose answers the device still owes.
     reads_put_off: u32,
+    /// Hears of the counters now and then.
+    teller: Option<Teller>,
+    polls: u32,
+    throttle: Option<Throttle>,
 }
 
 /// A device that could not be attached comes back with the reason.
@@ -98,12 +106,31 @@ impl<F: Fabric> LenderSession<F> {
 
     fn over(bus: LenderBus<F>, backend: Box<dyn Backend>) -> Self {
         let (events, waiting) = (Events::new(), VecDeque::new());
-        Self { bus, backend, events, waiting, closed: None, rest: None, lease: None, keep_at_most: LONGEST_LEASE, reads_put_off: 0 }
+        Self {
+            bus,
+            backend,
+            events,
+            waiting,
+            closed: None,
+            rest: None,
+            lease: None,
+            keep_at_most: LONGEST_LEASE,
+            reads_put_off: 0,
+            teller: None,
+            polls: 0,
+            throttle: None,
+        }
     }
 
     /// Does what there is to do, without blocking.
     pub fn pump(&mut self, now: Nanos) -> Activity {
+        /// Between two times that the counters are told.
+        const POLLS_PER_TELL: u32 = 64;
         self.bus.set_now(now);
+        self.polls = self.polls.wrapping_add(1);
+        if self.polls.is_multiple_of(POLLS_PER_TELL) {
+            self.tell_counters();
+        }
         let mut events = std::mem::take(&mut self.events);
         events.clear();
         self.bus.poll(&mut events);
@@ -129,6 +156,9 @@ impl<F: Fabric> LenderSession<F> {
         if self.tell_finished() {
             activity = Activity::Busy;
         }
+        if self.throttle.is_some() {
+            activity = activity.and(Activity::Idle(self.throttled()));
+        }
         if self.reads_put_off > 0 {
             self.answer_put_off();
         }
@@ -149,12 +179,14 @@ impl<F: Fabric> LenderSession<F> {
     pub fn run(&mut self, options: PollOptions, stop: &Waker) -> CloseReason {
         /// Reading the clock costs more than a poll, so it is read now and then, busy or not.
         const POLLS_PER_LOOK: u32 = 64;
+        let awake = Awake::begin();
         let mut now = Nanos::now();
         let mut busy_at = now;
         let (mut polls, mut empty_polls) = (0_u32, 0_u32);
         loop {
             let activity = self.pump(now);
             if let Some(reason) = self.closed {
+                self.tell_counters();
                 return reason;
             }
             polls = polls.wrapping_add(1);
@@ -162,6 +194,7 @@ impl<F: Fabric> LenderSession<F> {
             if look {
                 now = Nanos::now();
                 if stop.is_set() {
+                    self.tell_counters();
                     return CloseReason::Local;
                 }
             }
@@ -176,10 +209,11 @@ impl<F: Fabric> LenderSession<F> {
                 continue;
             }
             // While an answer waits for the device, nothing may announce its end: keep polling.
-            if now.since(busy_at) >= options.spin && self.waiting.is_empty() {
+            if now.since(busy_at) >= awake.spin(options.spin) && self.waiting.is_empty() {
                 if self.arm() {
+                    self.tell_counters();
                     let fds = [self.bus.wake_fd(), self.backend.wake_fd(), Some(stop.fd())];
-                    sleep_until_readable(&fds, wait);
+                    awake.asleep(|| sleep_until_readable(&fds, wait));
                 }
                 now = Nanos::now();
                 busy_at = now;
@@ -200,11 +234,6 @@ impl<F: Fabric> LenderSession<F> {
     /// Why the link ended, once it has.
     pub fn closed(&self) -> Option<CloseReason> {
         self.closed
-    }
-
-    /// What happened so far.
-    pub fn counters(&self) -> Counters {
-        self.bus.counters()
     }
 
     /// Tells the device which of its DMAs ended; true where one did.

@@ -92,8 +92,8 @@ pub struct Connection {
 pub struct Listener {
     listener: UnixListener,
     path: PathBuf,
-    /// Device and inode of the socket that was made at `path`: what is there later may be another lender's.
-    identity: (u64, u64),
+    /// Device and inode of the socket that was made at `path`: what is there later may be another lender's. `None` where somebody else made it and removes it.
+    identity: Option<(u64, u64)>,
 }
 
 impl Listener {
@@ -120,9 +120,15 @@ impl Listener {
         }
         let listener = UnixListener::bind(&path).map_err(host("listen at"))?;
         let identity = std::fs::symlink_metadata(&path).map(|made| identity(&made)).map_err(host("look at"))?;
-        let own = Self { listener, path: path.clone(), identity };
+        let own = Self { listener, path: path.clone(), identity: Some(identity) };
         std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o600)).map_err(host("protect"))?;
         Ok(own)
+    }
+
+    /// Goes on with a socket at `path` on which somebody else listens already, systemd say: who may connect is as it was decided there, and the socket
+    /// stays when this is dropped.
+    pub fn adopt(listener: UnixListener, path: impl Into<PathBuf>) -> Self {
+        Self { listener, path: path.into(), identity: None }
     }
 
     /// Lets processes of all users connect; whoever greets them looks at who they are ([`Greeted::greet_if`]).
@@ -130,6 +136,9 @@ impl Listener {
     /// # Errors
     /// [`ListenError::Host`].
     pub fn open_to_all_users(&self) -> Result<(), ListenError> {
+        if self.identity.is_none() {
+            return Ok(());
+        }
         let opened = std::fs::set_permissions(&self.path, std::fs::Permissions::from_mode(0o666));
         opened.map_err(|source| ListenError::Host { what: "open", path: self.path.clone(), source })
     }
@@ -165,9 +174,10 @@ impl AsFd for Listener {
 
 impl Drop for Listener {
     fn drop(&mut self) {
+        let Some(own) = self.identity else { return };
         // Our inode is kept alive by the listening socket, so no other file can have its number by now.
         let removed = match std::fs::symlink_metadata(&self.path) {
-            Ok(found) if identity(&found) != self.identity => {
+            Ok(found) if identity(&found) != own => {
                 tracing::info!(path = %self.path.display(), "the socket's place was taken by another, which is left alone");
                 return;
             }

@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockWriteGuard, TryLockError};
 use std::time::{Duration, Instant};
 
-use farbus_transport::{Fabric, Nanos};
+use farbus_transport::{Fabric, Nanos, Tally, Teller};
 use rustix::event::EventfdFlags;
 
 use super::super::port::Port;
@@ -179,7 +179,19 @@ impl BankServer {
     }
 
     /// Serves a client until it leaves, is ended for what it does, or `stop` is set. `clock` is the time for the fabric.
-    pub fn serve<F: Fabric>(&self, fabric: F, client: &Client, stop: &Stop, mut clock: impl FnMut() -> Nanos) -> Served {
+    pub fn serve<F: Fabric>(&self, fabric: F, client: &Client, stop: &Stop, clock: impl FnMut() -> Nanos) -> Served {
+        self.serve_telling(fabric, client, stop, clock, None)
+    }
+
+    /// As [`BankServer::serve`], and tells `tally`, which has [`WireCounts::NAMES`], what goes over the link: after each request, and before it sleeps.
+    pub fn serve_telling<F: Fabric>(
+        &self,
+        fabric: F,
+        client: &Client,
+        stop: &Stop,
+        mut clock: impl FnMut() -> Nanos,
+        tally: Option<Arc<Tally>>,
+    ) -> Served {
         let port = Port::new(fabric, BODY).and_then(|mut port| {
             let (grant, slab) = port.grant("farbus-bank-slab", PART)?;
             Ok((port, grant, slab))
@@ -204,8 +216,10 @@ impl BankServer {
             lapsed: false,
             cutter: None,
             clock: &mut clock,
+            teller: tally.map(Teller::new),
         };
         let reason = session.run(grant, stop);
+        session.tell();
         session.queue.clear();
         // Before goodbyes, so that others need not wait for them.
         session.handles.clear();

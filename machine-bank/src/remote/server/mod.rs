@@ -17,7 +17,7 @@ use std::sync::Arc;
 use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::time::{Duration, Instant};
 
-use farbus_transport::{Fabric, Memory, Nanos};
+use farbus_transport::{Fabric, Memory, Nanos, Teller};
 
 pub use bank_server::{BankServer, Client, ServeOptions, Served, Stop};
 use failure::{Failure, missing, refused};
@@ -89,6 +89,8 @@ struct Session<'s, F> {
     /// For a client that may not read everything.
     cutter: Option<cut::Cutter>,
     clock: &'s mut dyn FnMut() -> Nanos,
+    /// Hears now and then what went over the link.
+    teller: Option<Teller>,
 }
 
 impl<F: Fabric> Session<'_, F> {
@@ -164,10 +166,17 @@ impl<F: Fabric> Session<'_, F> {
             if last_heard.elapsed() > limit {
                 return format!("it said nothing for {limit:?}");
             }
+            self.tell();
             if idle {
                 let pause = Duration::from_millis(500).min(self.server.options.hold / 4);
                 self.port.sleep(&[stop.fd()], pause.max(Duration::from_millis(1)));
             }
+        }
+    }
+
+    fn tell(&mut self) {
+        if let Some(teller) = &mut self.teller {
+            teller.tell(&self.port.counts.values());
         }
     }
 

@@ -62,7 +62,8 @@ impl IrqSink for FlagSink {
 }
 
 /// What the guest found wrong.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{0}")]
 pub struct Wrong(pub String);
 
 /// The guest's CPU: all that it knows is in the memory.
