@@ -11,6 +11,7 @@ mod dma;
 mod ending;
 mod giving;
 mod mediation;
+mod polling;
 mod rest;
 mod throttle;
 mod windows;
@@ -34,24 +35,11 @@ pub use self::counters::Counters;
 pub use self::ending::{Drained, Wedged};
 pub use self::mediation::MAX_MEDIATIONS;
 pub(crate) use self::mediation::{FIRST_STORE, MAX_STORES, SLOT_BYTES, SLOTS, STAGING_BYTES};
+pub use self::polling::PollOptions;
 pub use self::rest::{LONGEST_LEASE, StillKept};
 
 /// Questions that may wait for DMA to end; a borrower waits for each answer before it asks the next.
 const MAX_WAITING: usize = 16;
-
-/// How a session polls.
-#[derive(Clone, Copy, Debug)]
-pub struct PollOptions {
-    /// How long to poll without work before sleeping; 2 us at most while more sessions of this process are awake than there are cores, unless this is
-    /// [`Duration::MAX`].
-    pub spin: Duration,
-}
-
-impl Default for PollOptions {
-    fn default() -> Self {
-        Self { spin: Duration::from_micros(50) }
-    }
-}
 
 /// A question whose answer waits for DMA to end.
 enum Waiting {
