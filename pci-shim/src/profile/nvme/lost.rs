@@ -29,13 +29,7 @@ impl Lost {
     pub(super) fn of(known: &Queues, guest: &dyn Peek, broken: Option<RecoveryRule>) -> Result<Self, &'static str> {
         let mut known = known.clone();
         let mut saved = SavedQueues::default();
-        // First, because they create and delete queues.
-        let admin = known.all_completions().find(|(id, _)| *id == 0).map(|(_, queue)| *queue);
-        if let Some(admin) = admin {
-            posted(&admin, guest, |entry| known.completed(entry))?;
-        }
-        let completions: Vec<_> = known.all_completions().map(|(id, queue)| (id, *queue)).collect();
-        for (id, queue) in completions {
+        for (id, queue) in known.learn(guest)? {
             let end = posted(&queue, guest, |entry| {
                 if id != 0
                     && broken != Some(RecoveryRule::TellOnce)
@@ -44,18 +38,7 @@ impl Lost {
                     ledger.completed(&entry);
                 }
             })?;
-            saved.completions.push(SavedCompletions {
-                id,
-                base: queue.base,
-                entries: queue.entries,
-                vector: queue.vector,
-                head: queue.head,
-                head_phase: queue.phase,
-                tail: end.tail,
-                tail_phase: end.phase,
-                round: queue.round,
-                outstanding: queue.outstanding,
-            });
+            saved.completions.push(SavedCompletions::of(id, &queue, end));
         }
         let ledger = known.ledger.as_ref().ok_or("its commands were not kept")?;
         if let Some(why) = known.unknown.or(ledger.unseen) {

@@ -216,6 +216,14 @@ impl Queues {
         }
     }
 
+    /// Takes in what the admin queue says that the driver has not taken, and says which completion queues there are then: they are created and deleted by it.
+    pub(super) fn learn(&mut self, guest: &dyn Peek) -> Result<Vec<(u16, Completions)>, &'static str> {
+        if let Some(Some(admin)) = self.completions.first().copied() {
+            posted(&admin, guest, |entry| self.completed(entry))?;
+        }
+        Ok(self.all_completions().map(|(id, queue)| (id, *queue)).collect())
+    }
+
     /// Completions of commands of before lie in queues that were restored.
     pub(super) fn restore_unread(&mut self, guest: &dyn Peek) {
         let Some(ledger) = &mut self.ledger else { return };

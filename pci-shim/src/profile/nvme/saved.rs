@@ -58,6 +58,22 @@ pub(super) struct SavedCompletions {
 }
 
 impl SavedCompletions {
+    /// As its driver left it, with the device at `end`.
+    pub(super) const fn of(id: u16, queue: &Completions, end: Posted) -> Self {
+        Self {
+            id,
+            base: queue.base,
+            entries: queue.entries,
+            vector: queue.vector,
+            head: queue.head,
+            head_phase: queue.phase,
+            tail: end.tail,
+            tail_phase: end.phase,
+            round: queue.round,
+            outstanding: queue.outstanding,
+        }
+    }
+
     /// Entries that the driver has not taken.
     pub(super) const fn unread(&self) -> u32 {
         if self.tail >= self.head { self.tail - self.head } else { self.tail + self.entries - self.head }
@@ -200,14 +216,9 @@ fn find(
     heads: &mut BTreeMap<u16, u32>,
     seen_all: &mut BTreeMap<u16, bool>,
 ) -> Result<(), &'static str> {
-    // First, because they create and delete queues.
-    let admin = known.all_completions().find(|(id, _)| *id == 0).map(|(_, queue)| *queue);
-    if let Some(admin) = admin {
-        posted(&admin, guest, |entry| known.completed(entry))?;
-    }
-    let completions: Vec<_> = known.all_completions().map(|(id, queue)| (id, *queue)).collect();
-    for (id, queue) in completions {
-        let Posted { tail, phase, round } = posted(&queue, guest, |_| {})?;
+    for (id, queue) in known.learn(guest)? {
+        let end = posted(&queue, guest, |_| {})?;
+        let Posted { tail, round, .. } = end;
         // The newest entry of each submission queue says how far that was consumed when its last command was completed.
         let written = if round { queue.entries } else { tail };
         for back in 1..=written {
@@ -216,18 +227,7 @@ fn find(
             heads.entry(entry.queue).or_insert(u32::from(entry.queue_head));
         }
         seen_all.insert(id, !round);
-        saved.completions.push(SavedCompletions {
-            id,
-            base: queue.base,
-            entries: queue.entries,
-            vector: queue.vector,
-            head: queue.head,
-            head_phase: queue.phase,
-            tail,
-            tail_phase: phase,
-            round: queue.round,
-            outstanding: queue.outstanding,
-        });
+        saved.completions.push(SavedCompletions::of(id, &queue, end));
     }
     for (id, queue) in known.submissions() {
         let head = match heads.get(&id) {
