@@ -196,7 +196,8 @@ impl<S: IrqSink> Function<S> {
         }
         self.front.counters.bar_reads_remote += 1;
         self.release_lazy();
-        let began = Instant::now();
+        // Only who looks for a lost device asks for the time: a read has no other use for it.
+        let began = self.recovery.is_some().then(Instant::now);
         let mut value = width.truncate(self.attachment.bar_read(at, width, &mut self.front));
         // Late rather than wrong: what it would have said, it says when it is back.
         while self.is_overdue(began) || self.is_lost() && self.wait_for_device() {

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use farbus_remote_dma::dirty_log::PAGE_BYTES;
 use farbus_remote_dma::wait::sleep_until_readable;
-use farbus_remote_dma::{Activity, Attachment, AttachmentError};
+use farbus_remote_dma::{Activity, Attachment};
 use farbus_transport::CloseReason;
 
 use super::Function;
@@ -180,10 +180,10 @@ impl<S: IrqSink> Function<S> {
     }
 
     /// Whether a register read was answered by its deadline alone, by a device whose loss would be known soon: then it is asked once more.
-    pub(super) fn is_overdue(&self, began: Instant) -> bool {
+    pub(super) fn is_overdue(&self, began: Option<Instant>) -> bool {
         self.attachment.overdue()
             && self.recovery.as_ref().is_some_and(|recovery| !recovery.over)
-            && began.elapsed() < KNOWN_BY_THEN
+            && began.is_some_and(|began| began.elapsed() < KNOWN_BY_THEN)
     }
 
     /// What to sleep on while the device is lost.
@@ -231,15 +231,7 @@ impl<S: IrqSink> Function<S> {
             }
         };
         self.front.hold(false);
-        for (at, width, value) in go_on.writes {
-            self.attachment.bar_write(at, width, value, &mut self.front);
-        }
-        self.attachment.flush();
-        for vector in go_on.vectors {
-            self.front.raise_again(vector);
-        }
-        self.front.tell();
-        self.settle();
+        self.go_on(go_on);
         Ok(RecoveryParts { reset, revive, tell: began.elapsed() - reset - revive })
     }
 
@@ -248,14 +240,8 @@ impl<S: IrqSink> Function<S> {
         let mut workbench = Workbench::new(&mut **attachment, front, windows);
         let go_on = profile.recover(&mut workbench)?;
         workbench.end()?;
-        self.mode = self.front.mode();
-        self.bus_master = self.front.space.bus_master();
-        self.attachment.set_interrupt_mode(self.mode, &mut self.front);
-        self.attachment.set_bus_master(self.bus_master, &mut self.front);
-        match self.attachment.gone() {
-            Some(reason) => Err(AttachmentError::Gone(reason).into()),
-            None => Ok(go_on),
-        }
+        self.say_registers()?;
+        Ok(go_on)
     }
 
     /// What the lost device wrote and nobody has copied is still to be copied, also of memory that is not mapped any more.

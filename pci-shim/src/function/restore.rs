@@ -130,15 +130,18 @@ impl<S: IrqSink> Function<S> {
         for window in windows {
             function.map(window)?;
         }
-        function.mode = function.front.mode();
-        function.decoded = function.front.decoded();
-        function.bus_master = function.front.space.bus_master();
-        function.attachment.set_interrupt_mode(function.mode, &mut function.front);
-        function.attachment.set_bus_master(function.bus_master, &mut function.front);
-        if let Some(reason) = function.gone() {
-            return Err(AttachmentError::Gone(reason).into());
-        }
+        function.say_registers()?;
         Ok((function, Restored { rest: state.rest, revived }))
+    }
+
+    /// Tells a device that has just been put under this function what its registers say.
+    pub(super) fn say_registers(&mut self) -> Result<(), AttachmentError> {
+        self.mode = self.front.mode();
+        self.decoded = self.front.decoded();
+        self.bus_master = self.front.space.bus_master();
+        self.attachment.set_interrupt_mode(self.mode, &mut self.front);
+        self.attachment.set_bus_master(self.bus_master, &mut self.front);
+        self.attachment.gone().map_or(Ok(()), |reason| Err(AttachmentError::Gone(reason)))
     }
 
     /// Resets the device, whose profile will bring it back.

@@ -11,6 +11,7 @@ use thiserror::Error;
 
 use super::Function;
 use crate::irq::IrqSink;
+use crate::profile::GoOn;
 use crate::state::{DeviceIdentity, FunctionState};
 
 /// Why a function does not come to rest, or is not at rest.
@@ -140,6 +141,11 @@ impl<S: IrqSink> Function<S> {
         self.front.hold(false);
         self.attachment.resume(&mut self.front);
         let go_on = self.profile.go_on(&self.windows);
+        self.go_on(go_on);
+    }
+
+    /// Tells the device, and then the guest, what they have perhaps not heard of.
+    pub(super) fn go_on(&mut self, go_on: GoOn) {
         for (at, width, value) in go_on.writes {
             self.attachment.bar_write(at, width, value, &mut self.front);
         }
