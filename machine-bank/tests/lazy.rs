@@ -5,35 +5,21 @@
 #![expect(clippy::unwrap_used, reason = "a panic is how a test fails")]
 
 mod common;
+#[path = "common/lazily.rs"]
+mod lazily;
 
 use std::os::unix::process::ExitStatusExt;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use common::{deposit, machine, memory_bank, withdraw, work};
-use farbus_machine_bank::lazy::{Backing, Cache, Failure, FaultServer, LazyMachine, LazyOptions, Patience, Uffd, WorkingSet};
-use farbus_machine_bank::store::{Kind, MemoryStore, Store};
+use common::{deposit, machine, withdraw, work};
+use farbus_machine_bank::lazy::{Backing, Cache, Failure, FaultServer, LazyMachine, LazyOptions, Patience, WorkingSet};
+use farbus_machine_bank::store::{Kind, Store};
 use farbus_machine_bank::{Bank, Changes, PAGE};
+use lazily::{banked, page, permitted};
 
 const GROUP: u64 = 64 << 10;
 const SOON: Duration = Duration::from_secs(60);
-
-/// Whether these tests can run; where they cannot, they say so.
-fn permitted(test: &str) -> bool {
-    match Uffd::supported() {
-        Ok(_) => true,
-        Err(error) => {
-            eprintln!("{test}: not run: {error}");
-            false
-        }
-    }
-}
-
-fn banked(bytes: &[u8]) -> (MemoryStore, Arc<Bank>) {
-    let (store, bank) = memory_bank();
-    deposit(&bank, "vm", bytes, Changes::HashAll);
-    (store, Arc::new(bank))
-}
 
 fn lazy(server: &FaultServer, bank: &Arc<Bank>, backing: Backing, options: LazyOptions) -> LazyMachine {
     server.withdraw(bank, &bank.find("vm").unwrap(), backing, options).unwrap()
@@ -41,12 +27,6 @@ fn lazy(server: &FaultServer, bank: &Arc<Bank>, backing: Backing, options: LazyO
 
 fn server(bytes: u64) -> FaultServer {
     FaultServer::start(Cache::new(bytes)).unwrap()
-}
-
-fn page(machine: &LazyMachine, page: usize) -> Vec<u8> {
-    let mut bytes = vec![0; PAGE];
-    machine.memory().unwrap().read((page * PAGE) as u64, &mut bytes).unwrap();
-    bytes
 }
 
 fn all(machine: &LazyMachine) -> Vec<u8> {

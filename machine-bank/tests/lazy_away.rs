@@ -6,6 +6,8 @@
 
 #[path = "common/mod.rs"]
 mod common;
+#[path = "common/lazily.rs"]
+mod lazily;
 #[path = "common/served.rs"]
 mod served;
 
@@ -13,33 +15,17 @@ use std::os::unix::process::ExitStatusExt;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use common::{deposit, machine, memory_bank, open};
-use farbus_machine_bank::lazy::{Backing, Cache, Failure, FaultServer, LazyMachine, LazyOptions, Patience, StoreEvent, Uffd};
+use common::{deposit, machine, open};
+use farbus_machine_bank::lazy::{Backing, Cache, Failure, FaultServer, LazyMachine, LazyOptions, Patience, StoreEvent};
 use farbus_machine_bank::remote::{Link, Reconnect, RemoteStore, Rights};
 use farbus_machine_bank::store::{Directory, Kind, MemoryStore, Store, StoreError};
 use farbus_machine_bank::{Bank, Changes, PAGE};
 use farbus_transport::Nanos;
 use farbus_transport::shm::{ShmFabric, ShmOptions};
+use lazily::{banked, page, permitted};
 use served::Serving;
 
 const SOON: Duration = Duration::from_secs(60);
-
-/// Whether these tests can run; where they cannot, they say so.
-fn permitted(test: &str) -> bool {
-    match Uffd::supported() {
-        Ok(_) => true,
-        Err(error) => {
-            eprintln!("{test}: not run: {error}");
-            false
-        }
-    }
-}
-
-fn banked(bytes: &[u8]) -> (MemoryStore, Arc<Bank>) {
-    let (store, bank) = memory_bank();
-    deposit(&bank, "vm", bytes, Changes::HashAll);
-    (store, Arc::new(bank))
-}
 
 fn server() -> FaultServer {
     FaultServer::start(Cache::new(64 << 20)).unwrap()
@@ -47,12 +33,6 @@ fn server() -> FaultServer {
 
 fn lazy(server: &FaultServer, bank: &Arc<Bank>, options: LazyOptions) -> LazyMachine {
     server.withdraw(bank, &bank.find("vm").unwrap(), Backing::Anonymous, options).unwrap()
-}
-
-fn page(machine: &LazyMachine, page: usize) -> Vec<u8> {
-    let mut bytes = vec![0; PAGE];
-    machine.memory().unwrap().read((page * PAGE) as u64, &mut bytes).unwrap();
-    bytes
 }
 
 fn is(machine: &LazyMachine, bytes: &[u8], at: usize) {

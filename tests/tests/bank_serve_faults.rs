@@ -8,7 +8,7 @@ use std::io::IoSlice;
 use std::mem::MaybeUninit;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use farbus_machine_bank::PAGE;
@@ -16,6 +16,7 @@ use farbus_machine_bank::lazy::firecracker::Mapping;
 use farbus_machine_bank::lazy::{Area, Features, Uffd, Watch};
 use farbus_tests::process::{Running, run, text};
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
+use tempfile::TempDir;
 
 const SOON: Duration = Duration::from_secs(60);
 
@@ -56,6 +57,16 @@ fn run_vmm(socket: &Path, step: &str) {
     assert!(vmm.env(CLIENT, socket).env("STEP", step).status().unwrap().success());
 }
 
+/// A folder with a bank in which `vm7` is, and where its faults are to be served.
+fn banked() -> (TempDir, PathBuf, PathBuf) {
+    let folder = tempfile::tempdir().unwrap();
+    let (bank, ram, socket) = (folder.path().join("bank"), folder.path().join("ram"), folder.path().join("faults.sock"));
+    std::fs::write(&ram, memory()).unwrap();
+    assert_eq!(run(&["bank", "init", text(&bank)]).code(), Some(0));
+    assert_eq!(run(&["bank", "deposit", text(&bank), "vm7", "--memory", text(&ram)]).code(), Some(0));
+    (folder, bank, socket)
+}
+
 #[test]
 fn a_vmm_reads_the_machine_as_it_uses_it_and_the_second_one_finds_it_there() {
     if let Err(error) = Uffd::supported() {
@@ -66,11 +77,7 @@ fn a_vmm_reads_the_machine_as_it_uses_it_and_the_second_one_finds_it_there() {
         vmm(Path::new(&socket), std::env::var("STEP").unwrap().parse().unwrap());
         return;
     }
-    let folder = tempfile::tempdir().unwrap();
-    let (bank, ram, socket) = (folder.path().join("bank"), folder.path().join("ram"), folder.path().join("faults.sock"));
-    std::fs::write(&ram, memory()).unwrap();
-    assert_eq!(run(&["bank", "init", text(&bank)]).code(), Some(0));
-    assert_eq!(run(&["bank", "deposit", text(&bank), "vm7", "--memory", text(&ram)]).code(), Some(0));
+    let (_folder, bank, socket) = banked();
     let serve = |machine: &str, more: &[&str]| {
         let words = ["bank", "serve-faults", text(&bank), "--socket", text(&socket), "--machine", machine, "--json"];
         Running::farbus(&[&words, more].concat())
@@ -123,11 +130,7 @@ fn a_vmm_waits_while_the_bank_is_away_and_the_server_says_so() {
         vmm(Path::new(&socket), 1);
         return;
     }
-    let folder = tempfile::tempdir().unwrap();
-    let (bank, ram, socket) = (folder.path().join("bank"), folder.path().join("ram"), folder.path().join("faults.sock"));
-    std::fs::write(&ram, memory()).unwrap();
-    assert_eq!(run(&["bank", "init", text(&bank)]).code(), Some(0));
-    assert_eq!(run(&["bank", "deposit", text(&bank), "vm7", "--memory", text(&ram)]).code(), Some(0));
+    let (folder, bank, socket) = banked();
     let words = ["bank", "serve-faults", text(&bank), "--socket", text(&socket), "--machine", "vm7", "--json"];
     let mut server = Running::farbus(&words);
     server.event("serving", SOON);
@@ -160,11 +163,7 @@ fn a_vmm_waits_while_who_serves_the_bank_is_killed_and_started_again() {
         vmm(Path::new(&socket), 1);
         return;
     }
-    let folder = tempfile::tempdir().unwrap();
-    let (bank, ram, socket) = (folder.path().join("bank"), folder.path().join("ram"), folder.path().join("faults.sock"));
-    std::fs::write(&ram, memory()).unwrap();
-    assert_eq!(run(&["bank", "init", text(&bank)]).code(), Some(0));
-    assert_eq!(run(&["bank", "deposit", text(&bank), "vm7", "--memory", text(&ram)]).code(), Some(0));
+    let (folder, bank, socket) = banked();
     let link = format!("shm:{}", folder.path().join("link").display());
     let serve = || {
         let mut serving = Running::farbus(&["bank", "serve", text(&bank), "--listen", &link, "--json"]);
